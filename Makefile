@@ -1,0 +1,36 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+# One environment for everything: the development tools are small beside torch, and a second one would hold torch twice.
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check test-gpu clean
+
+demo: $(STAMP)
+	$(BIN)/radlads demo
+
+test: $(STAMP)
+	$(BIN)/pytest
+
+check: $(STAMP)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy src
+	$(BIN)/pytest -m "not gpu"
+
+test-gpu: $(STAMP)
+	$(BIN)/pip install -c constraints.txt -e '.[gpu]'
+	$(BIN)/pytest -m gpu
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	find src tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is touched last, so an installation that failed is tried again.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	    echo "radlads needs Python 3.11 or newer, which '$(PYTHON)' is not: run make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,326 @@
+"""Every knob of radlads, once: its name, type, default, help text and range. What a knob does is left to its user.
+
+Imports no torch, so that `radlads --help` and configuration errors are quick. The names and defaults are those of the
+released RADLADS system. The docstring below a field is its help text.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
+from typing import Literal, NamedTuple, get_args, get_origin
+
+Switch = Literal[0, 1]
+"""Off or on. Files and the command line may also say true or false."""
+
+Stage = Literal["align", "distill", "extend"]
+
+Optimizer = Literal["adamw", "dsfusedadamw", "adamwschedulefree", "adam8bit", "lion"]
+Precision = Literal["auto", "bf16", "bf16-mixed", "bf16-true", "fp32", "32", "32-true"]
+
+
+class Range(NamedTuple):
+    expectation: str
+    holds: Callable[[float], bool]
+
+
+POSITIVE = Range("greater than 0", lambda value: value > 0)
+POSITIVE_OR_UNSET = Range("greater than 0, or -1 to follow the other rate", lambda value: value > 0 or value == -1)
+NOT_NEGATIVE = Range("0 or more", lambda value: value >= 0)
+NOT_NEGATIVE_OR_UNSET = Range("0 or more, or -1 for unset", lambda value: value >= 0 or value == -1)
+AT_LEAST_ONE = Range("1 or more", lambda value: value >= 1)
+AT_LEAST_ONE_OR_ALL = Range("1 or more, or -1 for all", lambda value: value >= 1 or value == -1)
+FRACTION = Range("between 0 and 1", lambda value: 0 <= value <= 1)
+BELOW_ONE = Range("at least 0 and below 1", lambda value: 0 <= value < 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding."""
+
+    base: float = 10000.0
+    """Wavelength base (theta); Qwen2.5 uses 1e6. No effect when model.hf_path names a folder, whose value is taken."""
+    rescale: float = 1.0
+    """Position scale: every angle is divided by it; 1 leaves the angles as they are."""
+    rebase: float = 1.0
+    """Factor on base, to stretch the long wavelengths only; 1 leaves base as it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder: its sizes, and which mixers its layers use."""
+
+    hf_path: str = ""
+    """Hugging Face folder or hub name whose config.json gives the sizes below; '' = the sizes are given here."""
+    classname: str = ""
+    """Family of the softmax decoder: qwen2 or qwen3; '' = read from hf_path, qwen2 without one."""
+    tmix: str = "rad_rwkv7"
+    """Time mixer: rad_rwkv6, rad_rwkv7 (also by their published names qwerky6, qwerky7), qwen2, qwen3, or your own."""
+    tmix2: str = ""
+    """Time mixer of the layers that inv_other_layer_ratio sets apart; '' = the family's softmax attention."""
+    cmix: str = ""
+    """Channel mixer of the layers; '' = the family's gated MLP."""
+    cmix2: str = ""
+    """Channel mixer of the layers that use tmix2; '' = cmix."""
+    ctx_len: int = 1024
+    """Tokens in one training sequence."""
+    vocab_size: int = 0
+    """Rows of the embedding; 0 = read from hf_path."""
+    vocab_padding_idx: int = -1
+    """Token id whose embedding stays zero; -1 = none."""
+    n_layer: int = 6
+    """Number of layers. No effect when hf_path is set."""
+    n_embd: int = 512
+    """Hidden size. No effect when hf_path is set."""
+    dim_att: int = 0
+    """Width of all query heads together; 0 = n_embd. No effect when hf_path is set."""
+    dim_ffn: int = 0
+    """Width of the channel mixer; 0 = a rule of n_embd. No effect when hf_path is set."""
+    head_size: int = 64
+    """Channels per head. No effect when hf_path is set."""
+    num_key_value_heads: int = 0
+    """Heads that keys and values are computed for; 0 = as many as query heads. No effect when hf_path is set."""
+    rms_norm_eps: float = 1e-6
+    """Epsilon of the RMS norms. No effect when hf_path is set."""
+    dropout: float = 0.0
+    """Probability of dropping a channel while training."""
+    inv_other_layer_ratio: float = 1.0
+    """The last 1/r of the layers use tmix2 and cmix2: 3 = the last third; 1 = none."""
+    preserve_last_n_layers: int = 0
+    """Number of layers at the end of the stack that keep the teacher's softmax attention."""
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    """Rotary position embedding."""
+    attention_type: str = ""
+    """Kernel of the recurrence, by its published name; '' = the best for the device. Results agree up to rounding."""
+    reinit_att: Switch = 0
+    """1 = start from random attention projections, not the teacher's: an ablation, clearly worse."""
+    gate_rank_type: Literal[0, 1, 2] = 1
+    """Output gate of a recurrent mixer: 0 = none, 1 = full rank, 2 = low rank."""
+    lora_rank_gate: int = 0
+    """Rank of the low-rank gate; 0 = a rule of n_embd. No effect unless gate_rank_type is 2."""
+    lora_rank_tokenshift: int = 0
+    """Rank of the token-shift mixing; 0 = a rule of n_embd. RAD-RWKV6 only, with use_tokenshift."""
+    lora_rank_decay: int = 0
+    """Rank of the decay; 0 = a rule of n_embd."""
+    lora_rank_iclr: int = 0
+    """Rank of the in-context learning rate; 0 = a rule of n_embd. RAD-RWKV7 only."""
+    lora_rank_value_residual_mix: int = 0
+    """Rank of the value residual's mixing; 0 = a rule of n_embd. RAD-RWKV7 only."""
+    use_pos_emb: Switch = 1
+    """1 = recurrent mixers rotate queries and keys (RoPE). No effect on softmax layers, which always do."""
+    balance_state: Switch = 1
+    """1 = scale what is written to the state by what decays from it, so that it stays balanced without a GroupNorm."""
+    groupnorm_att: Switch = 1
+    """1 = GroupNorm over the heads' outputs; destabilises training from about 14B parameters."""
+    use_tokenshift: Switch = 1
+    """1 = mix every token's input with the previous token's. RAD-RWKV6 only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """The frozen softmax model to learn from, and how much."""
+
+    path: str = ""
+    """Weights of the teacher: a Hugging Face folder or a .pth file; '' = hf_path; both '' = no teacher."""
+    hf_path: str = ""
+    """Hugging Face folder or hub name of the teacher: its config.json, tokenizer, and, when path is '', its weights."""
+    kl_weight: float = 0.5
+    """Weight of KL(teacher || student) on logits. No effect in the align stage or without a teacher."""
+    ce_weight: float = 0.5
+    """Weight of cross-entropy on the labels. No effect in the align stage; without a teacher it counts as 1."""
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(tmix="qwen2"))
+    """The teacher's shape. No effect when path or hf_path is a folder with a config.json."""
+
+    def __post_init__(self) -> None:
+        _check_model(self.model, "train.teacher.model")
+        _check_ranges(self, "train.teacher", NOT_NEGATIVE, ["kl_weight", "ce_weight"])
+        if self.kl_weight == self.ce_weight == 0:
+            raise ValueError(
+                "train.teacher.kl_weight and train.teacher.ce_weight are both 0: set one of them above 0 to have a loss"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training stage."""
+
+    load_model: str = ""
+    """Model folder of an earlier stage to start from; '' = set the student up from the teacher (align stage only)."""
+    load_partial: Switch = 0
+    """1 = accept weights that lack parameters of the model or hold others; what is missing keeps its initial value."""
+    attention_distillation_stage: int = -1
+    """1 = align the mixers with the teacher's attention, 2 = distil the logits, -1 = extend the context."""
+    train_stage: int = 0
+    """Accepted so that released files load; no effect."""
+    trainable: Literal["auto", "mixer", "decay", "all"] = "auto"
+    """Which parameters train: mixer, decay (with token shift), all; auto = mixer in the align stage, all elsewhere."""
+    align_loss: Literal["l2", "mse"] = "l2"
+    """Distance between teacher attention and student mixer: l2 = norm over channels / sqrt(C). Align stage only."""
+    seed_everything: int = 1337
+    """Seed of all random numbers."""
+    proj_dir: str = "out"
+    """Folder that holds the run folders."""
+    proj_name: str = ""
+    """Name of the run folder; '' = L{n_layer}-D{n_embd}-{tmix}_{tmix2}[-{proj_suffix0}]-{proj_suffix}."""
+    proj_suffix0: str = ""
+    """First suffix of the run folder's name. No effect when '' or when proj_name is set."""
+    proj_suffix: str = "0"
+    """Last suffix of the run folder's name. No effect when proj_name is set."""
+    wandb: str = ""
+    """Weights & Biases project to log to; '' = log to files only."""
+    epoch_begin: int = 0
+    """Epoch (40320 samples) that the data order starts from."""
+    epoch_save: int = 5
+    """Epochs (40320 samples) between checkpoints; 0 = only at the end."""
+    micro_bsz: int = 12
+    """Sequences per device in one forward pass. Global batch: micro_bsz x accumulate_grad_batches x all devices."""
+    accumulate_grad_batches: int = 1
+    """Forward passes per optimiser step."""
+    grad_cp: Switch = 0
+    """1 = recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_clip_val: float = 1.0
+    """Largest gradient norm; longer gradients are scaled down to it. 0 = no clipping."""
+    optimizer: Optimizer = "adamw"
+    """Update rule. Those other than adamw need their own package."""
+    lr_init: float = 6e-4
+    """Learning rate after warm-up of everything but the mixers."""
+    lr_final: float = 1e-5
+    """Learning rate at the end of the decay of everything but the mixers."""
+    lr2_init: float = -1.0
+    """Learning rate after warm-up of the mixers; -1 = lr_init."""
+    lr2_final: float = -1.0
+    """Learning rate at the end of the decay of the mixers; -1 = lr_final."""
+    lr_decay_type: Literal["cos", "linear", "exp", "oneminussqrt"] = "cos"
+    """Curve between initial and final rate; cos is a quarter cosine. No effect when both rates are equal."""
+    lr_wait: float = 0.0
+    """Fraction of the tokens after warm-up at which the decay begins."""
+    lr_endpoint: float = 1.0
+    """Fraction of the tokens after warm-up at which the decay ends; the rate is flat from there."""
+    warmup_steps: int = -1
+    """Optimiser steps over which the rate rises linearly from 1 %; -1 or 0 = none."""
+    beta1: float = 0.9
+    """Adam's decay of the gradient's mean."""
+    beta2: float = 0.99
+    """Adam's decay of the gradient's square."""
+    adam_eps: float = 1e-8
+    """Adam's epsilon."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, on matrices only."""
+    weight_decay_final: float = -1.0
+    """Weight decay at the end of the decay of the learning rate; -1 = weight_decay throughout."""
+    data_file: str = ""
+    """Training tokens: path of a .bin/.idx pair, without the extension."""
+    validation_data_file: str = ""
+    """Held-out tokens: path of a .bin/.idx pair, without the extension; '' = no held-out evaluation."""
+    data_type: Literal["binidx"] = "binidx"
+    """Format of the data files."""
+    magic_prime: int = 0
+    """Prime that orders the samples; 0 = the largest one = 2 (mod 3) below the number of sequences."""
+    my_exit_tokens: int = 0
+    """The stage's token budget; 0 = one pass of the data."""
+    heldout_tokens: int = 65536
+    """Held-out tokens per evaluation. No effect without validation_data_file."""
+    heldout_every_steps: int = 0
+    """Optimiser steps between held-out evaluations; 0 = only before and after the stage."""
+    val_check_interval: float | None = None
+    """Accepted so that released files load; no effect: heldout_every_steps says when to evaluate."""
+    check_val_every_n_epoch: int | None = None
+    """Accepted so that released files load; no effect: heldout_every_steps says when to evaluate."""
+    log_every_n_steps: int = 50
+    """Optimiser steps between rows of metrics."""
+    precision: Precision = "bf16"
+    """bf16 = bf16 products on fp32 weights; bf16-true = bf16 weights; auto = bf16 where the hardware multiplies it."""
+    accelerator: Literal["gpu", "cuda", "cpu", "mps", "auto"] = "gpu"
+    """Hardware to train on."""
+    strategy: str = "auto"
+    """Lightning's strategy for several devices: auto, ddp, fsdp, deepspeed_stage_1, deepspeed_stage_2, ..."""
+    devices: int = 1
+    """Devices per node; -1 = all."""
+    num_nodes: int = 1
+    """Machines."""
+    ds_bucket_mb: int = 200
+    """DeepSpeed's communication bucket in MB. No effect on other strategies."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """The teacher."""
+
+    def __post_init__(self) -> None:
+        _check_choices(self, "train")
+        for limits, names in _TRAIN_RANGES.items():
+            _check_ranges(self, "train", limits, names)
+        if self.lr_wait > self.lr_endpoint:
+            raise ValueError(
+                f"train.lr_wait must be at most train.lr_endpoint, which is {self.lr_endpoint}, not {self.lr_wait}"
+            )
+        stage_of(self)
+
+
+_TRAIN_RANGES: dict[Range, list[str]] = {
+    POSITIVE: ["lr_init", "lr_final", "adam_eps"],
+    POSITIVE_OR_UNSET: ["lr2_init", "lr2_final"],
+    FRACTION: ["lr_wait", "lr_endpoint"],
+    BELOW_ONE: ["beta1", "beta2"],
+    NOT_NEGATIVE: [
+        *("seed_everything", "gradient_clip_val", "weight_decay", "epoch_begin", "epoch_save"),
+        *("my_exit_tokens", "magic_prime", "heldout_every_steps"),
+    ],
+    NOT_NEGATIVE_OR_UNSET: ["warmup_steps", "weight_decay_final"],
+    AT_LEAST_ONE: [
+        *("micro_bsz", "accumulate_grad_batches", "log_every_n_steps", "num_nodes", "ds_bucket_mb", "heldout_tokens"),
+    ],
+    AT_LEAST_ONE_OR_ALL: ["devices"],
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A model and the stage that trains it."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The student."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The stage."""
+
+    def __post_init__(self) -> None:
+        _check_model(self.model, "model")
+
+
+def stage_of(train: TrainConfig) -> Stage:
+    """The stage that train.attention_distillation_stage stands for. ValueError unless it is 1, 2 or -1."""
+    match train.attention_distillation_stage:
+        case 1:
+            return "align"
+        case 2:
+            return "distill"
+        case -1:
+            return "extend"
+    raise ValueError(
+        "train.attention_distillation_stage must be 1 to align, 2 to distill or -1 to extend, "
+        f"not {train.attention_distillation_stage}"
+    )
+
+
+# ModelConfig occurs twice, so whoever holds one checks it, knowing its dotted key.
+def _check_model(model: ModelConfig, prefix: str) -> None:
+    _check_choices(model, prefix)
+    _check_ranges(model, prefix, AT_LEAST_ONE, ["ctx_len", "n_layer", "n_embd", "head_size", "inv_other_layer_ratio"])
+    _check_ranges(model, prefix, POSITIVE, ["rms_norm_eps"])
+    _check_ranges(model, prefix, BELOW_ONE, ["dropout"])
+    _check_ranges(model, prefix, NOT_NEGATIVE_OR_UNSET, ["vocab_padding_idx"])
+    sizes = ["vocab_size", "dim_att", "dim_ffn", "num_key_value_heads", "preserve_last_n_layers"]
+    ranks = [entry.name for entry in fields(model) if entry.name.startswith("lora_rank_")]
+    _check_ranges(model, prefix, NOT_NEGATIVE, sizes + ranks)
+    _check_ranges(model.rope, f"{prefix}.rope", POSITIVE, ["base", "rescale", "rebase"])
+
+
+def _check_choices(config: ModelConfig | TrainConfig, prefix: str) -> None:
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        choices = get_args(entry.type)
+        if get_origin(entry.type) is Literal and value not in choices:
+            raise ValueError(f"{prefix}.{entry.name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
+
+
+def _check_ranges(config: object, prefix: str, limits: Range, names: Iterable[str]) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not (math.isfinite(value) and limits.holds(value)):
+            raise ValueError(f"{prefix}.{name} must be {limits.expectation}, not {value}")

@@ -1,0 +1,1 @@
+"""Token files, sample positions and the text of the running Python."""

@@ -1,0 +1,53 @@
+"""What a mixer is to the rest of the model (docs/architecture.md, 'Contracts').
+
+Shape letters: B batch, T tokens, C hidden size, H query heads, N head size.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+
+class RecurrentState(NamedTuple):
+    """What a recurrent mixer carries from one token to the next. Every tensor's first axis is the batch.
+
+    wkv: [B, H, N, N] fp32. shift: [B, C], the last token's input; None in mixers without token shift.
+    """
+
+    wkv: torch.Tensor
+    shift: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SharedInputs:
+    """What every mixer of the stack may read, and none may change.
+
+    cos, sin: [B or 1, T, N] RoPE tables. token_mask: [B, T], False at padding; None if there is no padding.
+    attention_mask: boolean [B, 1, T, S], True where a query may look; None means plain causal (or T = 1: everything).
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    token_mask: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+
+
+class TimeMixer(Protocol):
+    """Mixes information along time. Built as `Mixer(config, layer_idx)`.
+
+    Called with x [B, T, C] (T >= 1, normed, zero at padding), the state carried so far (None: start of a sequence),
+    v_first [B, T, H, N] (the first RAD-RWKV7 layer's values, None before it) and the shared inputs. Returns y [B, T, C],
+    the state after the last token, and v_first for the next layer. Splitting a sequence anywhere and carrying the
+    state changes nothing but rounding; a padded position leaves the state as it was.
+    """
+
+    def __call__(
+        self, x: torch.Tensor, state: Any, v_first: torch.Tensor | None, shared: SharedInputs
+    ) -> tuple[torch.Tensor, Any, torch.Tensor | None]: ...
+
+
+class ChannelMixer(Protocol):
+    """Mixes channels within a token: [B, T, C] to [B, T, C]. Built as `Mixer(config, layer_idx)`."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...

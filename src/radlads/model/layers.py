@@ -1,0 +1,63 @@
+"""Small pieces that several mixers share: norm, RoPE, GQA repetition, token shift.
+
+Shape letters: B batch, T tokens, C hidden size, H heads, N head size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .configuration import RadladsConfig, rope_inverse_frequencies
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, computed in fp32."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+def rope_tables(config: RadladsConfig, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, fp32 [B, T, N], for positions [B, T]. Raises ValueError for an unknown RoPE scaling."""
+    frequencies = torch.tensor(rope_inverse_frequencies(config), device=position_ids.device)
+    angles = position_ids[..., None].float() * frequencies
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x_BTHN: torch.Tensor, cos_BTN: torch.Tensor, sin_BTN: torch.Tensor) -> torch.Tensor:
+    """Rotate each head's channel pairs (n, n + N/2) by the position's angle."""
+    first, second = x_BTHN.chunk(2, dim=-1)
+    rotated = torch.cat([-second, first], dim=-1)
+    return (x_BTHN * cos_BTN.unsqueeze(2) + rotated * sin_BTN.unsqueeze(2)).to(x_BTHN.dtype)
+
+
+def repeat_heads(x_BTHN: torch.Tensor, groups: int) -> torch.Tensor:
+    """Repeat every key/value head `groups` times in a row, so that heads match the query heads (GQA)."""
+    return x_BTHN if groups == 1 else x_BTHN.repeat_interleave(groups, dim=2)
+
+
+def token_shift(x: torch.Tensor, last: torch.Tensor | None, token_mask: torch.Tensor | None):
+    """The input of the token before each of x [B, T, C], and the input to carry on, [B, C].
+
+    `last` is the input carried from earlier tokens (None: zero). Padded positions are looked through.
+    """
+    last = torch.zeros_like(x[:, 0]) if last is None else last.to(x.dtype)
+    history = torch.cat([last.unsqueeze(1), x], dim=1)
+    if token_mask is None:
+        return history[:, :-1], x[:, -1]
+    steps = torch.arange(1, x.shape[1] + 1, device=x.device)
+    newest = torch.where(token_mask, steps, 0).cummax(dim=1).values
+    newest = F.pad(newest, (1, 0))  # index into history of the newest real token up to each position
+    looked_up = history.gather(1, newest.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    return looked_up[:, :-1], looked_up[:, -1]
+
+
+def orthogonal(rows: int, columns: int, gain: float) -> torch.Tensor:
+    """A (semi-)orthogonal fp32 matrix times `gain`."""
+    return nn.init.orthogonal_(torch.empty(rows, columns), gain=gain)

@@ -1,0 +1,246 @@
+"""Block, stack and language-model head, as transformers models.
+
+Shape letters: B batch, T new tokens, S all tokens so far, C hidden size, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+
+from .cache import RadladsCache
+from .configuration import RadladsConfig
+from .contracts import SharedInputs
+from .layers import RMSNorm, rope_tables
+from .recurrent_mixer import RecurrentMixer
+from .registry import build_channel_mixer, build_time_mixer
+
+
+class AttentionTap(NamedTuple):
+    """What went into and came out of one layer's time mixer, both [B, T, C], and the inputs all mixers share."""
+
+    layer: int
+    x: torch.Tensor
+    y: torch.Tensor
+    shared: SharedInputs
+
+
+class Block(GradientCheckpointingLayer):
+    """Pre-norm residual block: time mixer, then channel mixer."""
+
+    def __init__(self, config: RadladsConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.self_attn = build_time_mixer(config, layer_idx)
+        self.mlp = build_channel_mixer(config, layer_idx)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden, v_first, shared: SharedInputs, past_key_values: RadladsCache | None = None):
+        """hidden [B, T, C] and v_first to the same after this block. Positional tensors: checkpointing needs them so."""
+        hidden, v_first, _, _ = self.tapped(hidden, v_first, shared, past_key_values)
+        return hidden, v_first
+
+    def tapped(self, hidden, v_first, shared: SharedInputs, past_key_values: RadladsCache | None = None):
+        """forward, and besides the mixer's input and output."""
+        x = self.input_layernorm(hidden)
+        if shared.token_mask is not None:
+            x = x * shared.token_mask.unsqueeze(-1).to(x.dtype)
+        state = None if past_key_values is None else past_key_values.load(self.layer_idx)
+        y, state, v_first = self.self_attn(x, state, v_first, shared)
+        if past_key_values is not None:
+            past_key_values.store(self.layer_idx, state, x.shape[1])
+        hidden = hidden + y
+        return hidden + self.mlp(self.post_attention_layernorm(hidden)), v_first, x, y
+
+
+class RadladsPreTrainedModel(PreTrainedModel):
+    """What both classes tell transformers about themselves."""
+
+    config_class = RadladsConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("Block",)
+    _skip_keys_device_placement = ("past_key_values",)
+    _is_stateful = True  # assisted decoding needs to take tokens back, which a recurrent state cannot
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, RecurrentMixer):
+            module.reset_fresh_parameters()
+        else:
+            super()._init_weights(module)
+
+
+class RadladsModel(RadladsPreTrainedModel):
+    """Embedding, blocks and final norm."""
+
+    def __init__(self, config: RadladsConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: RadladsCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states [B, T, C] after the final norm, and the cache if one was given or asked for.
+
+        attention_mask: [B, S] (S: cached + new tokens) or [B, T], 0 at padding. position_ids default to counting real
+        tokens. Raises ValueError for an empty sequence, a foreign cache class or another batch size than the cache's.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass either input_ids or inputs_embeds")
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if hidden.shape[1] == 0:
+            raise ValueError("the sequence is empty: pass at least one token")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = RadladsCache(self.config)
+        check_cache(past_key_values, hidden.shape[0])
+        shared = self.shared_inputs(hidden, attention_mask, position_ids, past_key_values)
+        v_first = None
+        for block in self.layers:
+            hidden, v_first = block(hidden, v_first, shared, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+
+    def attention_taps(self, input_ids: torch.LongTensor) -> Iterator[AttentionTap]:
+        """Run the stack on [B, T] tokens and yield every layer's tap as soon as it is there; no final norm, no head."""
+        hidden = self.embed_tokens(input_ids)
+        shared = self.shared_inputs(hidden, None, None, None)
+        v_first = None
+        for layer, block in enumerate(self.layers):
+            hidden, v_first, x, y = block.tapped(hidden, v_first, shared)
+            yield AttentionTap(layer, x, y, shared)
+
+    def shared_inputs(self, hidden, attention_mask, position_ids, past_key_values) -> SharedInputs:
+        """Masks and RoPE tables for these new tokens; advances the cache's positions."""
+        B, T, _ = hidden.shape
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        token_mask = None
+        if attention_mask is not None:
+            attention_mask = self._checked_mask(attention_mask, past, B, T)
+            if not bool(attention_mask.all()):
+                token_mask = attention_mask[:, -T:]
+        if position_ids is None:
+            position_ids = self._positions(attention_mask, past_key_values, past, hidden)
+        if past_key_values is not None:
+            past_key_values.next_positions = (position_ids[:, -1] + 1).expand(B).clone()
+        padded = attention_mask if attention_mask is not None and not bool(attention_mask.all()) else None
+        cos, sin = rope_tables(self.config, position_ids)
+        if token_mask is not None and bool(token_mask.all()):
+            token_mask = None
+        return SharedInputs(cos, sin, token_mask, self._softmax_mask(padded, past, T, hidden.device))
+
+    def _checked_mask(self, attention_mask: torch.Tensor, past: int, B: int, T: int) -> torch.Tensor:
+        if attention_mask.ndim != 2 or attention_mask.shape[0] != B:
+            raise ValueError(f"attention_mask must be [batch, tokens], not {tuple(attention_mask.shape)}")
+        mask = attention_mask.bool()
+        if mask.shape[1] == T and past:
+            mask = torch.cat([mask.new_ones(B, past), mask], dim=1)
+        if mask.shape[1] != past + T:
+            raise ValueError(f"attention_mask covers {mask.shape[1]} tokens, but there are {past} cached and {T} new ones")
+        return mask
+
+    def _positions(self, attention_mask, past_key_values, past: int, hidden) -> torch.LongTensor:
+        """Positions [B or 1, T] that count real tokens only, continuing the cache's."""
+        T, device = hidden.shape[1], hidden.device
+        if attention_mask is None:
+            steps = torch.arange(T, device=device).unsqueeze(0)
+        else:
+            steps = (attention_mask[:, -T:].long().cumsum(-1) - 1).clamp(min=0)
+        if past and past_key_values.next_positions is not None:
+            return steps + past_key_values.next_positions.unsqueeze(1).to(device)
+        return steps + past
+
+    def _softmax_mask(self, padded: torch.Tensor | None, past: int, T: int, device) -> torch.Tensor | None:
+        """Boolean [B or 1, 1, T, S] for softmax layers; None where plain causal attention is meant."""
+        if "full_attention" not in self.config.layer_types or (padded is None and (past == 0 or T == 1)):
+            return None
+        queries = torch.arange(past, past + T, device=device)
+        causal = queries[:, None] >= torch.arange(past + T, device=device)[None, :]
+        if padded is None:
+            return causal[None, None]
+        # A padded query sees itself, so that no row is empty (its output is never used)
+        itself = queries[:, None] == torch.arange(past + T, device=device)[None, :]
+        return ((causal & padded[:, None, None, :]) | itself)
+
+
+class RadladsForCausalLM(RadladsPreTrainedModel, GenerationMixin):
+    """The stack with a language-model head: teacher (all mixers softmax) and student alike."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: RadladsConfig):
+        super().__init__(config)
+        self.model = RadladsModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: RadladsCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, T or logits_to_keep, V]; with labels [B, T] (-100: ignored) the mean next-token loss too.
+
+        Errors as in RadladsModel.forward.
+        """
+        outputs = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+        hidden = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+        """Give generate() our cache; its own choice goes by class names and static layouts that do not fit."""
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            return
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation {generation_config.cache_implementation!r} does not fit a recurrent model: "
+                "leave it out, its state is constant in size already"
+            )
+        model_kwargs["past_key_values"] = RadladsCache(self.config)
+
+
+def check_cache(cache, batch: int) -> None:
+    """Refuse a foreign cache class, or a cache filled with another batch size, with one sentence."""
+    if cache is None:
+        return
+    if not isinstance(cache, RadladsCache):
+        raise ValueError(f"past_key_values must be a RadladsCache (radlads.model.cache), not {type(cache).__name__}")
+    held = None if cache.next_positions is None else cache.next_positions.shape[0]
+    if held is not None and cache.get_seq_length() and held != batch:
+        raise ValueError(
+            f"the cache holds {held} sequences but the input has {batch}: repeat the cache with "
+            "batch_repeat_interleave() or pass inputs of its batch size"
+        )

@@ -1,0 +1,79 @@
+"""RAD-RWKV6: gated linear attention with data-dependent decay and token shift, without a bonus.
+
+Shape letters: B batch, T tokens, C hidden size, D = H * N, H heads, N head size.
+"""
+
+import torch
+from torch import nn
+
+from .configuration import RadladsConfig, depth_fraction
+from .contracts import RecurrentState, SharedInputs
+from .layers import token_shift
+from .recurrence import gla
+from .recurrent_mixer import RecurrentMixer, zero_at_padding
+
+MIN_LOG_DECAY = -5.0
+SHIFTED = ("r", "k", "v", "w", "g")  # the order of time_maa_w2's slices
+
+
+class RadRwkv6(RecurrentMixer):
+    """RAD-RWKV6 time mixer (paper eq. 12-21)."""
+
+    def __init__(self, config: RadladsConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        C, D, rank = config.hidden_size, self.num_heads * self.head_dim, config.lora_rank_tokenshift
+        if config.use_tokenshift:
+            for name in ("x", *SHIFTED):
+                setattr(self, f"time_maa_{name}", nn.Parameter(torch.empty(1, 1, C)))
+            self.time_maa_w1 = nn.Parameter(torch.empty(C, len(SHIFTED) * rank))
+            self.time_maa_w2 = nn.Parameter(torch.empty(len(SHIFTED), rank, C))
+        self.time_decay = nn.Parameter(torch.empty(1, 1, D))
+        self.time_decay_w1 = nn.Parameter(torch.empty(C, config.lora_rank_decay))
+        self.time_decay_w2 = nn.Parameter(torch.empty(config.lora_rank_decay, D))
+        self.reset_fresh_parameters()
+
+    def reset_fresh_parameters(self) -> None:
+        super().reset_fresh_parameters()
+        D = self.num_heads * self.head_dim
+        channel = torch.arange(D) / max(1, D - 1)
+        depth = depth_fraction(self.config, self.layer_idx)
+        with torch.no_grad():
+            self.time_decay.copy_(-6 + 5 * channel ** (0.7 + 1.3 * depth))
+            self.time_decay_w1.zero_()
+            self.time_decay_w2.uniform_(-0.01, 0.01)
+            if self.config.use_tokenshift:
+                self.time_maa_x.fill_(1.0)
+                for name in SHIFTED:
+                    getattr(self, f"time_maa_{name}").zero_()
+                self.time_maa_w1.zero_()
+                self.time_maa_w2.uniform_(-0.01, 0.01)
+
+    def forward(self, x: torch.Tensor, state: RecurrentState | None, v_first, shared: SharedInputs):
+        """See contracts.TimeMixer."""
+        last = None if state is None else state.shift
+        (x_r, x_k, x_v, x_w, x_g), shift = self._mix_with_previous(x, last, shared.token_mask)
+        r, k, v = self.receptance_key_value(x_r, x_k, x_v, shared)
+        decay = self.time_decay.float() + (torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2).float()
+        log_w = self.heads(torch.clamp(-torch.exp(decay), min=MIN_LOG_DECAY))
+        if self.config.balance_state:
+            k = k.float() * (1 - log_w.exp())
+        out, wkv = gla(
+            r,
+            zero_at_padding(log_w, shared.token_mask),
+            k,
+            zero_at_padding(v, shared.token_mask),
+            None if state is None else state.wkv,
+        )
+        return self.output(out * self.head_dim**-0.5, x_g), RecurrentState(wkv, shift), v_first
+
+    def _mix_with_previous(self, x, last, token_mask):
+        """x mixed with the token before, once for each of r, k, v, w, g; and the input to carry."""
+        if not self.config.use_tokenshift:
+            return [x] * len(SHIFTED), None
+        previous, shift = token_shift(x, last, token_mask)
+        delta = previous - x
+        low = torch.tanh((x + delta * self.time_maa_x) @ self.time_maa_w1).unflatten(-1, (len(SHIFTED), -1))
+        mixes = torch.einsum("btir,irc->ibtc", low, self.time_maa_w2.to(low.dtype))
+        return [
+            x + delta * (getattr(self, f"time_maa_{name}") + mix) for name, mix in zip(SHIFTED, mixes, strict=True)
+        ], shift

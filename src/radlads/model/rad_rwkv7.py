@@ -1,0 +1,94 @@
+"""RAD-RWKV7: the generalised delta rule with data-dependent decay, in two variants.
+
+balanced (balance_state, the paper's): the key is scaled by (1 - w + a) and the output by N^-1/2.
+group-normed (the released 7B configuration): learned key scales k_k and k_a, GroupNorm on the output.
+Shape letters: B batch, T tokens, C hidden size, D = H * N, H heads, N head size.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .configuration import RadladsConfig, depth_fraction
+from .contracts import RecurrentState, SharedInputs
+from .layers import orthogonal
+from .recurrence import rwkv7
+from .recurrent_mixer import RecurrentMixer, zero_at_padding
+
+MIN_LOG_DECAY = -math.exp(-0.5)
+
+
+class RadRwkv7(RecurrentMixer):
+    """RAD-RWKV7 time mixer (paper eq. 22-33). No token shift, no bonus."""
+
+    def __init__(self, config: RadladsConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        C, D = config.hidden_size, self.num_heads * self.head_dim
+        self.w0 = nn.Parameter(torch.empty(1, 1, D))
+        self.w1 = nn.Parameter(torch.empty(C, config.lora_rank_decay))
+        self.w2 = nn.Parameter(torch.empty(config.lora_rank_decay, D))
+        self.a0 = nn.Parameter(torch.empty(1, 1, D))
+        self.a1 = nn.Parameter(torch.empty(C, config.lora_rank_iclr))
+        self.a2 = nn.Parameter(torch.empty(config.lora_rank_iclr, D))
+        self.is_first_value_layer = layer_idx == config.first_value_layer
+        if not self.is_first_value_layer:
+            self.v0 = nn.Parameter(torch.empty(1, 1, D))
+            self.v1 = nn.Parameter(torch.empty(C, config.lora_rank_value_residual_mix))
+            self.v2 = nn.Parameter(torch.empty(config.lora_rank_value_residual_mix, D))
+        if not config.balance_state:
+            self.k_k = nn.Parameter(torch.empty(1, 1, D))
+            self.k_a = nn.Parameter(torch.empty(1, 1, D))
+        self.reset_fresh_parameters()
+
+    def reset_fresh_parameters(self) -> None:
+        super().reset_fresh_parameters()
+        D = self.num_heads * self.head_dim
+        channel = torch.arange(D) / max(1, D - 1)
+        depth = depth_fraction(self.config, self.layer_idx)
+        with torch.no_grad():
+            self.w0.copy_(-7 + 5 * channel ** (0.85 + math.sqrt(depth)) + 0.5)
+            self.a0.zero_()
+            pairs = [(self.w1, self.w2), (self.a1, self.a2)]
+            if not self.is_first_value_layer:
+                self.v0.fill_(1.0)
+                pairs.append((self.v1, self.v2))
+            for first, second in pairs:
+                first.zero_()
+                second.copy_(orthogonal(*second.shape, gain=0.1))
+            if not self.config.balance_state:
+                self.k_k.fill_(0.85)
+                self.k_a.fill_(1.0)
+
+    def forward(self, x: torch.Tensor, state: RecurrentState | None, v_first, shared: SharedInputs):
+        """See contracts.TimeMixer."""
+        r, k, v = self.receptance_key_value(x, x, x, shared)
+        a = self.heads(torch.sigmoid(self.a0 + (x @ self.a1) @ self.a2))
+        decay = self.w0.float() + (torch.tanh(x @ self.w1) @ self.w2).float()
+        log_w = self.heads(MIN_LOG_DECAY * torch.sigmoid(decay))
+        if self.is_first_value_layer:
+            v_first = v
+        else:
+            v = v + (v_first - v) * self.heads(torch.sigmoid(self.v0 + (x @ self.v1) @ self.v2))
+        kappa, k = self._removal_and_key(k, a, log_w)
+        mask = shared.token_mask
+        out, wkv = rwkv7(
+            r,
+            zero_at_padding(log_w, mask),
+            k,
+            zero_at_padding(v, mask),
+            kappa,
+            zero_at_padding(a, mask),
+            None if state is None else state.wkv,
+        )
+        scale = self.head_dim**-0.5 if self.config.balance_state else 1.0
+        return self.output(out * scale, x), RecurrentState(wkv), v_first
+
+    def _removal_and_key(self, k: torch.Tensor, a: torch.Tensor, log_w: torch.Tensor):
+        """Unit removal keys kappa and the keys that are written, both [B, T, H, N]."""
+        k = k.float()
+        if self.config.balance_state:
+            return F.normalize(k, dim=-1), k * (1 - log_w.exp() + a)
+        k_k, k_a = self.heads(self.k_k.float()), self.heads(self.k_a.float())
+        return F.normalize(k * k_k, dim=-1), k * (1 + (a - 1) * k_a)

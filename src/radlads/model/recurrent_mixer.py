@@ -1,0 +1,78 @@
+"""What RAD-RWKV6 and RAD-RWKV7 have in common: the teacher's four projections, the gate, the output norm.
+
+Shape letters: B batch, T tokens, C hidden size, D = H * N, H heads, N head size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .configuration import RadladsConfig
+from .contracts import SharedInputs
+from .layers import apply_rope, orthogonal, repeat_heads
+
+
+class RecurrentMixer(nn.Module):
+    """Base of the recurrent time mixers. Subclasses add the recurrence; `reset_fresh_parameters` sets what the
+    teacher does not provide so that the mixer starts (almost) without effect."""
+
+    def __init__(self, config: RadladsConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.groups = config.num_attention_heads // config.num_key_value_heads
+        C, D, D_kv = config.hidden_size, self.num_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(C, D, bias=config.attention_bias)
+        self.k_proj = nn.Linear(C, D_kv, bias=config.attention_bias)
+        self.v_proj = nn.Linear(C, D_kv, bias=config.attention_bias)
+        self.o_proj = nn.Linear(D, C, bias=False)
+        if config.gate_rank_type == 1:
+            self.gate = nn.Linear(C, D, bias=False)
+        elif config.gate_rank_type == 2:
+            self.g1 = nn.Parameter(torch.empty(C, config.lora_rank_gate))
+            self.g2 = nn.Parameter(torch.empty(config.lora_rank_gate, D))
+        if config.groupnorm_att:
+            self.ln_x = nn.GroupNorm(self.num_heads, D, eps=self.head_dim * 1e-5)
+
+    def reset_fresh_parameters(self) -> None:
+        """Set the gate and the output norm to their initial values; the projections come from the teacher."""
+        with torch.no_grad():
+            if self.config.gate_rank_type == 1:
+                self.gate.weight.zero_()
+            elif self.config.gate_rank_type == 2:
+                self.g1.zero_()
+                self.g2.copy_(orthogonal(*self.g2.shape, gain=0.1))
+            if self.config.groupnorm_att:
+                self.ln_x.reset_parameters()
+
+    def heads(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """[B, T, heads * N] as [B, T, heads, N]."""
+        return x_BTD.unflatten(-1, (-1, self.head_dim))
+
+    def receptance_key_value(self, x_r, x_k, x_v, shared: SharedInputs):
+        """Receptance, key and value [B, T, H, N]: projected, rotated (use_rope) and repeated over GQA groups."""
+        r, k, v = self.heads(self.q_proj(x_r)), self.heads(self.k_proj(x_k)), self.heads(self.v_proj(x_v))
+        if self.config.use_rope:
+            r, k = apply_rope(r, shared.cos, shared.sin), apply_rope(k, shared.cos, shared.sin)
+        return r, repeat_heads(k, self.groups), repeat_heads(v, self.groups)
+
+    def output(self, o_BTHN: torch.Tensor, x_g: torch.Tensor) -> torch.Tensor:
+        """Norm (groupnorm_att), gate from x_g [B, T, C] (gate_rank_type) and project the heads' outputs."""
+        o_BTD = o_BTHN.flatten(2)
+        if self.config.groupnorm_att:
+            o_BTD = self._group_norm(o_BTD)
+        if self.config.gate_rank_type == 1:
+            o_BTD = o_BTD * torch.sigmoid(self.gate(x_g))
+        elif self.config.gate_rank_type == 2:
+            o_BTD = o_BTD * (torch.sigmoid(x_g @ self.g1) @ self.g2)
+        return self.o_proj(o_BTD)
+
+    def _group_norm(self, o_BTD: torch.Tensor) -> torch.Tensor:
+        norm = self.ln_x
+        normed = F.group_norm(o_BTD.flatten(0, 1).float(), self.num_heads, norm.weight.float(), norm.bias.float(), norm.eps)
+        return normed.view_as(o_BTD).to(o_BTD.dtype)
+
+
+def zero_at_padding(x_BTHN: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
+    """x where token_mask [B, T] is True, 0 elsewhere."""
+    return x_BTHN if token_mask is None else x_BTHN * token_mask[:, :, None, None].to(x_BTHN.dtype)
