@@ -1,1 +1,1 @@
-"""The one model definition: teacher and student, training, inference and export. Flat and closed (docs/architecture.md)."""
+"""The one model definition, for teacher and student, training and export. Flat and closed (docs/architecture.md)."""

@@ -89,7 +89,11 @@ class KeyValueView:
 
 
 class RadladsCache(DynamicCache):
-    """The states of every layer, and each row's next position, which differs from the length where there is padding."""
+    """The states of every layer, and what each row's padding did to its positions.
+
+    next_positions: [B], the position of each row's next token, which differs from the length where there was padding.
+    padding_mask: [B, S], False at padding; None where nothing was padded or no layer keeps separate tokens.
+    """
 
     def __init__(self, config: RadladsConfig):
         layers = [
@@ -97,6 +101,7 @@ class RadladsCache(DynamicCache):
         ]
         Cache.__init__(self, layers=layers)
         self.next_positions: torch.Tensor | None = None
+        self.padding_mask: torch.Tensor | None = None
 
     def load(self, layer_idx: int):
         """The state to give to a layer's mixer."""
@@ -117,22 +122,24 @@ class RadladsCache(DynamicCache):
             total += sum(x.numel() * x.element_size() for x in held or () if x is not None)
         return total
 
-    def _change_positions(self, change) -> None:
+    def _change_rows(self, change) -> None:
         if self.next_positions is not None:
             self.next_positions = change(self.next_positions)
+        if self.padding_mask is not None:
+            self.padding_mask = change(self.padding_mask)
 
     def reset(self) -> None:
         super().reset()
-        self.next_positions = None
+        self.next_positions = self.padding_mask = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
-        self._change_positions(lambda x: x[beam_idx.to(x.device)])
+        self._change_rows(lambda x: x[beam_idx.to(x.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        self._change_positions(lambda x: x.repeat_interleave(repeats))
+        self._change_rows(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
-        self._change_positions(lambda x: x[indices.to(x.device)])
+        self._change_rows(lambda x: x[indices.to(x.device)])

@@ -7,7 +7,7 @@ from transformers.configuration_utils import PreTrainedConfig
 FULL_ATTENTION_MIXERS = ("qwen2",)
 MIXER_ALIASES = {"qwerky6": "rad_rwkv6", "qwerky7": "rad_rwkv7"}
 
-# rank = max(1, round(C^exponent * multiplier / 32)) * 32, from the released training code
+# (multiplier, exponent) of rank = max(1, round(C^exponent * multiplier / 32)) * 32, from the released training code
 LOW_RANK_RULES = {
     "tokenshift": (1.8, 0.5),
     "decay": (1.8, 0.5),
@@ -73,13 +73,15 @@ class RadladsConfig(PreTrainedConfig):
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
         if self.gate_rank_type not in (0, 1, 2):
-            raise ValueError(f"gate_rank_type must be 0 (none), 1 (full rank) or 2 (low rank), not {self.gate_rank_type}")
+            raise ValueError(
+                f"gate_rank_type must be 0 (none), 1 (full rank) or 2 (low rank), not {self.gate_rank_type}"
+            )
         self.layer_types = [
             "full_attention" if name in FULL_ATTENTION_MIXERS else "linear_attention" for name in self.time_mixers
         ]
-        for kind, (exponent, multiplier) in LOW_RANK_RULES.items():
+        for kind, (multiplier, exponent) in LOW_RANK_RULES.items():
             if not getattr(self, f"lora_rank_{kind}"):
-                setattr(self, f"lora_rank_{kind}", low_rank(self.hidden_size, exponent, multiplier))
+                setattr(self, f"lora_rank_{kind}", low_rank(self.hidden_size, multiplier, exponent))
         if self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": self.rope_theta}
         self.rope_theta = self.rope_parameters.get("rope_theta", self.rope_theta)
@@ -96,7 +98,7 @@ class RadladsConfig(PreTrainedConfig):
         return [layer for layer, kind in enumerate(self.layer_types) if kind == "linear_attention"]
 
 
-def low_rank(hidden_size: int, exponent: float, multiplier: float) -> int:
+def low_rank(hidden_size: int, multiplier: float, exponent: float) -> int:
     """A low rank that grows with the hidden size, a multiple of 32."""
     return max(1, round(hidden_size**exponent * multiplier / 32)) * 32
 

@@ -37,9 +37,9 @@ class TimeMixer(Protocol):
     """Mixes information along time. Built as `Mixer(config, layer_idx)`.
 
     Called with x [B, T, C] (T >= 1, normed, zero at padding), the state carried so far (None: start of a sequence),
-    v_first [B, T, H, N] (the first RAD-RWKV7 layer's values, None before it) and the shared inputs. Returns y [B, T, C],
-    the state after the last token, and v_first for the next layer. Splitting a sequence anywhere and carrying the
-    state changes nothing but rounding; a padded position leaves the state as it was.
+    v_first [B, T, H, N] (the first RAD-RWKV7 layer's values, None before it) and the shared inputs. Returns y
+    [B, T, C], the state after the last token, and v_first for the next layer. Splitting a sequence anywhere and
+    carrying the state changes nothing but rounding; a padded position leaves the state as it was.
     """
 
     def __call__(

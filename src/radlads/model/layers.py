@@ -56,8 +56,3 @@ def token_shift(x: torch.Tensor, last: torch.Tensor | None, token_mask: torch.Te
     newest = F.pad(newest, (1, 0))  # index into history of the newest real token up to each position
     looked_up = history.gather(1, newest.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
     return looked_up[:, :-1], looked_up[:, -1]
-
-
-def orthogonal(rows: int, columns: int, gain: float) -> torch.Tensor:
-    """A (semi-)orthogonal fp32 matrix times `gain`."""
-    return nn.init.orthogonal_(torch.empty(rows, columns), gain=gain)

@@ -42,7 +42,7 @@ class Block(GradientCheckpointingLayer):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden, v_first, shared: SharedInputs, past_key_values: RadladsCache | None = None):
-        """hidden [B, T, C] and v_first to the same after this block. Positional tensors: checkpointing needs them so."""
+        """hidden [B, T, C] and v_first to the same after this block. Tensors are positional for checkpointing."""
         hidden, v_first, _, _ = self.tapped(hidden, v_first, shared, past_key_values)
         return hidden, v_first
 
@@ -101,8 +101,9 @@ class RadladsModel(RadladsPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Hidden states [B, T, C] after the final norm, and the cache if one was given or asked for.
 
-        attention_mask: [B, S] (S: cached + new tokens) or [B, T], 0 at padding. position_ids default to counting real
-        tokens. Raises ValueError for an empty sequence, a foreign cache class or another batch size than the cache's.
+        attention_mask: [B, S] (S: cached + new tokens) or [B, T] (the new ones; the cache knows the earlier), 0 at
+        padding. position_ids default to counting real tokens. Raises ValueError for an empty sequence, a foreign cache
+        class or another batch size than the cache's.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
@@ -133,38 +134,42 @@ class RadladsModel(RadladsPreTrainedModel):
         """Masks and RoPE tables for these new tokens; advances the cache's positions."""
         B, T, _ = hidden.shape
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        token_mask = None
-        if attention_mask is not None:
-            attention_mask = self._checked_mask(attention_mask, past, B, T)
-            if not bool(attention_mask.all()):
-                token_mask = attention_mask[:, -T:]
+        earlier = None if past_key_values is None else past_key_values.padding_mask
+        padded = self._padding_mask(attention_mask, earlier, past, hidden)
+        token_mask = None if padded is None or bool(padded[:, -T:].all()) else padded[:, -T:]
         if position_ids is None:
-            position_ids = self._positions(attention_mask, past_key_values, past, hidden)
+            position_ids = self._positions(token_mask, past_key_values, past, hidden)
         if past_key_values is not None:
             past_key_values.next_positions = (position_ids[:, -1] + 1).expand(B).clone()
-        padded = attention_mask if attention_mask is not None and not bool(attention_mask.all()) else None
+            past_key_values.padding_mask = padded if "full_attention" in self.config.layer_types else None
         cos, sin = rope_tables(self.config, position_ids)
-        if token_mask is not None and bool(token_mask.all()):
-            token_mask = None
         return SharedInputs(cos, sin, token_mask, self._softmax_mask(padded, past, T, hidden.device))
 
-    def _checked_mask(self, attention_mask: torch.Tensor, past: int, B: int, T: int) -> torch.Tensor:
+    def _padding_mask(self, attention_mask, earlier, past: int, hidden) -> torch.Tensor | None:
+        """Boolean [B, S], False at padding; None where nothing is padded. `earlier`: the cached tokens' mask."""
+        B, T, _ = hidden.shape
+        if attention_mask is None:
+            if earlier is None:
+                return None
+            attention_mask = earlier.new_ones(B, T)
         if attention_mask.ndim != 2 or attention_mask.shape[0] != B:
             raise ValueError(f"attention_mask must be [batch, tokens], not {tuple(attention_mask.shape)}")
         mask = attention_mask.bool()
         if mask.shape[1] == T and past:
-            mask = torch.cat([mask.new_ones(B, past), mask], dim=1)
+            mask = torch.cat([mask.new_ones(B, past) if earlier is None else earlier, mask], dim=1)
         if mask.shape[1] != past + T:
-            raise ValueError(f"attention_mask covers {mask.shape[1]} tokens, but there are {past} cached and {T} new ones")
-        return mask
+            raise ValueError(
+                f"attention_mask covers {mask.shape[1]} tokens, but there are {past} cached and {T} new ones"
+            )
+        return None if bool(mask.all()) else mask
 
-    def _positions(self, attention_mask, past_key_values, past: int, hidden) -> torch.LongTensor:
-        """Positions [B or 1, T] that count real tokens only, continuing the cache's."""
+    def _positions(self, token_mask, past_key_values, past: int, hidden) -> torch.LongTensor:
+        """Positions [B or 1, T] that count real tokens only, continuing the cache's; a pad has the last token's."""
         T, device = hidden.shape[1], hidden.device
-        if attention_mask is None:
+        if token_mask is None:
             steps = torch.arange(T, device=device).unsqueeze(0)
         else:
-            steps = (attention_mask[:, -T:].long().cumsum(-1) - 1).clamp(min=0)
+            steps = token_mask.long().cumsum(-1) - 1
         if past and past_key_values.next_positions is not None:
             return steps + past_key_values.next_positions.unsqueeze(1).to(device)
         return steps + past
@@ -179,7 +184,7 @@ class RadladsModel(RadladsPreTrainedModel):
             return causal[None, None]
         # A padded query sees itself, so that no row is empty (its output is never used)
         itself = queries[:, None] == torch.arange(past + T, device=device)[None, :]
-        return ((causal & padded[:, None, None, :]) | itself)
+        return (causal & padded[:, None, None, :]) | itself
 
 
 class RadladsForCausalLM(RadladsPreTrainedModel, GenerationMixin):

@@ -5,6 +5,7 @@ Shape letters: B batch, T tokens, C hidden size, D = H * N, H heads, N head size
 
 import torch
 from torch import nn
+from transformers import initialization as init
 
 from .configuration import RadladsConfig, depth_fraction
 from .contracts import RecurrentState, SharedInputs
@@ -37,16 +38,15 @@ class RadRwkv6(RecurrentMixer):
         D = self.num_heads * self.head_dim
         channel = torch.arange(D) / max(1, D - 1)
         depth = depth_fraction(self.config, self.layer_idx)
-        with torch.no_grad():
-            self.time_decay.copy_(-6 + 5 * channel ** (0.7 + 1.3 * depth))
-            self.time_decay_w1.zero_()
-            self.time_decay_w2.uniform_(-0.01, 0.01)
-            if self.config.use_tokenshift:
-                self.time_maa_x.fill_(1.0)
-                for name in SHIFTED:
-                    getattr(self, f"time_maa_{name}").zero_()
-                self.time_maa_w1.zero_()
-                self.time_maa_w2.uniform_(-0.01, 0.01)
+        init.copy_(self.time_decay, -6 + 5 * channel ** (0.7 + 1.3 * depth))
+        init.zeros_(self.time_decay_w1)
+        init.uniform_(self.time_decay_w2, -0.01, 0.01)
+        if self.config.use_tokenshift:
+            init.ones_(self.time_maa_x)
+            for name in SHIFTED:
+                init.zeros_(getattr(self, f"time_maa_{name}"))
+            init.zeros_(self.time_maa_w1)
+            init.uniform_(self.time_maa_w2, -0.01, 0.01)
 
     def forward(self, x: torch.Tensor, state: RecurrentState | None, v_first, shared: SharedInputs):
         """See contracts.TimeMixer."""

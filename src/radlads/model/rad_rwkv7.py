@@ -10,10 +10,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import initialization as init
 
 from .configuration import RadladsConfig, depth_fraction
 from .contracts import RecurrentState, SharedInputs
-from .layers import orthogonal
 from .recurrence import rwkv7
 from .recurrent_mixer import RecurrentMixer, zero_at_padding
 
@@ -47,19 +47,18 @@ class RadRwkv7(RecurrentMixer):
         D = self.num_heads * self.head_dim
         channel = torch.arange(D) / max(1, D - 1)
         depth = depth_fraction(self.config, self.layer_idx)
-        with torch.no_grad():
-            self.w0.copy_(-7 + 5 * channel ** (0.85 + math.sqrt(depth)) + 0.5)
-            self.a0.zero_()
-            pairs = [(self.w1, self.w2), (self.a1, self.a2)]
-            if not self.is_first_value_layer:
-                self.v0.fill_(1.0)
-                pairs.append((self.v1, self.v2))
-            for first, second in pairs:
-                first.zero_()
-                second.copy_(orthogonal(*second.shape, gain=0.1))
-            if not self.config.balance_state:
-                self.k_k.fill_(0.85)
-                self.k_a.fill_(1.0)
+        init.copy_(self.w0, -7 + 5 * channel ** (0.85 + math.sqrt(depth)) + 0.5)
+        init.zeros_(self.a0)
+        pairs = [(self.w1, self.w2), (self.a1, self.a2)]
+        if not self.is_first_value_layer:
+            init.ones_(self.v0)
+            pairs.append((self.v1, self.v2))
+        for first, second in pairs:
+            init.zeros_(first)
+            init.orthogonal_(second, gain=0.1)
+        if not self.config.balance_state:
+            init.constant_(self.k_k, 0.85)
+            init.ones_(self.k_a)
 
     def forward(self, x: torch.Tensor, state: RecurrentState | None, v_first, shared: SharedInputs):
         """See contracts.TimeMixer."""

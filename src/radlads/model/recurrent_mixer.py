@@ -6,10 +6,11 @@ Shape letters: B batch, T tokens, C hidden size, D = H * N, H heads, N head size
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import initialization as init
 
 from .configuration import RadladsConfig
 from .contracts import SharedInputs
-from .layers import apply_rope, orthogonal, repeat_heads
+from .layers import apply_rope, repeat_heads
 
 
 class RecurrentMixer(nn.Module):
@@ -35,15 +36,18 @@ class RecurrentMixer(nn.Module):
             self.ln_x = nn.GroupNorm(self.num_heads, D, eps=self.head_dim * 1e-5)
 
     def reset_fresh_parameters(self) -> None:
-        """Set the gate and the output norm to their initial values; the projections come from the teacher."""
-        with torch.no_grad():
-            if self.config.gate_rank_type == 1:
-                self.gate.weight.zero_()
-            elif self.config.gate_rank_type == 2:
-                self.g1.zero_()
-                self.g2.copy_(orthogonal(*self.g2.shape, gain=0.1))
-            if self.config.groupnorm_att:
-                self.ln_x.reset_parameters()
+        """Set the gate and the output norm to their initial values; the projections come from the teacher.
+
+        Through transformers' initialisers, which leave a tensor alone that was read from a checkpoint.
+        """
+        if self.config.gate_rank_type == 1:
+            init.zeros_(self.gate.weight)
+        elif self.config.gate_rank_type == 2:
+            init.zeros_(self.g1)
+            init.orthogonal_(self.g2, gain=0.1)
+        if self.config.groupnorm_att:
+            init.ones_(self.ln_x.weight)
+            init.zeros_(self.ln_x.bias)
 
     def heads(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """[B, T, heads * N] as [B, T, heads, N]."""
@@ -69,7 +73,9 @@ class RecurrentMixer(nn.Module):
 
     def _group_norm(self, o_BTD: torch.Tensor) -> torch.Tensor:
         norm = self.ln_x
-        normed = F.group_norm(o_BTD.flatten(0, 1).float(), self.num_heads, norm.weight.float(), norm.bias.float(), norm.eps)
+        normed = F.group_norm(
+            o_BTD.flatten(0, 1).float(), self.num_heads, norm.weight.float(), norm.bias.float(), norm.eps
+        )
         return normed.view_as(o_BTD).to(o_BTD.dtype)
 
 

@@ -1,0 +1,58 @@
+"""Files and folders that exist under their final name only when they are complete."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name, sync it and rename it."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def partial_name(target: Path) -> Path:
+    """The name a folder bears until it is finished."""
+    return target.with_name(f"{target.name}.partial")
+
+
+@contextmanager
+def unfinished_folder(target: Path) -> Iterator[Path]:
+    """Give a new folder `NAME.partial` to fill; at the end sync its files and rename it to `target`.
+
+    After an exception the partial folder stays, for a look at what went wrong; `target` never exists half-written.
+    Raises ValueError if `target` exists. An older partial folder is removed first.
+    """
+    if target.exists():
+        raise ValueError(f"{target} exists already: remove it or choose another folder")
+    partial = partial_name(target)
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    yield partial
+    for path in partial.rglob("*"):
+        if path.is_file():
+            _sync(path)
+    _sync(partial)
+    os.replace(partial, target)
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,123 @@
+"""A teacher as it comes: a Hugging Face folder, or a hub name that is fetched into one."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from tokenizers import Tokenizer
+
+from radlads.checkpoint.model_folder import read_config
+from radlads.checkpoint.weights import SafetensorsFolder
+from radlads.model.configuration import RadladsConfig
+
+SUPPORTED_ARCHITECTURES = ("Qwen2ForCausalLM",)
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
+
+
+@dataclass(frozen=True)
+class TeacherSource:
+    """A teacher on disk: `config` describes it as a stack of qwen2 mixers, `weights` are its tensors by name."""
+
+    folder: Path
+    config: RadladsConfig
+    weights: SafetensorsFolder
+
+
+def open_teacher(path_or_name: str | Path) -> TeacherSource:
+    """Open a teacher's folder, or fetch one by hub name (`owner/name`).
+
+    Raises ValueError if there is no such folder or hub entry, it is of another architecture, uses a feature we lack
+    (sliding windows, scaled RoPE, another activation), or has no readable safetensors weights.
+    """
+    folder = locate(path_or_name)
+    config = teacher_config(read_config(folder, *SUPPORTED_ARCHITECTURES), folder)
+    return TeacherSource(folder, config, SafetensorsFolder(folder))
+
+
+def locate(path_or_name: str | Path) -> Path:
+    """The local folder of a path or hub name. Raises ValueError if there is neither."""
+    path = Path(path_or_name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ValueError(f"{path} is a file: give the folder that holds config.json and the safetensors weights")
+    if str(path_or_name).count("/") != 1 or str(path_or_name).startswith((".", "/", "~")):
+        raise ValueError(f"{path_or_name} is neither a folder nor a hub name such as Qwen/Qwen2.5-0.5B-Instruct")
+    try:
+        return Path(snapshot_download(str(path_or_name), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path_or_name} is no local folder and could not be fetched from the hub: {reason}") from error
+
+
+def teacher_config(values: dict, folder: Path) -> RadladsConfig:
+    """A Qwen2 config.json as our configuration with softmax mixers everywhere."""
+    if values.get("use_sliding_window"):
+        raise ValueError(f"{folder} uses sliding-window attention, which is not supported: choose a full-attention teacher")
+    if values.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"{folder} uses the activation {values['hidden_act']!r}: only silu is supported")
+    rope = values.get("rope_parameters") or {"rope_theta": values.get("rope_theta", 10000.0)}
+    scaling = values.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind != "default":
+        raise ValueError(f"{folder} scales RoPE by {kind!r}, which is not supported: remove rope_scaling from config.json")
+    sizes = {name: values[name] for name in _SIZES if values.get(name) is not None}
+    missing = [name for name in _SIZES[:5] if name not in sizes]
+    if missing:
+        raise ValueError(f"{folder}/config.json lacks {', '.join(missing)}")
+    return RadladsConfig(
+        **sizes,
+        rope_parameters={"rope_type": "default", "rope_theta": float(rope["rope_theta"])},
+        time_mixers=["qwen2"] * sizes["num_hidden_layers"],
+    )
+
+
+def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
+    """The folder's tokenizer. Raises ValueError if it is missing, unreadable, or has ids beyond `vocab_size`."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no tokenizer.json: copy the teacher's tokenizer files into it")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing more specific
+        raise ValueError(f"{path} is not a readable tokenizer: copy it anew") from error
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    if largest >= vocab_size:
+        raise ValueError(
+            f"{path} has a token with id {largest}, but the model's vocabulary ends at {vocab_size - 1}: "
+            "the tokenizer belongs to another model"
+        )
+    return tokenizer
+
+
+def end_of_text_id(folder: Path, tokenizer: Tokenizer) -> int:
+    """The id that ends a document: the tokenizer's eos_token, else the configuration's eos_token_id."""
+    token = _json(folder / "tokenizer_config.json").get("eos_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    if token is not None and tokenizer.token_to_id(token) is not None:
+        return tokenizer.token_to_id(token)
+    ids = _json(folder / "config.json").get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [ids]
+    if ids[0] is None:
+        raise ValueError(f"{folder} names no end-of-text token: set eos_token_id in its config.json")
+    return ids[0]
+
+
+def _json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

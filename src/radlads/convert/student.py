@@ -1,0 +1,79 @@
+"""Building the two models of a conversion: the frozen teacher, and the student as setup leaves it."""
+
+from collections import Counter
+
+import torch
+
+from radlads.config.schema import ModelConfig
+from radlads.convert.hf_source import TeacherSource
+from radlads.convert.weight_map import transfer
+from radlads.model.configuration import RadladsConfig
+from radlads.model.modeling import RadladsForCausalLM
+
+
+def build_teacher(source: TeacherSource, *, dtype: torch.dtype = torch.float32) -> RadladsForCausalLM:
+    """The teacher with its weights, frozen and in evaluation mode."""
+    teacher = RadladsForCausalLM(source.config).to(dtype)
+    transfer(source.weights, teacher, source.folder)
+    return teacher.eval().requires_grad_(False)
+
+
+def build_student(source: TeacherSource, model: ModelConfig) -> tuple[RadladsForCausalLM, Counter]:
+    """The student with the teacher's weights and fresh mixer parameters (fp32), and the transfer's row counts.
+
+    Fresh parameters are drawn from torch's global random state: seed it for a repeatable student. A tied teacher's
+    head is untied, because the student's head is trained on its own.
+    """
+    student = RadladsForCausalLM(student_config(source.config, model))
+    return student, transfer(source.weights, student, source.folder, reinit_att=bool(model.reinit_att))
+
+
+def student_config(teacher: RadladsConfig, model: ModelConfig) -> RadladsConfig:
+    """The teacher's configuration with the mixers and switches that `model` names.
+
+    The last n * (1 / inv_other_layer_ratio) layers take tmix2 and cmix2, the last preserve_last_n_layers softmax.
+    Raises ValueError if more layers are to be preserved than there are.
+    """
+    layers = teacher.num_hidden_layers
+    if model.preserve_last_n_layers > layers:
+        raise ValueError(f"model.preserve_last_n_layers is {model.preserve_last_n_layers}, but there are {layers} layers")
+    return RadladsConfig(
+        **{name: getattr(teacher, name) for name in _INHERITED},
+        tie_word_embeddings=False,
+        rope_parameters=dict(teacher.rope_parameters),
+        time_mixers=_per_layer(model.tmix, model.tmix2 or "qwen2", "qwen2", layers, model),
+        channel_mixers=_per_layer(model.cmix or "swiglu", model.cmix2 or model.cmix or "swiglu", "swiglu", layers, model),
+        use_rope=bool(model.use_pos_emb),
+        gate_rank_type=model.gate_rank_type,
+        balance_state=bool(model.balance_state),
+        groupnorm_att=bool(model.groupnorm_att),
+        use_tokenshift=bool(model.use_tokenshift),
+        lora_rank_tokenshift=model.lora_rank_tokenshift,
+        lora_rank_decay=model.lora_rank_decay,
+        lora_rank_iclr=model.lora_rank_iclr,
+        lora_rank_value_residual_mix=model.lora_rank_value_residual_mix,
+        lora_rank_gate=model.lora_rank_gate,
+    )
+
+
+_INHERITED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "attention_bias",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
+
+
+def _per_layer(first: str, second: str, preserved: str, layers: int, model: ModelConfig) -> list[str]:
+    ratio, kept = model.inv_other_layer_ratio, layers - model.preserve_last_n_layers
+    switch = layers * (ratio - 1) / ratio if ratio > 1 else layers
+    return [preserved if layer >= kept else second if layer >= switch else first for layer in range(layers)]

@@ -1,0 +1,94 @@
+"""Where every weight comes from and goes to: a table with one row per teacher tensor and student parameter."""
+
+import fnmatch
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from radlads.checkpoint.weights import copy_checked
+from radlads.model.configuration import RadladsConfig
+
+Action = Literal["copy", "transform", "fresh", "drop"]
+
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+FRESH_PARAMETERS = {
+    "qwen2": (),
+    "rad_rwkv6": ("time_maa_*", "time_decay*", "gate.weight", "g1", "g2", "ln_x.*"),
+    "rad_rwkv7": ("w[012]", "a[012]", "v[012]", "k_[ka]", "gate.weight", "g1", "g2", "ln_x.*"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One weight's way. copy: teacher to student as it is. transform: the same tensor in a second role (an untied head).
+    fresh: the student's own initial value (teacher None). drop: not used by the student (student None)."""
+
+    action: Action
+    teacher: str | None
+    student: str | None
+
+
+def table(teacher_names: set[str], student_names: set[str], config: RadladsConfig, *, reinit_att: bool) -> list[Row]:
+    """The rows for these names; every name of either side stands in exactly one row (as a copy's or fresh target, or
+    as a copy's or drop's source). Raises ValueError that names what has no row.
+
+    reinit_att: the recurrent mixers keep their random projections (an ablation of the paper).
+    """
+    rows = [_row(name, teacher_names, config, reinit_att=reinit_att) for name in sorted(student_names)]
+    used = {row.teacher for row in rows}
+    rows += [Row("drop", name, None) for name in sorted(teacher_names - used) if _may_drop(name, config, reinit_att)]
+    if left := sorted(teacher_names - {row.teacher for row in rows}):
+        raise ValueError(f"the teacher's {left[0]} ({len(left)} such) has no place in the student: is it a supported model?")
+    return rows
+
+
+def transfer(
+    weights: Mapping[str, torch.Tensor], student: torch.nn.Module, origin: object, *, reinit_att: bool = False
+) -> Counter[Action]:
+    """Move the teacher's weights into the student by the table; return how many rows there were of each action.
+
+    Raises ValueError for a tensor that is missing, left over, of another shape, or not finite.
+    """
+    parameters = dict(student.named_parameters())
+    rows = table(set(weights), set(parameters), student.config, reinit_att=reinit_att)
+    for row in rows:
+        if row.teacher is not None and row.student is not None:
+            copy_checked(parameters[row.student], weights[row.teacher], row.teacher, str(origin))
+    return Counter(row.action for row in rows)
+
+
+def _row(name: str, teacher_names: set[str], config: RadladsConfig, *, reinit_att: bool) -> Row:
+    layer, part = _split_mixer_name(name)
+    if layer is not None:
+        mixer = config.time_mixers[layer]
+        projection = part.split(".")[0] in _PROJECTIONS
+        own = not projection and (mixer not in FRESH_PARAMETERS or _matches(part, FRESH_PARAMETERS[mixer]))
+        if own or (projection and reinit_att and mixer != "qwen2"):
+            return Row("fresh", None, name)
+    if name in teacher_names:
+        return Row("copy", name, name)
+    if name == "lm_head.weight" and "model.embed_tokens.weight" in teacher_names:
+        return Row("transform", "model.embed_tokens.weight", name)
+    raise ValueError(f"the teacher has no {name}: its weights are incomplete, or it is not a supported model")
+
+
+def _may_drop(name: str, config: RadladsConfig, reinit_att: bool) -> bool:
+    layer, part = _split_mixer_name(name)
+    if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings):
+        return True
+    return reinit_att and layer is not None and part.split(".")[0] in _PROJECTIONS
+
+
+def _split_mixer_name(name: str) -> tuple[int | None, str]:
+    """('model.layers.3.self_attn.q_proj.weight') -> (3, 'q_proj.weight'); (None, '') for what is not in a mixer."""
+    words = name.split(".")
+    if len(words) > 4 and words[1] == "layers" and words[3] == "self_attn":
+        return int(words[2]), ".".join(words[4:])
+    return None, ""
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,0 +1,64 @@
+"""What a stage is: which parameters train, what it needs of the teacher, and its loss, part by part."""
+
+import fnmatch
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+from radlads.model.modeling import RadladsForCausalLM
+
+Trainable = Literal["mixer", "decay", "all"]
+_DECAY_AND_SHIFT = ("w[012]", "time_decay*", "time_maa_*")
+
+
+@dataclass(frozen=True)
+class LossPart:
+    """One term of a stage's loss over a batch.
+
+    objective: scalar to run backward on, a sum over tokens. sum: its value, detached. count: what to divide sums by.
+    The stage's loss is the sum of all parts' sums over the sum of all parts' counts, over any number of batches.
+    """
+
+    name: str
+    objective: torch.Tensor
+    sum: torch.Tensor
+    count: int
+
+
+class Stage(Protocol):
+    """A training stage."""
+
+    name: str
+    needs_teacher: bool
+    trainable: Trainable
+
+    def parts(
+        self, student: RadladsForCausalLM, teacher: RadladsForCausalLM | None, tokens: torch.LongTensor
+    ) -> Iterator[LossPart]:
+        """Yield the loss of tokens [B, T + 1] part by part.
+
+        When training, run backward on each part's objective before asking for the next: it frees that part's graph,
+        and a later part may build on the gradients.
+        """
+        ...
+
+
+def is_trainable(name: str, student: RadladsForCausalLM, trainable: Trainable) -> bool:
+    """Whether the student's parameter of that name trains.
+
+    mixer: the recurrent layers' time mixers. decay: decay and token-shift parameters alone. all: everything.
+    """
+    if trainable == "all":
+        return True
+    if not is_mixer_parameter(name, student):
+        return False
+    own_name = name.split(".", 4)[4]
+    return trainable == "mixer" or any(fnmatch.fnmatchcase(own_name, pattern) for pattern in _DECAY_AND_SHIFT)
+
+
+def is_mixer_parameter(name: str, student: RadladsForCausalLM) -> bool:
+    """Whether the parameter belongs to a recurrent layer's time mixer."""
+    words = name.split(".")
+    return len(words) > 4 and words[3] == "self_attn" and int(words[2]) in student.config.recurrent_layers

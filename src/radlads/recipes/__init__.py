@@ -1,0 +1,1 @@
+"""Whole conversions: setup, stages, measurements, export, report."""

@@ -1,0 +1,247 @@
+"""A whole conversion in one folder: setup, align, distill, extend, measurements, export and report."""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tokenizers import Tokenizer
+from torch.utils.data import DataLoader
+
+from radlads.checkpoint.atomic import partial_name, write_text
+from radlads.checkpoint.hf_export import export
+from radlads.checkpoint.manifest import MANIFEST, read_manifest, versions, weights_hash
+from radlads.checkpoint.model_folder import load_model
+from radlads.config.load import dump_config, load_config
+from radlads.config.schema import Config
+from radlads.convert.hf_source import TeacherSource, end_of_text_id, load_tokenizer, open_teacher
+from radlads.convert.student import build_student, build_teacher
+from radlads.data.binidx import BinIdxReader
+from radlads.data.build import build_binidx
+from radlads.data.loader import HeldoutWindows
+from radlads.data.python_text import Split, iter_documents
+from radlads.distill.heldout import Heldout, measure
+from radlads.inference.generate import Sampling, decode_ms, stream_text
+from radlads.model.configuration import state_bytes
+from radlads.model.modeling import RadladsForCausalLM
+from radlads.recipes.reload_check import reload_max_abs_diff
+from radlads.recipes.report import write_report
+from radlads.train.callbacks import Console
+from radlads.train.fit import recipe_hash, run_stage
+
+Variant = Literal["balanced", "group_norm"]
+
+STAGES = ("align", "distill", "extend")
+SUMMARY = "summary.json"
+HELDOUT_TOKENS = 65536
+HELDOUT_CONTEXT = 512
+MEMORY_CONTEXTS = (1024, 8192, 65536)
+DECODE_POSITIONS = (100, 8000)
+PROMPT = "def read_lines(path):\n"
+_ASSETS = files("radlads") / "assets"
+BUNDLED_TEACHER = Path(str(_ASSETS / "teacher"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What to convert into what, and where. overrides: dotted configuration keys for all stages."""
+
+    teacher: str | Path = BUNDLED_TEACHER
+    mixer: str = "rad_rwkv7"
+    variant: Variant = "balanced"
+    out: Path = Path("out/demo")
+    overrides: Mapping[str, object] | None = None
+
+
+def run_conversion(conversion: Conversion, console: Console) -> dict[str, Any]:
+    """Convert, measure, export to `out/hf`, write summary.json and report.png, and return the summary.
+
+    Goes on where an earlier run of the same conversion stopped: a finished stage is kept, an unfinished one started
+    over. Raises ValueError if `out` holds another conversion, and for a teacher or data that do not fit.
+    """
+    began = time.monotonic()
+    source = open_teacher(conversion.teacher)
+    tokenizer = load_tokenizer(source.folder, source.config.vocab_size)
+    configs = stage_configs(conversion)
+    out = conversion.out
+    claim_folder(out, _identity(source, configs), console)
+    if (out / SUMMARY).is_file():
+        console.line(f"{out} holds this conversion already; remove the folder to run it again")
+        return json.loads((out / SUMMARY).read_text())
+    build_corpus(source, tokenizer, out, console)
+
+    torch.manual_seed(configs["align"].train.seed_everything)
+    teacher = build_teacher(source)
+    student, rows = build_student(source, configs["align"].model)
+    console.line("setup   " + ", ".join(f"{count} weights {_PAST[action]}" for action, count in sorted(rows.items())))
+    heldout = heldout_batches(out)
+    summary: dict[str, Any] = {
+        "teacher": _measured(measure(teacher, teacher, heldout)),
+        "setup": _measured(measure(student, teacher, heldout)),
+    }
+    parent = f"setup of {source.folder.name}"
+    for number, stage in enumerate(STAGES, start=1):
+        folder = out / f"{number}-{stage}"
+        student = _run_or_reuse(configs[stage], student, teacher, folder, parent, console)
+        manifest = read_manifest(folder)
+        parent = f"{folder.name} sha256:{weights_hash(folder)[:16]}"
+        facts = {"tokens": manifest["tokens"], "seconds": round(manifest["seconds"], 2)}
+        summary[stage] = _measured(measure(student, teacher, heldout)) | facts
+        console.line(f"{stage:8}held-out loss {summary[stage]['loss']:.4f}, KL {summary[stage]['kl']:.4f}")
+    setup, end = summary["setup"]["loss"], summary["extend"]["loss"]
+    summary["gap_closed"] = (setup - end) / (setup - summary["teacher"]["loss"])
+    console.progress("measuring decoding and the export ...")
+    hf_folder = out / "hf"
+    if not hf_folder.exists():
+        export(student, source.folder, hf_folder)
+    prompt_ids = BinIdxReader(out / "data" / "heldout").tokens[: max(DECODE_POSITIONS)].astype("int64")
+    summary |= _measure_use(student, teacher, source, tokenizer, torch.from_numpy(prompt_ids))
+    summary["reload_max_abs_diff"] = reload_max_abs_diff(student, hf_folder.resolve(), prompt_ids[:64].tolist())
+    summary["seconds"] = round(time.monotonic() - began, 1)
+    summary["peak_rss_gb"] = round(_peak_rss_gb(), 3)
+    summary["versions"] = versions()
+    write_report({stage: out / f"{n}-{stage}" for n, stage in enumerate(STAGES, start=1)}, summary, out / "report.png")
+    write_text(out / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def stage_configs(conversion: Conversion) -> dict[str, Config]:
+    """The three stages' configurations: the mixer's file, the variant's, the stage's, then the overrides.
+
+    Raises ValueError for an unknown mixer, or a variant the mixer does not have.
+    """
+    known = ("rad_rwkv6", "rad_rwkv7")
+    if conversion.mixer not in known:
+        raise ValueError(f"--mixer must be one of {', '.join(known)}, not {conversion.mixer!r}")
+    if conversion.variant != "balanced" and conversion.mixer != "rad_rwkv7":
+        raise ValueError("--variant group_norm belongs to --mixer rad_rwkv7")
+    names = [conversion.mixer, *(["group_norm"] if conversion.variant == "group_norm" else [])]
+    data = {"train.data_file": str(conversion.out / "data" / "train")}
+    data |= {"train.validation_data_file": str(conversion.out / "data" / "heldout")}
+    data |= {"train.teacher.hf_path": str(conversion.teacher), "train.proj_dir": str(conversion.out)}
+    return {
+        stage: load_config(
+            [str(_ASSETS / "recipe" / f"{name}.yaml") for name in (*names, stage)],
+            {**data, **_STAGE_KEYS.get(stage, {}), **(conversion.overrides or {})},
+        )
+        for stage in STAGES
+    }
+
+
+# Stage 3 has the teacher for its held-out KL alone; its loss is the labels'.
+_STAGE_KEYS: dict[str, dict[str, object]] = {"extend": {"train.teacher.kl_weight": 0.0, "train.teacher.ce_weight": 1.0}}
+_PAST = {"copy": "copied", "transform": "transformed", "fresh": "fresh", "drop": "dropped"}
+
+
+def claim_folder(out: Path, identity: dict[str, str], console: Console) -> None:
+    """Mark `out` as this conversion's, or go on in it. Raises ValueError if it is another's, saying what differs."""
+    marker = out / "conversion.json"
+    if marker.is_file():
+        held = json.loads(marker.read_text())
+        if different := [key for key in identity if held.get(key) != identity[key]]:
+            raise ValueError(
+                f"{out} holds another conversion (different: {', '.join(different)}): remove it, or choose another --out"
+            )
+        if not (out / SUMMARY).is_file():
+            console.line(f"going on with the unfinished conversion in {out}")
+        return
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty and holds no conversion: choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(marker, json.dumps(identity, indent=2) + "\n")
+
+
+def build_corpus(source: TeacherSource, tokenizer: Tokenizer, out: Path, console: Console) -> None:
+    """Write out/data/{train,heldout}.{bin,idx} from the running Python's sources, unless they are there."""
+    eos = end_of_text_id(source.folder, tokenizer)
+    splits: tuple[Split, Split] = ("train", "heldout")
+    for split in splits:
+        stem = out / "data" / split
+        if stem.with_suffix(".idx").is_file():
+            continue
+        console.progress(f"reading the {split} text of this Python ...")
+        texts = (text for _, text in iter_documents(split))
+        built = build_binidx(texts, tokenizer, stem, vocab_size=source.config.vocab_size, eos_token_id=eos)
+        console.line(
+            f"data    {split}: {built.num_tokens:,} tokens of {built.num_documents:,} standard-library files "
+            f"({built.num_bytes / 1e6:.1f} MB)"
+        )
+
+
+def heldout_batches(out: Path) -> DataLoader:
+    """The held-out windows that every row of the summary is measured on."""
+    windows = HeldoutWindows(BinIdxReader(out / "data" / "heldout"), HELDOUT_CONTEXT, HELDOUT_TOKENS)
+    return DataLoader(windows, batch_size=8)
+
+
+def _run_or_reuse(
+    config: Config,
+    student: RadladsForCausalLM,
+    teacher: RadladsForCausalLM,
+    folder: Path,
+    parent: str,
+    console: Console,
+) -> RadladsForCausalLM:
+    recipe = recipe_hash(dump_config(config), parent)
+    if (folder / MANIFEST).is_file():
+        manifest = read_manifest(folder)
+        if manifest["recipe"] != recipe:
+            raise ValueError(f"{folder} was made by another recipe or from another parent: remove it to run the stage again")
+        console.line(f"{folder.name}: finished earlier, kept")
+        return load_model(folder)
+    if partial_name(folder).exists():
+        console.line(f"{folder.name}: an unfinished run is thrown away and started over")
+    torch.manual_seed(config.train.seed_everything)
+    run_stage(config, student, teacher, folder, console, parent=parent, recipe=recipe)
+    return student
+
+
+def _measure_use(
+    student: RadladsForCausalLM,
+    teacher: RadladsForCausalLM,
+    source: TeacherSource,
+    tokenizer: Tokenizer,
+    prompt: torch.Tensor,
+) -> dict[str, Any]:
+    """Decode times, state sizes (in bf16, as one would serve them) and one continuation, for both models."""
+    models = {"student": student, "teacher": teacher}
+    stop = frozenset({end_of_text_id(source.folder, tokenizer)})
+    sampling = Sampling(temperature=0, max_tokens=60)
+    return {
+        "decode_ms": {
+            name: {str(position): decode_ms(model, prompt[None, :position]) for position in DECODE_POSITIONS}
+            for name, model in models.items()
+        },
+        "bytes": {
+            name: {str(tokens): state_bytes(model.config, tokens) for tokens in MEMORY_CONTEXTS}
+            for name, model in models.items()
+        },
+        "sample": {"prompt": PROMPT}
+        | {name: "".join(stream_text(model, tokenizer, PROMPT, sampling, stop)) for name, model in models.items()},
+    }
+
+
+def _identity(source: TeacherSource, configs: dict[str, Config]) -> dict[str, str]:
+    return {
+        "teacher": weights_hash(source.folder),
+        "mixer": recipe_hash(configs["align"].model),
+        "stages": recipe_hash(*(dump_config(config) for config in configs.values())),
+        "python": versions()["python"],
+    }
+
+
+def _measured(heldout: Heldout) -> dict[str, float]:
+    assert heldout.kl is not None
+    assert heldout.top1 is not None
+    return {"loss": heldout.loss, "kl": heldout.kl, "top1": heldout.top1}
+
+
+def _peak_rss_gb() -> float:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -1,0 +1,48 @@
+"""Proof that an exported folder stands alone: its logits in a process that cannot import radlads."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from radlads.model.modeling import RadladsForCausalLM
+
+_SCRIPT = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "radlads":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Blocked())
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+folder, tokens, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+with torch.inference_mode():
+    logits = model(torch.tensor([[int(token) for token in tokens.split(",")]])).logits
+save_file({"logits": logits.contiguous()}, out)
+"""
+
+
+def reload_max_abs_diff(model: RadladsForCausalLM, folder: Path, token_ids: list[int]) -> float:
+    """Largest difference between the logits of `model` and those of its export, loaded with trust_remote_code=True in
+    a fresh process where radlads cannot be imported. Raises ValueError if the folder does not load there."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "logits.safetensors"
+        environment = {**os.environ, "HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        command = [sys.executable, "-c", _SCRIPT, str(folder), ",".join(map(str, token_ids)), str(out)]
+        done = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise ValueError(f"{folder} does not load on its own: {done.stderr.strip().splitlines()[-1]}")
+        reloaded = load_file(out)["logits"]
+    with torch.inference_mode():
+        logits = model(torch.tensor([token_ids]), use_cache=False).logits
+    return (logits.float() - reloaded).abs().max().item()

@@ -1,0 +1,1 @@
+"""Running a stage: optimiser, schedule, Lightning. The only door to lightning."""

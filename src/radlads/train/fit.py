@@ -1,0 +1,155 @@
+"""Running one stage from a student in memory to a finished stage folder."""
+
+import hashlib
+import logging
+import time
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch.utils.data import DataLoader
+
+from radlads.checkpoint.atomic import unfinished_folder
+from radlads.checkpoint.manifest import write_manifest
+from radlads.checkpoint.model_folder import save_model
+from radlads.config.load import dump_config
+from radlads.config.schema import Config, TrainConfig
+from radlads.data.binidx import BinIdxReader
+from radlads.data.loader import HeldoutWindows, TokenSamples, check_vocabulary
+from radlads.distill.heldout import Heldout
+from radlads.distill.logits import build_stage
+from radlads.model.modeling import RadladsForCausalLM
+from radlads.train.callbacks import Console, HeldoutCallback, Progress
+from radlads.train.lightning_module import StageModule
+
+_LIGHTNING_PRECISION: dict[str, Any] = {"bf16": "bf16-mixed", "fp32": "32-true", "32": "32-true"}
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage did. seconds: wall time of the fit, held-out measurements included."""
+
+    folder: Path
+    tokens: int
+    seconds: float
+    heldout: Heldout | None
+
+
+def run_stage(
+    config: Config,
+    student: RadladsForCausalLM,
+    teacher: RadladsForCausalLM | None,
+    folder: Path,
+    console: Console,
+    *,
+    parent: str,
+    recipe: str = "",
+) -> StageResult:
+    """Train `student` in place by the stage `config` describes and write the finished stage to `folder`.
+
+    `parent` says what the student started from, `recipe` fingerprints all that decides the result; both go into the
+    manifest. Raises ValueError if the folder exists, the data does not fit, the stage lacks its teacher, or the loss is
+    not finite; the folder then stays `NAME.partial`.
+    """
+    train = config.train
+    stage = build_stage(train)
+    if stage.needs_teacher and teacher is None:
+        raise ValueError(f"the {stage.name} stage needs a teacher: set train.teacher.hf_path to its folder or hub name")
+    samples, num_steps = training_samples(config, student.config.vocab_size)
+    heldout = heldout_batches(config, student.config.vocab_size)
+    with unfinished_folder(folder) as partial:
+        (partial / "config.yaml").write_text(dump_config(config))
+        module = StageModule(stage, student, teacher if stage.needs_teacher or heldout else None, train, num_steps)
+        if train.grad_cp:
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+        budget_tokens = len(samples) * config.model.ctx_len
+        callbacks: list[L.Callback] = [Progress(console, budget_tokens)]
+        measured = HeldoutCallback(heldout, train.heldout_every_steps, partial / "heldout.csv") if heldout else None
+        if measured is not None:
+            callbacks.append(measured)
+        began = time.monotonic()
+        trainer = build_trainer(train, partial, callbacks)
+        if module.teacher is not None:
+            module.teacher.to(trainer.strategy.root_device)
+        trainer.fit(module, DataLoader(samples, batch_size=train.micro_bsz, num_workers=0))
+        seconds = time.monotonic() - began
+        if train.grad_cp:
+            student.gradient_checkpointing_disable()
+        student.to("cpu").requires_grad_(False).eval()
+        save_model(student, partial)
+        last = measured.history[-1][2] if measured else None
+        facts = {"stage": stage.name, "parent": parent, "recipe": recipe, "tokens": module.tokens_done, "seconds": seconds}
+        write_manifest(partial, **facts, heldout=vars(last) if last else None)
+    return StageResult(folder, module.tokens_done, seconds, last)
+
+
+def training_samples(config: Config, vocab_size: int) -> tuple[TokenSamples, int]:
+    """The stage's samples, whole accumulation windows of them, and its number of optimiser steps."""
+    train, context = config.train, config.model.ctx_len
+    if not train.data_file:
+        raise ValueError("train.data_file is not set: name the .bin/.idx pair to train on, without the extension")
+    reader = BinIdxReader(train.data_file)
+    check_vocabulary(reader, vocab_size, train.data_file)
+    tokens_per_step = train.micro_bsz * train.accumulate_grad_batches * context
+    num_steps = max(1, round((train.my_exit_tokens or reader.num_tokens) / tokens_per_step))
+    num_samples = num_steps * train.micro_bsz * train.accumulate_grad_batches
+    return TokenSamples(reader, context, num_samples=num_samples, magic_prime=train.magic_prime), num_steps
+
+
+def heldout_batches(config: Config, vocab_size: int) -> Iterable[torch.LongTensor] | None:
+    """Batches of held-out windows, or None if the configuration names no held-out file."""
+    train = config.train
+    if not train.validation_data_file:
+        return None
+    reader = BinIdxReader(train.validation_data_file)
+    check_vocabulary(reader, vocab_size, train.validation_data_file)
+    windows = HeldoutWindows(reader, config.model.ctx_len, max(train.heldout_tokens, config.model.ctx_len))
+    return DataLoader(windows, batch_size=train.micro_bsz)
+
+
+def build_trainer(train: TrainConfig, folder: Path, callbacks: list[L.Callback]) -> L.Trainer:
+    """Lightning's Trainer for one pass over the stage's samples, metrics to metrics.csv and tensorboard/."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    accelerator = {"gpu": "cuda"}.get(train.accelerator, train.accelerator)
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        raise ValueError("train.accelerator is 'gpu', but no CUDA GPU is here: set --train.accelerator cpu (or auto)")
+    precision = resolve_precision(train.precision, accelerator)
+    return L.Trainer(
+        accelerator=accelerator,
+        strategy=train.strategy,
+        devices="auto" if train.devices == -1 else train.devices,
+        num_nodes=train.num_nodes,
+        precision=_LIGHTNING_PRECISION.get(precision, precision),
+        max_epochs=1,
+        callbacks=callbacks,
+        logger=[CSVLogger(folder, name="", version=""), TensorBoardLogger(folder, name="tensorboard", version="")],
+        log_every_n_steps=train.log_every_n_steps,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+    )
+
+
+def resolve_precision(precision: str, accelerator: str) -> str:
+    """ "auto" as "bf16" where the hardware multiplies bf16 natively (CUDA, or a CPU with AMX), else "fp32"."""
+    if precision != "auto":
+        return precision
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
+    return "bf16" if not on_cpu or cpu_multiplies_bf16() else "fp32"
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has matrix units for bf16; without them bf16 is slower than fp32."""
+    return bool(torch.backends.cpu.get_cpu_capability() != "DEFAULT" and torch.cpu._is_amx_tile_supported())
+
+
+def recipe_hash(*parts: object) -> str:
+    """A short fingerprint of everything that decides a stage's result."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

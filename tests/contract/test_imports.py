@@ -1,0 +1,44 @@
+"""Every module imports without the optional packages."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SOURCE = Path(__file__).parents[2] / "src"
+OPTIONAL = ("fla", "triton", "wandb", "deepspeed", "lm_eval")
+PROBE = """
+import importlib, importlib.abc, sys
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in OPTIONAL:
+            raise ModuleNotFoundError(f"No module named {name!r} (blocked)", name=name)
+
+sys.meta_path.insert(0, Absent())
+for name in OPTIONAL:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError:
+        continue
+    raise SystemExit(f"{name} is not blocked")
+failed = []
+for module in MODULES:
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        failed.append(f"{module}: {type(error).__name__}: {error}")
+print("\\n".join(failed) or "ok")
+"""
+
+
+def test_every_module_imports_without_the_optional_packages():
+    files = sorted(path for path in SOURCE.glob("radlads/**/*.py") if path.name != "__main__.py")
+    modules = [".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__") for path in files]
+    assert "radlads.model.recurrence" in modules
+    probe = f"OPTIONAL = {OPTIONAL!r}\nMODULES = {modules!r}\n{PROBE}"
+    environment = os.environ | {"PYTHONPATH": str(SOURCE), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", probe], capture_output=True, text=True, encoding="utf-8", env=environment, check=False
+    )
+    assert result.stdout.strip() == "ok", result.stdout + result.stderr
