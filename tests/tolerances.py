@@ -8,6 +8,8 @@ RECURRENCE = 1e-5
 DECAY_GRADIENT = 1e-4
 # The fp32 oracle against float64: rounding of one multiply-add per token over 200 tokens
 ORACLE = 1e-6
+# A whole fp32 mixer against its equations in float64: RECURRENCE behind three more matrix products
+MIXER = 5e-6
 # A whole fp32 mixer or stack run in other pieces: RECURRENCE through up to three layers
 SPLIT = 2e-5
 # A padded batch against single rows: as SPLIT, with matrix products of other shapes

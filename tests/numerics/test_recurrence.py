@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from tolerances import DECAY_GRADIENT, ORACLE, RECURRENCE, relative_error
 
 from radlads.model import recurrence
 from radlads.model.recurrence_reference import gla_reference, rwkv7_reference
-from tests.tolerances import DECAY_GRADIENT, ORACLE, RECURRENCE, relative_error
 
 REFERENCES = {"rwkv7": rwkv7_reference, "gla": gla_reference}
 CHUNKED = {"rwkv7": recurrence.rwkv7_chunked, "gla": recurrence.gla_chunked}

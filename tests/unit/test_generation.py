@@ -5,12 +5,12 @@ from itertools import pairwise
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tolerances import PADDING, RECOMPUTE, SPLIT, relative_error
 from transformers import DynamicCache
 
 from radlads.model.cache import RadladsCache
 from radlads.model.configuration import RadladsConfig, state_bytes
 from radlads.model.modeling import RadladsForCausalLM
-from tests.tolerances import PADDING, RECOMPUTE, SPLIT, relative_error
 
 VOCAB = 97
 STACKS = {
@@ -301,7 +301,9 @@ def test_saving_and_loading_is_bit_equal(tmp_path, stack, tied):
     assert torch.equal(logits_of(loaded.eval(), random_tokens(2, 6)), logits_of(model, random_tokens(2, 6)))
 
 
-@pytest.mark.parametrize(("stack", "missing"), [("rwkv7", "g1"), ("rwkv6", "time_decay_w1")])
+@pytest.mark.parametrize(
+    ("stack", "missing"), [("rwkv7", "g1"), ("rwkv7", "a1"), ("rwkv6", "time_decay_w1"), ("rwkv6", "time_maa_w1")]
+)
 def test_loading_without_one_tensor_keeps_the_others(tmp_path, stack, missing):
     model = perturbed_model(stack)
     model.save_pretrained(tmp_path)

@@ -3,10 +3,12 @@
 Shape letters: B batch, T tokens, C hidden size, D = H * N, H heads, N head size.
 """
 
+import math
 from itertools import pairwise
 
 import pytest
 import torch
+from tolerances import BFLOAT16, MIXER, SPLIT, relative_error
 
 from radlads.model.cache import RadladsCache
 from radlads.model.configuration import RadladsConfig
@@ -14,7 +16,6 @@ from radlads.model.contracts import SharedInputs
 from radlads.model.layers import rope_tables
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.registry import TIME_MIXERS, build_time_mixer
-from tests.tolerances import BFLOAT16, SPLIT, relative_error
 
 T = 21
 BALANCED = {"balance_state": True, "groupnorm_att": False}
@@ -99,6 +100,82 @@ class Run:
 
 def test_every_registered_mixer_is_tested():
     assert {mixer for mixer, _ in VARIANTS.values()} == set(TIME_MIXERS)
+
+
+def published(config, p, x, v_first):
+    """The paper's equations for one sequence [T, C], token by token, from parameters by name: output and state."""
+    rwkv7, H, N = "w0" in p, config.num_attention_heads, config.head_dim
+    heads = lambda y: y.view(len(y), -1, N)  # noqa: E731
+    x_r, x_k, x_v, x_w, x_g = [x] * 5 if "time_maa_x" not in p else published_token_shift(p, x)
+    r, k, v = (
+        heads(y @ p[f"{name}_proj.weight"].T + p[f"{name}_proj.bias"])
+        for name, y in (("q", x_r), ("k", x_k), ("v", x_v))
+    )
+    if config.use_rope:
+        r, k = published_rope(r, 1e6), published_rope(k, 1e6)
+    k, v = k[:, [0, 0, 1, 1]], v[:, [0, 0, 1, 1]]
+    if rwkv7:
+        a = heads(torch.sigmoid(p["a0"][0] + x @ p["a1"] @ p["a2"]))
+        w = heads(torch.exp(-math.exp(-0.5) * torch.sigmoid(p["w0"][0] + torch.tanh(x @ p["w1"]) @ p["w2"])))
+        v = v + (v_first - v) * heads(torch.sigmoid(p["v0"][0] + x @ p["v1"] @ p["v2"]))
+        if config.balance_state:
+            kappa, k = k / k.norm(dim=-1, keepdim=True), k * (1 - w + a)
+        else:
+            kappa, k = k * heads(p["k_k"][0]), k * (1 + (a - 1) * heads(p["k_a"][0]))
+            kappa = kappa / kappa.norm(dim=-1, keepdim=True)
+    else:
+        low = torch.tanh(x_w @ p["time_decay_w1"]) @ p["time_decay_w2"]
+        w = heads(torch.exp(torch.maximum(-torch.exp(p["time_decay"][0] + low), torch.tensor(-5.0))))
+        k = k * (1 - w) if config.balance_state else k
+    o, states = torch.empty_like(r), []
+    for h in range(H):
+        S = torch.zeros(N, N, dtype=x.dtype)
+        for t in range(len(x)):
+            if rwkv7:
+                removed = torch.outer(kappa[t, h], a[t, h] * kappa[t, h])
+                S = S @ (torch.diag(w[t, h]) - removed) + torch.outer(v[t, h], k[t, h])
+                o[t, h] = S @ r[t, h]
+            else:
+                S = torch.diag(w[t, h]) @ S + torch.outer(k[t, h], v[t, h])
+                o[t, h] = r[t, h] @ S
+        states.append(S)
+    if config.balance_state or not rwkv7:
+        o = o * N**-0.5
+    if config.groupnorm_att:
+        o = (o - o.mean(-1, keepdim=True)) / (o.var(-1, correction=0, keepdim=True) + N * 1e-5).sqrt()
+        o = o * heads(p["ln_x.weight"][None]) + heads(p["ln_x.bias"][None])
+    gates = {0: lambda: 1.0, 1: lambda: torch.sigmoid(x_g @ p["gate.weight"].T)}
+    gates[2] = lambda: torch.sigmoid(x_g @ p["g1"]) @ p["g2"]
+    return (gates[config.gate_rank_type]() * o.flatten(1)) @ p["o_proj.weight"].T, torch.stack(states)
+
+
+def published_token_shift(p, x):
+    """x_r, x_k, x_v, x_w and x_g."""
+    delta = torch.cat([torch.zeros_like(x[:1]), x[:-1]]) - x
+    low = torch.tanh((x + delta * p["time_maa_x"][0]) @ p["time_maa_w1"]).chunk(5, dim=-1)
+    return [x + delta * (p[f"time_maa_{c}"][0] + low[i] @ p["time_maa_w2"][i]) for i, c in enumerate("rkvwg")]
+
+
+def published_rope(y, base):
+    """Channel pairs (n, n + N/2) of [T, heads, N] as complex numbers, turned by t * base^(-2n/N)."""
+    half = y.shape[-1] // 2
+    speed = base ** (-torch.arange(half, dtype=y.dtype) / half)
+    turn = torch.exp(1j * torch.arange(len(y), dtype=y.dtype)[:, None, None] * speed)
+    turned = torch.complex(y[..., :half], y[..., half:]) * turn
+    return torch.cat([turned.real, turned.imag], dim=-1)
+
+
+@recurrent_variants
+def test_mixer_is_the_published_equations(variant):
+    run = Run(variant)
+    if variant.startswith("rwkv6"):
+        run.mixer.time_decay.data[..., ::2] += 4.0  # some channels reach the clamp at -5
+    y, state = run()
+    weights = {name: parameter.detach().double() for name, parameter in run.mixer.named_parameters()}
+    for row in range(2):
+        expected, last = published(run.config, weights, run.x[row].double(), run.v_first[row].double())
+        assert relative_error(y[row], expected) < MIXER
+        assert relative_error(state.wkv[row], last) < MIXER
 
 
 @variants

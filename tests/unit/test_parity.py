@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from tolerances import PARITY
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from radlads.model.cache import RadladsCache
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
-from tests.tolerances import PARITY
 
 LENGTH = 33
 SHARED = {

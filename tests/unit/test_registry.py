@@ -5,6 +5,7 @@ import textwrap
 
 import pytest
 import torch
+from tolerances import PADDING, SPLIT, relative_error
 
 from radlads.model.cache import RadladsCache
 from radlads.model.configuration import RadladsConfig
@@ -12,7 +13,6 @@ from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.rad_rwkv6 import RadRwkv6
 from radlads.model.rad_rwkv7 import RadRwkv7
 from radlads.model.registry import build_time_mixer, is_registered
-from tests.tolerances import SPLIT, relative_error
 
 RUNNING_SUM = """
     from typing import NamedTuple
@@ -125,6 +125,16 @@ def test_a_time_mixers_own_state_survives_a_split_and_beam_operations(plug_in):
         end = model(ids[[1, 0], 4:], past_key_values=cache).logits
         assert relative_error(end, model(ids[[1, 0]]).logits[:, 4:]) < SPLIT
     assert cache.state_bytes() == 3 * 2 * 64 * 4
+
+
+def test_a_time_mixer_of_the_users_own_sees_zeros_at_padding(plug_in):
+    plug_in("tmix", "myown", RUNNING_SUM)
+    model = RadladsForCausalLM(tiny_config(time_mixers=["myown"] * 3)).eval()
+    ids = torch.randint(1, 97, (2, 9))
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1]] * 2)
+    with torch.no_grad():
+        padded, plain = model(ids, attention_mask=mask).logits[:, 3:], model(ids[:, 3:]).logits
+    assert relative_error(padded, plain) < PADDING
 
 
 def test_a_channel_mixer_of_the_users_own(plug_in):

@@ -1,0 +1,64 @@
+"""Learning rates by step and group."""
+
+import pytest
+import tiny
+
+from radlads.convert.hf_source import open_teacher
+from radlads.convert.student import build_student
+from radlads.train.optim import build_optimizer, learning_rate
+
+
+def settings(folder, **keys):
+    return tiny.stage_config(folder, "distill", **{f"train.{key}": value for key, value in keys.items()}).train
+
+
+def rates(train, role="rest", num_steps=1000):
+    return [learning_rate(train, step, num_steps, role=role) for step in range(num_steps)]
+
+
+@pytest.mark.parametrize("kind", ["cos", "linear", "exp", "oneminussqrt"])
+def test_decays_run_from_first_to_last_and_never_rise(tmp_path, kind):
+    values = rates(settings(tmp_path, lr_init=1e-3, lr_final=1e-5, lr_decay_type=kind))
+    assert values[0] == 1e-3
+    assert values[-1] == pytest.approx(1e-5, abs=2e-6)
+    assert all(later <= earlier for earlier, later in zip(values, values[1:], strict=False))
+
+
+@pytest.mark.parametrize(
+    ("kind", "half_way"), [("cos", 0.7071), ("linear", 0.5), ("oneminussqrt", 1 - 0.5**0.5), ("exp", 0.1)]
+)
+def test_decays_half_way(tmp_path, kind, half_way):
+    train = settings(tmp_path, lr_init=1.0, lr_final=1e-2 if kind == "exp" else 1e-12, lr_decay_type=kind)
+    assert rates(train)[500] == pytest.approx(half_way, rel=1e-3)
+
+
+def test_warm_up_rises_linearly_from_one_per_cent(tmp_path):
+    values = rates(settings(tmp_path, lr_init=1e-3, lr_final=1e-3, warmup_steps=100))
+    assert values[0] == pytest.approx(1e-5)
+    assert values[50] == pytest.approx(1e-3 * 0.505)
+    assert set(values[100:]) == {1e-3}
+
+
+def test_stage_2a_holds_the_mixers_rate_then_drops_it(tmp_path):
+    keys = {"lr_init": 1e-5, "lr_final": 1e-5, "lr2_init": 1e-4, "lr2_final": 1e-5, "lr_wait": 0.833, "lr_endpoint": 0.875}
+    train = settings(tmp_path, **keys)
+    mixer = rates(train, "mixer")
+    assert set(mixer[:833]) == {1e-4}
+    assert mixer[880:] == pytest.approx([1e-5] * 120)
+    assert rates(train) == pytest.approx([1e-5] * 1000)
+
+
+def test_mixers_and_the_rest_are_different_groups(teacher, tmp_path):
+    config = tiny.stage_config(tmp_path, "distill")
+    student, _ = build_student(open_teacher(teacher), config.model)
+    groups = build_optimizer(student, config.train).param_groups
+    sizes = {role: sum(p.numel() for g in groups if g["role"] == role for p in g["params"]) for role in ("mixer", "rest")}
+    mixers = sum(p.numel() for name, p in student.named_parameters() if "self_attn" in name)
+    assert sizes == {"mixer": mixers, "rest": sum(p.numel() for p in student.parameters()) - mixers}
+
+
+def test_an_optimizer_we_lack_is_named(teacher, tmp_path):
+    config = tiny.stage_config(tmp_path, "distill", **{"train.optimizer": "lion"})
+    student, _ = build_student(open_teacher(teacher), config.model)
+    with pytest.raises(ValueError, match="'lion'"):
+        build_optimizer(student, config.train)
