@@ -21,10 +21,38 @@ def alignment(target_BTC: torch.Tensor, output_BTC: torch.Tensor, kind: Literal[
 
 
 def kl_divergence(teacher_logits_BTV: torch.Tensor, student_logits_BTV: torch.Tensor) -> torch.Tensor:
-    """KL(teacher || student) in nats, summed over tokens; 0 for equal logits."""
-    teacher = F.log_softmax(teacher_logits_BTV.float(), dim=-1)
-    student = F.log_softmax(student_logits_BTV.float(), dim=-1)
-    return F.kl_div(student, teacher, reduction="sum", log_target=True)
+    """KL(teacher || student) in nats, summed over tokens; 0 for equal logits. Differentiable in the student's, once."""
+    return _KLDivergence.apply(teacher_logits_BTV.flatten(0, -2), student_logits_BTV.flatten(0, -2))
+
+
+class _KLDivergence(torch.autograd.Function):
+    """Value and gradient in one pass over blocks of tokens, so that no fp32 copy of all logits exists.
+
+    The gradient by the student's logits is softmax(student) - softmax(teacher).
+    """
+
+    BLOCK_TOKENS = 512
+
+    @staticmethod
+    def forward(ctx, teacher_logits, student_logits):
+        total = torch.zeros((), dtype=torch.float32, device=student_logits.device)
+        gradient = torch.empty_like(student_logits) if student_logits.requires_grad else None
+        for start in range(0, len(student_logits), _KLDivergence.BLOCK_TOKENS):
+            block = slice(start, start + _KLDivergence.BLOCK_TOKENS)
+            teacher = F.log_softmax(teacher_logits[block].float(), dim=-1)
+            student = F.log_softmax(student_logits[block].float(), dim=-1)
+            weight = teacher.exp()
+            total += (weight * teacher.sub_(student)).sum()
+            if gradient is not None:
+                gradient[block] = student.exp_().sub_(weight)
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_total):
+        (gradient,) = ctx.saved_tensors
+        return None, gradient * d_total.to(gradient.dtype)
 
 
 def cross_entropy(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:

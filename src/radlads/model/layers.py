@@ -11,7 +11,10 @@ from .configuration import RadladsConfig, rope_inverse_frequencies
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, computed in fp32."""
+    """x / rms(x) * weight over the last axis, computed in fp32.
+
+    Under autocast the result is in autocast's dtype: all its readers are matrix products, and one cast serves them all.
+    """
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -19,7 +22,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(dtype)
 
 
 def rope_tables(config: RadladsConfig, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,10 +14,10 @@ from .recurrence_reference import gla_reference, rwkv7_reference
 
 Backend = Literal["auto", "reference", "chunked", "fla"]
 
-# Within a chunk of L tokens factors reach exp(-sum(log_w)): L * 0.6065 = 38.8 for RWKV7 and, around the chunk's
-# middle, 8 * 5 = 40 for RWKV6. fp32 overflows at 88, and the products of two such factors must not either.
-RWKV7_CHUNK = 64
-GLA_CHUNK = 16
+# Around a chunk's middle, factors reach exp(L / 2 * max(-log_w)): 16 * 0.6065 = 10 for RWKV7, 16 * 5 = 80 for RWKV6.
+# fp32 overflows at exp(88). Where the product of two factors overflows, it belongs to the future and is masked.
+RWKV7_CHUNK = 32
+GLA_CHUNK = 32
 
 
 def rwkv7(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK, state_BHVK=None, backend: Backend = "auto"):
@@ -111,85 +111,172 @@ def _gla_fla(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, state_BHKV):
 
 
 def rwkv7_chunked(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK, state_BHVK=None):
-    """rwkv7_reference by chunks: the removals inside a chunk are one unit-triangular solve. Differentiable.
-
-    With u_t = S_{t-1} kappa_t (what token t removes) and P the running product of w inside the chunk,
-    (I + tril_-1(kappa P/w . (a kappa)/P)) U = (kappa P/w) S_0 + tril_-1(kappa P/w . k/P) V.
-    """
-    T = r_BTHK.shape[1]
-    r, log_w, k, v, kappa, a = _chunks((r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK), RWKV7_CHUNK)
-    L, K = r.shape[-2:]
-    log_P = log_w.cumsum(-2)
-    log_P_end = log_P[..., -1:, :]
-    P, P_inverse, to_end = log_P.exp(), (-log_P).exp(), (log_P_end - log_P).exp()
-    written = kappa * a
-    kappa_P = kappa * (log_P - log_w).exp()
-    r_P = r * P
-    queries = torch.cat([kappa_P, r_P], dim=-2)
-    keys = torch.cat([written * P_inverse, k * P_inverse], dim=-2)
-    scores = queries @ keys.transpose(-1, -2)
-    removal_removal, removal_write = scores[..., :L, :L].tril(-1), scores[..., :L, L:].tril(-1)
-    read_removal, read_write = scores[..., L:, :L].tril(), scores[..., L:, L:].tril()
-    removed = torch.linalg.solve_triangular(
-        removal_removal, torch.cat([kappa_P, removal_write @ v], dim=-1), upper=False, unitriangular=True
-    )
-    removed_by_state, removed_by_writes = removed[..., :K], removed[..., K:]
-    k_end, written_end = k * to_end, written * to_end
-
-    # The chunk as an affine map of the state: S -> S transfer + gain
-    transfer = torch.diag_embed(log_P_end.squeeze(-2).exp()) - removed_by_state.transpose(-1, -2) @ written_end
-    gain = v.transpose(-1, -2) @ k_end - removed_by_writes.transpose(-1, -2) @ written_end
-    starts, state = _scan_affine(state_BHVK, transfer, gain)
-
-    from_state = r_P - read_removal @ removed_by_state
-    inside = read_write @ v - read_removal @ removed_by_writes
-    out = inside + from_state @ starts.transpose(-1, -2)
-    return _unchunk(out, T), state
+    """rwkv7_reference by chunks, for any T; differentiable once."""
+    return Chunked.apply(RWKV7_CHUNK, state_BHVK, r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK)
 
 
 def gla_chunked(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, state_BHKV=None):
-    """gla_reference by chunks, factored around each chunk's middle so that no factor overflows. Differentiable."""
-    T = r_BTHK.shape[1]
-    r, log_w, k, v = _chunks((r_BTHK, log_w_BTHK, k_BTHK, v_BTHV), GLA_CHUNK)
-    log_P = log_w.cumsum(-2)
-    log_P_end = log_P[..., -1:, :]
-    middle = log_P[..., log_P.shape[-2] // 2, :].unsqueeze(-2)
-    scores = (r * (log_P - middle).exp()) @ (k * (middle - log_P).exp()).transpose(-1, -2)
-    gain = (k * (log_P_end - log_P).exp()).transpose(-1, -2) @ v
-    starts, state = _scan_decay(state_BHKV, log_P_end.squeeze(-2).exp().unsqueeze(-1), gain)
-    out = scores.tril() @ v + (r * log_P.exp()) @ starts
-    return _unchunk(out, T), state
+    """gla_reference by chunks, for any T; differentiable once."""
+    state_BHVK = None if state_BHKV is None else state_BHKV.mT
+    out_BTHV, state_BHVK = Chunked.apply(GLA_CHUNK, state_BHVK, r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, None, None)
+    return out_BTHV, state_BHVK.mT
 
 
-def _chunks(tensors, chunk: int):
-    """[B, T, H, N] tensors as fp32 [B, H, G, L, N]; T is padded with zeros, which leave the state as it is."""
-    B, T, H, _ = tensors[0].shape
+class Chunked(torch.autograd.Function):
+    """Both recurrences by chunks of L tokens: RAD-RWKV7's, and without removal keys RAD-RWKV6's.
+
+    Let c_t be the running sum of log w inside a chunk, m its value in the middle, e its value at the end. With the rows
+
+        X = [r exp(c - m); kappa exp(c - log_w - m)]    what reads the state: outputs, then removals
+        Y = [k exp(m - c); kappa a exp(m - c)]          what is written to it: new values, then removals
+        H = [v; -U]                                     the values written, U being what the removals found
+        M = X Y^T                                       masked: outputs see their own token, removals only earlier ones
+
+    a chunk that starts with the state S gives, S~ standing for S exp(m),
+
+        out = output rows of X S~^T + M H               U = removal rows of X S~^T + M H
+        S' = S exp(e) + (H^T Y) exp(e - m)
+
+    U is on both sides; solving for it inverts one unit-triangular matrix. The backward pass is these equations by hand,
+    dX, dY, ... being gradients and G = [d out; dQ], dQ those of U's equation. It does not depend on m, which cancels.
+    Tensors are [B, H, G, L, N] or, with both kinds of rows, [B, H, G, 2L, N]; states are [B, H, G, V, K].
+    """
+
+    @staticmethod
+    def forward(ctx, chunk, state, r, log_w, k, v, kappa, a):
+        ctx.dtypes = [None if x is None else x.dtype for x in (state, r, log_w, k, v, kappa, a)]
+        ctx.num_tokens = v.shape[1]
+        r, log_w, k, v, kappa, a = (_chunks(x, chunk) for x in (r, log_w, k, v, kappa, a))
+        ctx.L = L = r.shape[-2]
+        c = log_w.cumsum(-2)
+        middle, end = c[..., L // 2 : L // 2 + 1, :], c[..., -1:, :]
+        at_middle, to_end, over_all = middle.exp(), (end - middle).exp(), end.exp()
+        c = c - middle
+        grow, shrink = (-c).exp(), c.exp()
+        X, Y = _rows(r, kappa), _rows(r, kappa)
+        torch.mul(r, shrink, out=X[..., :L, :])
+        torch.mul(k, grow, out=Y[..., :L, :])
+        shrink_before = inverse = None
+        if kappa is not None:
+            shrink_before = (c - log_w).exp_()
+            torch.mul(kappa, shrink_before, out=X[..., L:, :])
+            torch.mul(kappa * a, grow, out=Y[..., L:, :])
+        M = (X @ Y.mT).masked_fill_(_future(L, r.device, kappa is not None), 0.0)
+        if kappa is not None:
+            identity = torch.eye(L, device=r.device)
+            inverse = torch.linalg.solve_triangular(M[..., L:, L:], identity, upper=False, unitriangular=True)
+        H = _rows(v, kappa)
+        H[..., :L, :] = v
+        states = _scan(H, state, X, Y, M, inverse, at_middle, to_end, over_all)
+        starts = states[:, :, :-1] * at_middle
+        out = (M[..., :L, :] @ H).add_(X[..., :L, :] @ starts.mT)
+        ctx.save_for_backward(
+            X, Y, M, H, states, starts, inverse, grow, shrink, shrink_before, kappa, a, at_middle, to_end, over_all
+        )
+        return _tokens(out, ctx.num_tokens, ctx.dtypes[4]), states[:, :, -1].clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_out, d_state):
+        with torch.autocast(d_out.device.type, enabled=False):
+            return Chunked._backward(ctx, d_out, d_state)
+
+    @staticmethod
+    def _backward(ctx, d_out, d_state):
+        saved = ctx.saved_tensors
+        X, Y, M, H, states, starts, inverse, grow, shrink, shrink_before, kappa, a, at_middle, to_end, over_all = saved
+        L = ctx.L
+        G = torch.empty_like(H)
+        G[..., :L, :] = _chunks(d_out, L)
+        dZ, d_end, d_state = _scan_backward(G, d_state, X, Y, M, states, inverse, at_middle, to_end, over_all)
+        dM = (G @ H.mT).masked_fill_(_future(L, X.device, kappa is not None), 0.0)
+        dX = (dM @ Y).add_(G @ starts)
+        dY = (dM.mT @ X).add_(H @ dZ)
+        dv = (M[..., :L].mT @ G).add_(Y[..., :L, :] @ dZ.mT)
+        d_log = (dX * X).sub_(dY * Y)
+        dc = d_log[..., :L, :]
+        d_kappa = d_a = None
+        if kappa is not None:
+            d_removal = dX[..., L:, :]
+            d_written = dY[..., L:, :] * grow
+            d_kappa, d_a = (d_removal * shrink_before).add_(d_written * a), d_written.mul_(kappa)
+            dc = dc + d_log[..., L:, :]
+        dc[..., -1, :] += d_end
+        d_log_w = dc.flip(-2).cumsum(-2).flip(-2)
+        if kappa is not None:
+            d_log_w -= d_removal * X[..., L:, :]
+        gradients = (dX[..., :L, :] * shrink, d_log_w, dY[..., :L, :] * grow, dv, d_kappa, d_a)
+        d_state = None if ctx.dtypes[0] is None else d_state.to(ctx.dtypes[0])
+        pairs = zip(gradients, ctx.dtypes[1:], strict=True)
+        return None, d_state, *(None if g is None else _tokens(g, ctx.num_tokens, dtype) for g, dtype in pairs)
+
+
+def _rows(x_BHGLN: torch.Tensor, kappa: torch.Tensor | None) -> torch.Tensor:
+    """An empty tensor with the rows of x for the outputs and, if there are removal keys, as many more for removals."""
+    *batch, L, N = x_BHGLN.shape
+    return x_BHGLN.new_empty(*batch, L if kappa is None else 2 * L, N)
+
+
+def _scan(H, state, X, Y, M, inverse, at_middle, to_end, over_all):
+    """Fill H's removal rows, and return the states [B, H, G + 1, V, K] before each chunk and after the last."""
+    L, V, K = M.shape[-1] if inverse is None else inverse.shape[-1], H.shape[-1], X.shape[-1]
+    v = H[..., :L, :]
+    state = X.new_zeros(*X.shape[:2], V, K) if state is None else state.float()
+    per_chunk = [x.unbind(2) for x in (v.mT @ Y[..., :L, :], at_middle, to_end, over_all)]
+    if inverse is not None:
+        found_in_state, found_in_chunk = inverse @ X[..., L:, :], inverse @ (M[..., L:, :L] @ v)
+        per_chunk += [x.unbind(2) for x in (found_in_state, found_in_chunk, Y[..., L:, :], H[..., L:, :])]
+    states = [state]
+    for gain, middle, end, all_of_it, *removing in zip(*per_chunk, strict=True):
+        if removing:
+            in_state, in_chunk, removal_keys, removed_values = removing
+            torch.neg(in_chunk + in_state @ (state * middle).mT, out=removed_values)
+            gain = gain + removed_values.mT @ removal_keys
+        state = (state * all_of_it).addcmul_(gain, end)
+        states.append(state)
+    return torch.stack(states, dim=2)
+
+
+def _scan_backward(G, d_state, X, Y, M, states, inverse, at_middle, to_end, over_all):
+    """Fill G's removal rows, and return dZ (the gradient of H^T Y) of every chunk, and those of e and the first state."""
+    L = M.shape[-1] if inverse is None else inverse.shape[-1]
+    per_chunk = [x.unbind(2) for x in (at_middle, to_end, over_all, states[:, :, 1:], X, G)]
+    if inverse is not None:
+        through_chunk = inverse.mT @ (M[..., :L, L:].mT @ G[..., :L, :])
+        through_state = inverse.mT @ Y[..., L:, :]
+        per_chunk += [x.unbind(2) for x in (through_chunk, through_state, G[..., L:, :])]
+    gains, ends = [], []
+    for middle, end, all_of_it, after, reads, rows, *removing in reversed(list(zip(*per_chunk, strict=True))):
+        d_gain = d_state * end
+        if removing:
+            in_chunk, in_state, removal_rows = removing
+            torch.neg(in_chunk + in_state @ d_gain.mT, out=removal_rows)
+        ends.append((d_state * after).sum(-2))
+        gains.append(d_gain)
+        d_state = (d_state * all_of_it).addcmul_(rows.mT @ reads, middle)
+    return torch.stack(gains[::-1], dim=2), torch.stack(ends[::-1], dim=2), d_state
+
+
+def _future(L: int, device: torch.device, removes: bool) -> torch.Tensor:
+    """Mask of M, True where a row must not see a column: outputs the tokens after theirs, removals theirs too."""
+    ones = torch.ones(L, L, dtype=torch.bool, device=device)
+    if not removes:
+        return ones.triu(1)
+    return torch.cat([ones.triu(1).repeat(1, 2), ones.triu(0).repeat(1, 2)])
+
+
+def _chunks(x, chunk: int):
+    """[B, T, H, N] as fp32 [B, H, G, L, N] (None stays None); T is padded with zeros, which leave the state as it is."""
+    if x is None:
+        return None
+    B, T, H, N = x.shape
     L = min(chunk, T)
-    padding = -T % L
-    padded = (F.pad(x, (0, 0, 0, 0, 0, padding)) if padding else x for x in tensors)
-    return [x.float().view(B, (T + padding) // L, L, H, -1).permute(0, 3, 1, 2, 4).contiguous() for x in padded]
+    if padding := -T % L:
+        x = F.pad(x, (0, 0, 0, 0, 0, padding))
+    return x.float().view(B, (T + padding) // L, L, H, N).permute(0, 3, 1, 2, 4).contiguous()
 
 
-def _unchunk(out_BHGLV: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    B, H, G, L, V = out_BHGLV.shape
-    return out_BHGLV.permute(0, 2, 3, 1, 4).reshape(B, G * L, H, V)[:, :num_tokens]
-
-
-def _scan_affine(state, transfer, gain):
-    """States before each chunk [B, H, G, V, K] and after the last, where a chunk maps S to S transfer + gain."""
-    state = torch.zeros_like(gain[:, :, 0]) if state is None else state.float()
-    starts = []
-    for chunk in range(gain.shape[2]):
-        starts.append(state)
-        state = state @ transfer[:, :, chunk] + gain[:, :, chunk]
-    return torch.stack(starts, dim=2), state
-
-
-def _scan_decay(state, decay, gain):
-    """As _scan_affine, where a chunk maps S to decay * S + gain."""
-    state = torch.zeros_like(gain[:, :, 0]) if state is None else state.float()
-    starts = []
-    for chunk in range(gain.shape[2]):
-        starts.append(state)
-        state = state * decay[:, :, chunk] + gain[:, :, chunk]
-    return torch.stack(starts, dim=2), state
+def _tokens(x_BHGLN: torch.Tensor, num_tokens: int, dtype: torch.dtype) -> torch.Tensor:
+    """The inverse of _chunks: [B, T, H, N] in `dtype`."""
+    B, H, G, L, N = x_BHGLN.shape
+    return x_BHGLN.permute(0, 2, 3, 1, 4).to(dtype).reshape(B, G * L, H, N)[:, :num_tokens]
