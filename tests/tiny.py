@@ -40,7 +40,9 @@ def teacher_folder(folder: Path, *, tied: bool = False, vocab_size: int = VOCAB)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|end|>", "tokenizer_class": "PreTrainedTokenizerFast"}')
+    (folder / "tokenizer_config.json").write_text(
+        '{"eos_token": "<|end|>", "tokenizer_class": "PreTrainedTokenizerFast"}'
+    )
     return folder
 
 

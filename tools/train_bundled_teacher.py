@@ -190,8 +190,12 @@ def write_figures(out: Path, train_ids, heldout_ids, heldout_bytes: int, tokens_
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for weights, config, tokenizer and figures.json")
-    parser.add_argument("--minutes", type=float, default=45.0, help="training time; the learning rate decays to its end")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for weights, config, tokenizer and figures.json"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=45.0, help="training time; the learning rate decays to its end"
+    )
     parser.add_argument("--vocab-size", type=int, default=3072)
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--intermediate-size", type=int, default=832)

@@ -40,6 +40,8 @@ def demo(arguments: argparse.Namespace) -> int:
         mixer=arguments.mixer,
         variant=arguments.variant,
         out=out,
+        data=arguments.data,
+        heldout_data=arguments.heldout_data,
         overrides=dict(_override(text) for text in arguments.set),
     )
     summary = run_conversion(conversion, Terminal())
@@ -113,10 +115,14 @@ class Terminal:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="radlads", description="Turn softmax transformers into linear-attention decoders.")
+    parser = argparse.ArgumentParser(
+        prog="radlads", description="Turn softmax transformers into linear-attention decoders."
+    )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_demo(commands)
-    commands.add_parser("train", help="run one stage: -c FILE ... --train.KEY VALUE (radlads train --help)", add_help=False)
+    commands.add_parser(
+        "train", help="run one stage: -c FILE ... --train.KEY VALUE (radlads train --help)", add_help=False
+    )
     _add_generate(commands)
     return parser
 
@@ -128,11 +134,22 @@ def _add_demo(commands: Any) -> None:
     command.add_argument("--teacher", help="a Hugging Face folder or hub name such as Qwen/Qwen2.5-0.5B-Instruct")
     command.add_argument("--mixer", default="rad_rwkv7", help="rad_rwkv7 (default) or rad_rwkv6")
     command.add_argument(
-        "--variant", default="balanced", choices=["balanced", "group_norm"], help="of rad_rwkv7: the paper's or the released 7B's"
+        "--variant",
+        default="balanced",
+        choices=["balanced", "group_norm"],
+        help="of rad_rwkv7: the paper's or the released 7B's",
     )
-    command.add_argument("--out", type=Path, help="folder to write (default out/demo)")
+    command.add_argument("--out", type=Path, help="folder to write (default out/demo, out/conversion with --teacher)")
     command.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="a configuration key of all stages, e.g. train.micro_bsz=4"
+        "--data", type=Path, help="training tokens, a .bin/.idx pair (default: this Python's own text)"
+    )
+    command.add_argument("--heldout-data", type=Path, help="held-out tokens, a .bin/.idx pair; goes with --data")
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a configuration key of all stages, e.g. train.micro_bsz=4",
     )
     command.set_defaults(run=demo)
 
@@ -142,7 +159,9 @@ def _add_generate(commands: Any) -> None:
     command.add_argument("folder", type=Path, help="a model folder that radlads exported")
     command.add_argument("--prompt", required=True)
     command.add_argument("--temperature", type=float, default=0.8, help="0 = always the likeliest token")
-    command.add_argument("--top-p", type=float, default=0.95, help="keep the likeliest tokens of this total probability")
+    command.add_argument(
+        "--top-p", type=float, default=0.95, help="keep the likeliest tokens of this total probability"
+    )
     command.add_argument("--top-k", type=int, default=0, help="keep this many likeliest tokens; 0 = all")
     command.add_argument("--max-tokens", type=int, default=256)
     command.add_argument("--seed", type=int, help="for a repeatable text")
@@ -177,7 +196,9 @@ def _print_summary(summary: dict[str, Any], out: Path) -> None:
     for name in ("teacher", "student"):
         print(f"\n--- the {name} continues {summary['sample']['prompt']!r}\n{summary['sample'][name]}")
     print(f"\nexport reloads without radlads: logits differ by at most {summary['reload_max_abs_diff']:.1e}")
-    print(f"{summary['seconds']:.0f} s, at most {summary['peak_rss_gb']:.1f} GB; {out}/hf is the model, {out}/report.png the plots")
+    print(
+        f"{summary['seconds']:.0f} s, at most {summary['peak_rss_gb']:.1f} GB; model: {out}/hf, plots: {out}/report.png"
+    )
 
 
 if __name__ == "__main__":

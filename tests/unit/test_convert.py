@@ -78,7 +78,10 @@ def test_reinit_att_leaves_the_teachers_projections_behind(teacher):
     ("keys", "expected"),
     [
         ({"tmix": "qwerky7", "inv_other_layer_ratio": 3}, ["rad_rwkv7", "rad_rwkv7", "qwen2"]),
-        ({"tmix": "rad_rwkv6", "tmix2": "rad_rwkv7", "inv_other_layer_ratio": 1.5}, ["rad_rwkv6", "rad_rwkv7", "rad_rwkv7"]),
+        (
+            {"tmix": "rad_rwkv6", "tmix2": "rad_rwkv7", "inv_other_layer_ratio": 1.5},
+            ["rad_rwkv6", "rad_rwkv7", "rad_rwkv7"],
+        ),
         ({"tmix": "rad_rwkv6", "preserve_last_n_layers": 2}, ["rad_rwkv6", "qwen2", "qwen2"]),
         ({"tmix": "rad_rwkv6", "tmix2": "qwen2"}, ["rad_rwkv6"] * 3),
     ],
@@ -197,7 +200,7 @@ def test_a_missing_shard_is_named(teacher, tmp_path):
     folder = copy_of(teacher, tmp_path)
     index = {"weight_map": {NORM: "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="model-00001-of-00002.safetensors is missing"):
+    with pytest.raises(ValueError, match=r"model-00001-of-00002\.safetensors is missing"):
         open_teacher(folder)
 
 

@@ -1,11 +1,13 @@
 """Learning rates by step and group."""
 
+from itertools import pairwise
+
 import pytest
 import tiny
 
 from radlads.convert.hf_source import open_teacher
 from radlads.convert.student import build_student
-from radlads.train.optim import build_optimizer, learning_rate
+from radlads.train.optim import build_optimizers, learning_rate
 
 
 def settings(folder, **keys):
@@ -21,7 +23,7 @@ def test_decays_run_from_first_to_last_and_never_rise(tmp_path, kind):
     values = rates(settings(tmp_path, lr_init=1e-3, lr_final=1e-5, lr_decay_type=kind))
     assert values[0] == 1e-3
     assert values[-1] == pytest.approx(1e-5, abs=2e-6)
-    assert all(later <= earlier for earlier, later in zip(values, values[1:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(values))
 
 
 @pytest.mark.parametrize(
@@ -40,7 +42,14 @@ def test_warm_up_rises_linearly_from_one_per_cent(tmp_path):
 
 
 def test_stage_2a_holds_the_mixers_rate_then_drops_it(tmp_path):
-    keys = {"lr_init": 1e-5, "lr_final": 1e-5, "lr2_init": 1e-4, "lr2_final": 1e-5, "lr_wait": 0.833, "lr_endpoint": 0.875}
+    keys = {
+        "lr_init": 1e-5,
+        "lr_final": 1e-5,
+        "lr2_init": 1e-4,
+        "lr2_final": 1e-5,
+        "lr_wait": 0.833,
+        "lr_endpoint": 0.875,
+    }
     train = settings(tmp_path, **keys)
     mixer = rates(train, "mixer")
     assert set(mixer[:833]) == {1e-4}
@@ -48,17 +57,32 @@ def test_stage_2a_holds_the_mixers_rate_then_drops_it(tmp_path):
     assert rates(train) == pytest.approx([1e-5] * 1000)
 
 
-def test_mixers_and_the_rest_are_different_groups(teacher, tmp_path):
-    config = tiny.stage_config(tmp_path, "distill")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_mixers_and_the_rest_are_different_groups(teacher, tmp_path, optimizer):
+    config = tiny.stage_config(tmp_path, "distill", **{"train.optimizer": optimizer})
     student, _ = build_student(open_teacher(teacher), config.model)
-    groups = build_optimizer(student, config.train).param_groups
-    sizes = {role: sum(p.numel() for g in groups if g["role"] == role for p in g["params"]) for role in ("mixer", "rest")}
+    groups = [group for each in build_optimizers(student, config.train) for group in each.param_groups]
+    sizes = {
+        role: sum(p.numel() for g in groups if g["role"] == role for p in g["params"]) for role in ("mixer", "rest")
+    }
     mixers = sum(p.numel() for name, p in student.named_parameters() if "self_attn" in name)
     assert sizes == {"mixer": mixers, "rest": sum(p.numel() for p in student.parameters()) - mixers}
+
+
+def test_muon_gets_the_blocks_matrices_and_nothing_else(teacher, tmp_path):
+    config = tiny.stage_config(tmp_path, "distill", **{"train.optimizer": "muon"})
+    student, _ = build_student(open_teacher(teacher), config.model)
+    muon, adam = build_optimizers(student, config.train)
+    names = {id(p): name for name, p in student.named_parameters()}
+    by_muon = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    by_adam = {names[id(p)] for group in adam.param_groups for p in group["params"]}
+    assert "model.layers.0.mlp.up_proj.weight" in by_muon
+    assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} <= by_adam
+    assert by_muon.isdisjoint(by_adam)
 
 
 def test_an_optimizer_we_lack_is_named(teacher, tmp_path):
     config = tiny.stage_config(tmp_path, "distill", **{"train.optimizer": "lion"})
     student, _ = build_student(open_teacher(teacher), config.model)
     with pytest.raises(ValueError, match="'lion'"):
-        build_optimizer(student, config.train)
+        build_optimizers(student, config.train)

@@ -100,10 +100,14 @@ def test_heldout_loss_is_transformers_own(teacher):
 
 def test_extending_with_a_teacher_mixes_kl_and_cross_entropy(teacher, corpus_folder):
     keys = {"train.teacher.hf_path": str(teacher), "train.teacher.kl_weight": 0.25, "train.teacher.ce_weight": 0.75}
-    config, student, frozen = models(teacher, corpus_folder, "extend", **keys)
+    _, student, frozen = models(teacher, corpus_folder, "extend", **keys)
     tokens = torch.randint(256, (2, 9))
     parts = [
-        float(next(build_stage(tiny.stage_config(corpus_folder, "extend", **kind).train).parts(student, frozen, tokens)).sum)
+        float(
+            next(
+                build_stage(tiny.stage_config(corpus_folder, "extend", **kind).train).parts(student, frozen, tokens)
+            ).sum
+        )
         for kind in (
             keys,
             {**keys, "train.teacher.kl_weight": 1.0, "train.teacher.ce_weight": 0.0},

@@ -23,16 +23,16 @@ def save_model(model: RadladsForCausalLM, folder: Path, *, dtype: torch.dtype | 
 def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> RadladsForCausalLM:
     """The model of a folder that save_model or an export wrote, in evaluation mode.
 
-    Raises ValueError for a folder that is none, for another architecture, and for weights that do not fit (load_strict).
+    Raises ValueError for a folder that is none, another architecture, and weights that do not fit (load_strict).
     """
     config = RadladsConfig.from_dict(read_config(folder, RadladsForCausalLM.__name__))
-    model = RadladsForCausalLM(config).to(dtype)
+    model = RadladsForCausalLM(config).to(dtype)  # type: ignore[arg-type]
     load_strict(model, SafetensorsFolder(folder), folder)
     return model.eval()
 
 
 def read_config(folder: Path, *architectures: str) -> dict:
-    """A folder's config.json as a dictionary. Raises ValueError if it is missing, no JSON, or of another architecture."""
+    """A folder's config.json as a dictionary. Raises ValueError if missing, no JSON, or of another architecture."""
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} is not a model folder: it has no config.json")

@@ -41,7 +41,9 @@ def load_strict(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], ori
     if missing := sorted(parameters.keys() - weights.keys()):
         raise ValueError(f"{origin} lacks {_some(missing)}, which the model has: is it the checkpoint of this model?")
     if unexpected := sorted(weights.keys() - parameters.keys()):
-        raise ValueError(f"{origin} holds {_some(unexpected)}, which the model lacks: is it the checkpoint of this model?")
+        raise ValueError(
+            f"{origin} holds {_some(unexpected)}, which the model lacks: is it the checkpoint of this model?"
+        )
     for name, parameter in parameters.items():
         copy_checked(parameter, weights[name], name, origin)
 

@@ -14,7 +14,7 @@ Switch = Literal[0, 1]
 
 Stage = Literal["align", "distill", "extend"]
 
-Optimizer = Literal["adamw", "dsfusedadamw", "adamwschedulefree", "adam8bit", "lion"]
+Optimizer = Literal["adamw", "muon", "dsfusedadamw", "adamwschedulefree", "adam8bit", "lion"]
 Precision = Literal["auto", "bf16", "bf16-mixed", "bf16-true", "fp32", "32", "32-true"]
 
 
@@ -180,7 +180,7 @@ class TrainConfig:
     gradient_clip_val: float = 1.0
     """Largest gradient norm; longer gradients are scaled down to it. 0 = no clipping."""
     optimizer: Optimizer = "adamw"
-    """Update rule. Those other than adamw need their own package."""
+    """Update rule: adamw; muon (the blocks' matrices by Muon, the rest by AdamW); others are not available yet."""
     lr_init: float = 6e-4
     """Learning rate after warm-up of everything but the mixers."""
     lr_final: float = 1e-5

@@ -60,23 +60,31 @@ def locate(path_or_name: str | Path) -> Path:
     if str(path_or_name).count("/") != 1 or str(path_or_name).startswith((".", "/", "~")):
         raise ValueError(f"{path_or_name} is neither a folder nor a hub name such as Qwen/Qwen2.5-0.5B-Instruct")
     try:
-        return Path(snapshot_download(str(path_or_name), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
+        return Path(
+            snapshot_download(str(path_or_name), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path_or_name} is no local folder and could not be fetched from the hub: {reason}") from error
+        raise ValueError(
+            f"{path_or_name} is no local folder and could not be fetched from the hub: {reason}"
+        ) from error
 
 
 def teacher_config(values: dict, folder: Path) -> RadladsConfig:
     """A Qwen2 config.json as our configuration with softmax mixers everywhere."""
     if values.get("use_sliding_window"):
-        raise ValueError(f"{folder} uses sliding-window attention, which is not supported: choose a full-attention teacher")
+        raise ValueError(
+            f"{folder} uses sliding-window attention, which is not supported: choose a full-attention teacher"
+        )
     if values.get("hidden_act", "silu") != "silu":
         raise ValueError(f"{folder} uses the activation {values['hidden_act']!r}: only silu is supported")
     rope = values.get("rope_parameters") or {"rope_theta": values.get("rope_theta", 10000.0)}
     scaling = values.get("rope_scaling") or {}
     kind = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
     if kind != "default":
-        raise ValueError(f"{folder} scales RoPE by {kind!r}, which is not supported: remove rope_scaling from config.json")
+        raise ValueError(
+            f"{folder} scales RoPE by {kind!r}, which is not supported: remove rope_scaling from config.json"
+        )
     sizes = {name: values[name] for name in _SIZES if values.get(name) is not None}
     missing = [name for name in _SIZES[:5] if name not in sizes]
     if missing:
@@ -110,11 +118,12 @@ def end_of_text_id(folder: Path, tokenizer: Tokenizer) -> int:
     """The id that ends a document: the tokenizer's eos_token, else the configuration's eos_token_id."""
     token = _json(folder / "tokenizer_config.json").get("eos_token")
     token = token.get("content") if isinstance(token, dict) else token
-    if token is not None and tokenizer.token_to_id(token) is not None:
-        return tokenizer.token_to_id(token)
+    found = None if token is None else tokenizer.token_to_id(token)
+    if found is not None:
+        return found
     ids = _json(folder / "config.json").get("eos_token_id")
     ids = ids if isinstance(ids, list) else [ids]
-    if ids[0] is None:
+    if not isinstance(ids[0], int):
         raise ValueError(f"{folder} names no end-of-text token: set eos_token_id in its config.json")
     return ids[0]
 

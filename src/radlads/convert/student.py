@@ -13,7 +13,7 @@ from radlads.model.modeling import RadladsForCausalLM
 
 def build_teacher(source: TeacherSource, *, dtype: torch.dtype = torch.float32) -> RadladsForCausalLM:
     """The teacher with its weights, frozen and in evaluation mode."""
-    teacher = RadladsForCausalLM(source.config).to(dtype)
+    teacher = RadladsForCausalLM(source.config).to(dtype)  # type: ignore[arg-type]
     transfer(source.weights, teacher, source.folder)
     return teacher.eval().requires_grad_(False)
 
@@ -36,13 +36,17 @@ def student_config(teacher: RadladsConfig, model: ModelConfig) -> RadladsConfig:
     """
     layers = teacher.num_hidden_layers
     if model.preserve_last_n_layers > layers:
-        raise ValueError(f"model.preserve_last_n_layers is {model.preserve_last_n_layers}, but there are {layers} layers")
+        raise ValueError(
+            f"model.preserve_last_n_layers is {model.preserve_last_n_layers}, but there are {layers} layers"
+        )
     return RadladsConfig(
         **{name: getattr(teacher, name) for name in _INHERITED},
         tie_word_embeddings=False,
         rope_parameters=dict(teacher.rope_parameters),
         time_mixers=_per_layer(model.tmix, model.tmix2 or "qwen2", "qwen2", layers, model),
-        channel_mixers=_per_layer(model.cmix or "swiglu", model.cmix2 or model.cmix or "swiglu", "swiglu", layers, model),
+        channel_mixers=_per_layer(
+            model.cmix or "swiglu", model.cmix2 or model.cmix or "swiglu", "swiglu", layers, model
+        ),
         use_rope=bool(model.use_pos_emb),
         gate_rank_type=model.gate_rank_type,
         balance_state=bool(model.balance_state),

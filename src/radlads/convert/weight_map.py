@@ -10,6 +10,7 @@ import torch
 
 from radlads.checkpoint.weights import copy_checked
 from radlads.model.configuration import RadladsConfig
+from radlads.model.modeling import RadladsForCausalLM
 
 Action = Literal["copy", "transform", "fresh", "drop"]
 
@@ -23,7 +24,9 @@ FRESH_PARAMETERS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One weight's way. copy: teacher to student as it is. transform: the same tensor in a second role (an untied head).
+    """One weight's way.
+
+    copy: teacher to student as it is. transform: the same tensor in a second role (an untied head).
     fresh: the student's own initial value (teacher None). drop: not used by the student (student None)."""
 
     action: Action
@@ -41,12 +44,14 @@ def table(teacher_names: set[str], student_names: set[str], config: RadladsConfi
     used = {row.teacher for row in rows}
     rows += [Row("drop", name, None) for name in sorted(teacher_names - used) if _may_drop(name, config, reinit_att)]
     if left := sorted(teacher_names - {row.teacher for row in rows}):
-        raise ValueError(f"the teacher's {left[0]} ({len(left)} such) has no place in the student: is it a supported model?")
+        raise ValueError(
+            f"the teacher's {left[0]} ({len(left)} such) has no place in the student: is it a supported model?"
+        )
     return rows
 
 
 def transfer(
-    weights: Mapping[str, torch.Tensor], student: torch.nn.Module, origin: object, *, reinit_att: bool = False
+    weights: Mapping[str, torch.Tensor], student: RadladsForCausalLM, origin: object, *, reinit_att: bool = False
 ) -> Counter[Action]:
     """Move the teacher's weights into the student by the table; return how many rows there were of each action.
 

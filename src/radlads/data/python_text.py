@@ -34,7 +34,9 @@ def iter_documents(split: Split, *, library: Path | None = None) -> Iterator[tup
     paths = [path for path in root.rglob("*.py") if _counts(path.relative_to(root), path)]
     relative_paths = sorted((path.relative_to(root).as_posix() for path in paths), key=_shuffle_key)
     if not relative_paths:
-        raise ValueError(f"no Python sources under {root}: install the standard library's .py files, or pass a text file")
+        raise ValueError(
+            f"no Python sources under {root}: install the standard library's .py files, or pass a text file"
+        )
     for relative_path in relative_paths:
         if split_of(relative_path) == split:
             text = _read_utf8(root / relative_path)

@@ -24,12 +24,13 @@ class Align:
         self.kind, self.trainable = kind, trainable
 
     def parts(
-        self, student: RadladsForCausalLM, teacher: RadladsForCausalLM | None, tokens: torch.LongTensor
+        self, student: RadladsForCausalLM, teacher: RadladsForCausalLM | None, tokens: torch.Tensor
     ) -> Iterator[LossPart]:
         """See Stage.parts. The student's mixers alone run; embedding, channel mixers and head do not."""
         assert teacher is not None
         count = tokens[:, 1:].numel()
-        values = held = None
+        values: torch.Tensor | None = None
+        held = None
         for layer, x, target, shared in _frozen(teacher.model.attention_taps(tokens[:, :-1])):
             if layer not in student.config.recurrent_layers:
                 continue
@@ -42,7 +43,8 @@ class Align:
                 yield LossPart(f"layer_{layer}", loss, loss.detach(), count)
         if held is not None:
             layer, loss, v_first = held
-            objective = loss if values.grad is None else loss + (v_first * values.grad).sum()
+            collected = None if values is None else values.grad
+            objective = loss if collected is None else loss + (v_first * collected).sum()
             yield LossPart(f"layer_{layer}", objective, loss.detach(), count)
 
 

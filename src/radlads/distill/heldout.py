@@ -22,14 +22,15 @@ class Heldout:
 
 @torch.no_grad()
 def measure(
-    student: RadladsForCausalLM, teacher: RadladsForCausalLM | None, batches: Iterable[torch.LongTensor]
+    student: RadladsForCausalLM, teacher: RadladsForCausalLM | None, batches: Iterable[torch.Tensor]
 ) -> Heldout:
     """Measure on batches [B, T + 1] of held-out tokens, in evaluation mode and the student's own precision."""
     was_training = student.training
     student.eval()
-    loss = kl = agreed = num_tokens = 0
-    for tokens in batches:
-        tokens = tokens.to(student.device)
+    loss = kl = 0.0
+    agreed = num_tokens = 0
+    for batch in batches:
+        tokens = batch.to(student.device)
         inputs, labels = tokens[:, :-1], tokens[:, 1:]
         logits = student(inputs, use_cache=False).logits
         loss += cross_entropy(logits, labels).double().item()
@@ -37,7 +38,7 @@ def measure(
         if teacher is not None:
             teacher_logits = logits if teacher is student else teacher(inputs, use_cache=False).logits
             kl += kl_divergence(teacher_logits, logits).double().item()
-            agreed += (teacher_logits.argmax(-1) == logits.argmax(-1)).sum().item()
+            agreed += int((teacher_logits.argmax(-1) == logits.argmax(-1)).sum())
     student.train(was_training)
     if teacher is None:
         return Heldout(loss / num_tokens, None, None, num_tokens)

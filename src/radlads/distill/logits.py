@@ -19,7 +19,7 @@ class Logits:
         self.needs_teacher = kl_weight > 0
 
     def parts(
-        self, student: RadladsForCausalLM, teacher: RadladsForCausalLM | None, tokens: torch.LongTensor
+        self, student: RadladsForCausalLM, teacher: RadladsForCausalLM | None, tokens: torch.Tensor
     ) -> Iterator[LossPart]:
         """See Stage.parts."""
         inputs, labels = tokens[:, :-1], tokens[:, 1:]

@@ -35,7 +35,7 @@ class Stage(Protocol):
     trainable: Trainable
 
     def parts(
-        self, student: RadladsForCausalLM, teacher: RadladsForCausalLM | None, tokens: torch.LongTensor
+        self, student: RadladsForCausalLM, teacher: RadladsForCausalLM | None, tokens: torch.Tensor
     ) -> Iterator[LossPart]:
         """Yield the loss of tokens [B, T + 1] part by part.
 

@@ -58,7 +58,9 @@ def stream_tokens(
         if token in stop_ids:
             return
         yield token
-        logits = model(torch.tensor([[token]], device=model.device), past_key_values=cache, use_cache=True).logits[:, -1]
+        logits = model(torch.tensor([[token]], device=model.device), past_key_values=cache, use_cache=True).logits[
+            :, -1
+        ]
 
 
 def stream_text(
@@ -75,7 +77,7 @@ def stream_text(
 
 @torch.inference_mode()
 def prefill(
-    model: RadladsForCausalLM, tokens: torch.LongTensor, *, piece: int = PREFILL_TOKENS
+    model: RadladsForCausalLM, tokens: torch.Tensor, *, piece: int = PREFILL_TOKENS
 ) -> tuple[torch.Tensor, RadladsCache]:
     """Read tokens [B, T] in pieces; the logits [B, V] after the last one, and the cache."""
     cache = RadladsCache(model.config)
@@ -119,7 +121,7 @@ def available_bytes(device: torch.device) -> int:
 
 
 @torch.inference_mode()
-def decode_ms(model: RadladsForCausalLM, tokens: torch.LongTensor, *, steps: int = 50, warmup: int = 10) -> float:
+def decode_ms(model: RadladsForCausalLM, tokens: torch.Tensor, *, steps: int = 50, warmup: int = 10) -> float:
     """Median milliseconds per token when decoding after the prompt `tokens` [B, T]."""
     _, cache = prefill(model, tokens)
     token, times = tokens[:, -1:], []

@@ -1,5 +1,7 @@
 """Where a sequence's states live between calls, as transformers 5 wants it (generation, beam search, continuing)."""
 
+from typing import Any
+
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
@@ -53,7 +55,7 @@ class RecurrentCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     def reset(self) -> None:
         self.state, self.seen_tokens, self.is_initialized = None, 0, False
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._change(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -74,7 +76,7 @@ class RecurrentCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     def lazy_initialization(self, *args, **kwargs) -> None:
         raise TypeError("a recurrent cache layer is filled by store()")
 
-    update = update_conv_state = update_recurrent_state = lazy_initialization
+    update = update_conv_state = update_recurrent_state = lazy_initialization  # type: ignore[assignment]
 
 
 class KeyValueView:
@@ -96,7 +98,7 @@ class RadladsCache(DynamicCache):
     """
 
     def __init__(self, config: RadladsConfig):
-        layers = [
+        layers: list[Any] = [
             RecurrentCacheLayer() if kind == "linear_attention" else DynamicLayer() for kind in config.layer_types
         ]
         Cache.__init__(self, layers=layers)
@@ -118,7 +120,8 @@ class RadladsCache(DynamicCache):
         """Bytes of everything carried."""
         total = 0
         for layer in self.layers:
-            held = layer.state if isinstance(layer, RecurrentCacheLayer) else (layer.keys, layer.values)
+            recurrent = isinstance(layer, RecurrentCacheLayer)
+            held = layer.state if recurrent else (layer.keys, layer.values)  # type: ignore[union-attr]
             total += sum(x.numel() * x.element_size() for x in held or () if x is not None)
         return total
 
@@ -132,8 +135,8 @@ class RadladsCache(DynamicCache):
         super().reset()
         self.next_positions = self.padding_mask = None
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        super().reorder_cache(beam_idx)
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self._change_rows(lambda x: x[beam_idx.to(x.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:

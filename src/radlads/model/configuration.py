@@ -1,6 +1,7 @@
 """The model's configuration: which mixer each layer uses, and the sizes all of them share."""
 
 import math
+from dataclasses import field
 
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -34,19 +35,19 @@ class RadladsConfig(PreTrainedConfig):
     intermediate_size: int = 4864
     num_hidden_layers: int = 24
     num_attention_heads: int = 14
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: int = 0
+    head_dim: int = 0
     max_position_embeddings: int = 32768
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-6
     use_cache: bool = True
     tie_word_embeddings: bool = False
     attention_bias: bool = True
-    rope_parameters: dict | None = None
+    rope_parameters: dict = field(default_factory=dict)
     rope_theta: float = 1e6
-    time_mixers: list[str] | None = None
-    channel_mixers: list[str] | None = None
-    layer_types: list[str] | None = None
+    time_mixers: list[str] = field(default_factory=list)
+    channel_mixers: list[str] = field(default_factory=list)
+    layer_types: list[str] = field(default_factory=list)
     use_rope: bool = True
     gate_rank_type: int = 2
     balance_state: bool = True
@@ -82,7 +83,7 @@ class RadladsConfig(PreTrainedConfig):
         for kind, (multiplier, exponent) in LOW_RANK_RULES.items():
             if not getattr(self, f"lora_rank_{kind}"):
                 setattr(self, f"lora_rank_{kind}", low_rank(self.hidden_size, multiplier, exponent))
-        if self.rope_parameters is None:
+        if not self.rope_parameters:
             self.rope_parameters = {"rope_type": "default", "rope_theta": self.rope_theta}
         self.rope_theta = self.rope_parameters.get("rope_theta", self.rope_theta)
         super().__post_init__(**kwargs)

@@ -63,10 +63,11 @@ class RadladsPreTrainedModel(PreTrainedModel):
     """What both classes tell transformers about themselves."""
 
     config_class = RadladsConfig
+    config: RadladsConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("Block",)
-    _skip_keys_device_placement = ("past_key_values",)
+    _no_split_modules = ["Block"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _is_stateful = True  # assisted decoding needs to take tokens back, which a recurrent state cannot
     _supports_sdpa = True
 
@@ -91,9 +92,9 @@ class RadladsModel(RadladsPreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: RadladsCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -121,12 +122,13 @@ class RadladsModel(RadladsPreTrainedModel):
             hidden, v_first = block(hidden, v_first, shared, past_key_values=past_key_values)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
 
-    def attention_taps(self, input_ids: torch.LongTensor) -> Iterator[AttentionTap]:
+    def attention_taps(self, input_ids: torch.Tensor) -> Iterator[AttentionTap]:
         """Run the stack on [B, T] tokens and yield every layer's tap as soon as it is there; no final norm, no head."""
         hidden = self.embed_tokens(input_ids)
         shared = self.shared_inputs(hidden, None, None, None)
         v_first = None
         for layer, block in enumerate(self.layers):
+            assert isinstance(block, Block)
             hidden, v_first, x, y = block.tapped(hidden, v_first, shared)
             yield AttentionTap(layer, x, y, shared)
 
@@ -163,7 +165,7 @@ class RadladsModel(RadladsPreTrainedModel):
             )
         return None if bool(mask.all()) else mask
 
-    def _positions(self, token_mask, past_key_values, past: int, hidden) -> torch.LongTensor:
+    def _positions(self, token_mask, past_key_values, past: int, hidden) -> torch.Tensor:
         """Positions [B or 1, T] that count real tokens only, continuing the cache's; a pad has the last token's."""
         T, device = hidden.shape[1], hidden.device
         if token_mask is None:
@@ -201,12 +203,12 @@ class RadladsForCausalLM(RadladsPreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: RadladsCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
@@ -224,10 +226,10 @@ class RadladsForCausalLM(RadladsPreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """Give generate() our cache; its own choice goes by class names and static layouts that do not fit."""
         if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
             return
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(

@@ -24,7 +24,8 @@ class RadRwkv6(RecurrentMixer):
         super().__init__(config, layer_idx)
         C, D, rank = config.hidden_size, self.num_heads * self.head_dim, config.lora_rank_tokenshift
         if config.use_tokenshift:
-            for name in ("x", *SHIFTED):
+            self.time_maa_x = nn.Parameter(torch.empty(1, 1, C))
+            for name in SHIFTED:
                 setattr(self, f"time_maa_{name}", nn.Parameter(torch.empty(1, 1, C)))
             self.time_maa_w1 = nn.Parameter(torch.empty(C, len(SHIFTED) * rank))
             self.time_maa_w2 = nn.Parameter(torch.empty(len(SHIFTED), rank, C))

@@ -238,7 +238,7 @@ def _scan(H, state, X, Y, M, inverse, at_middle, to_end, over_all):
 
 
 def _scan_backward(G, d_state, X, Y, M, states, inverse, at_middle, to_end, over_all):
-    """Fill G's removal rows, and return dZ (the gradient of H^T Y) of every chunk, and those of e and the first state."""
+    """Fill G's removal rows; return the gradients of H^T Y (dZ) and of e for every chunk, and of the first state."""
     L = M.shape[-1] if inverse is None else inverse.shape[-1]
     per_chunk = [x.unbind(2) for x in (at_middle, to_end, over_all, states[:, :, 1:], X, G)]
     if inverse is not None:
@@ -266,7 +266,7 @@ def _future(L: int, device: torch.device, removes: bool) -> torch.Tensor:
 
 
 def _chunks(x, chunk: int):
-    """[B, T, H, N] as fp32 [B, H, G, L, N] (None stays None); T is padded with zeros, which leave the state as it is."""
+    """[B, T, H, N] as fp32 [B, H, G, L, N] (None stays None), T padded with zeros, which leave the state as it is."""
     if x is None:
         return None
     B, T, H, N = x.shape

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from radlads.checkpoint.atomic import partial_name, write_text
 from radlads.checkpoint.hf_export import export
-from radlads.checkpoint.manifest import MANIFEST, read_manifest, versions, weights_hash
+from radlads.checkpoint.manifest import MANIFEST, read_manifest, sha256, versions, weights_hash
 from radlads.checkpoint.model_folder import load_model
 from radlads.config.load import dump_config, load_config
 from radlads.config.schema import Config
@@ -44,19 +44,35 @@ HELDOUT_CONTEXT = 512
 MEMORY_CONTEXTS = (1024, 8192, 65536)
 DECODE_POSITIONS = (100, 8000)
 PROMPT = "def read_lines(path):\n"
+_SPLITS: tuple[Split, Split] = ("train", "heldout")
 _ASSETS = files("radlads") / "assets"
 BUNDLED_TEACHER = Path(str(_ASSETS / "teacher"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """What to convert into what, and where. overrides: dotted configuration keys for all stages."""
+    """What to convert into what, and where.
+
+    data, heldout_data: .bin/.idx pairs without the extension; None = the text of the running Python, tokenised into
+    `out/data`. overrides: dotted configuration keys for all stages.
+    """
 
     teacher: str | Path = BUNDLED_TEACHER
     mixer: str = "rad_rwkv7"
     variant: Variant = "balanced"
     out: Path = Path("out/demo")
+    data: Path | None = None
+    heldout_data: Path | None = None
     overrides: Mapping[str, object] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.data is None) != (self.heldout_data is None):
+            raise ValueError("--data and --heldout-data go together: name both .bin/.idx pairs, or neither")
+
+    def corpus(self, split: Split) -> Path:
+        """Stem of the split's .bin/.idx pair."""
+        given = self.data if split == "train" else self.heldout_data
+        return given or self.out / "data" / split
 
 
 def run_conversion(conversion: Conversion, console: Console) -> dict[str, Any]:
@@ -70,17 +86,19 @@ def run_conversion(conversion: Conversion, console: Console) -> dict[str, Any]:
     tokenizer = load_tokenizer(source.folder, source.config.vocab_size)
     configs = stage_configs(conversion)
     out = conversion.out
-    claim_folder(out, _identity(source, configs), console)
+    claim_folder(out, _identity(conversion, source, configs), console)
     if (out / SUMMARY).is_file():
         console.line(f"{out} holds this conversion already; remove the folder to run it again")
         return json.loads((out / SUMMARY).read_text())
-    build_corpus(source, tokenizer, out, console)
+    if conversion.data is None:
+        build_corpus(source, tokenizer, out, console)
 
     torch.manual_seed(configs["align"].train.seed_everything)
     teacher = build_teacher(source)
     student, rows = build_student(source, configs["align"].model)
     console.line("setup   " + ", ".join(f"{count} weights {_PAST[action]}" for action, count in sorted(rows.items())))
-    heldout = heldout_batches(out)
+    heldout_reader = BinIdxReader(conversion.corpus("heldout"))
+    heldout = heldout_batches(heldout_reader)
     summary: dict[str, Any] = {
         "teacher": _measured(measure(teacher, teacher, heldout)),
         "setup": _measured(measure(student, teacher, heldout)),
@@ -100,7 +118,7 @@ def run_conversion(conversion: Conversion, console: Console) -> dict[str, Any]:
     hf_folder = out / "hf"
     if not hf_folder.exists():
         export(student, source.folder, hf_folder)
-    prompt_ids = BinIdxReader(out / "data" / "heldout").tokens[: max(DECODE_POSITIONS)].astype("int64")
+    prompt_ids = heldout_reader.tokens[: max(DECODE_POSITIONS)].astype("int64")
     summary |= _measure_use(student, teacher, source, tokenizer, torch.from_numpy(prompt_ids))
     summary["reload_max_abs_diff"] = reload_max_abs_diff(student, hf_folder.resolve(), prompt_ids[:64].tolist())
     summary["seconds"] = round(time.monotonic() - began, 1)
@@ -122,8 +140,8 @@ def stage_configs(conversion: Conversion) -> dict[str, Config]:
     if conversion.variant != "balanced" and conversion.mixer != "rad_rwkv7":
         raise ValueError("--variant group_norm belongs to --mixer rad_rwkv7")
     names = [conversion.mixer, *(["group_norm"] if conversion.variant == "group_norm" else [])]
-    data = {"train.data_file": str(conversion.out / "data" / "train")}
-    data |= {"train.validation_data_file": str(conversion.out / "data" / "heldout")}
+    data = {"train.data_file": str(conversion.corpus("train"))}
+    data |= {"train.validation_data_file": str(conversion.corpus("heldout"))}
     data |= {"train.teacher.hf_path": str(conversion.teacher), "train.proj_dir": str(conversion.out)}
     return {
         stage: load_config(
@@ -146,7 +164,8 @@ def claim_folder(out: Path, identity: dict[str, str], console: Console) -> None:
         held = json.loads(marker.read_text())
         if different := [key for key in identity if held.get(key) != identity[key]]:
             raise ValueError(
-                f"{out} holds another conversion (different: {', '.join(different)}): remove it, or choose another --out"
+                f"{out} holds another conversion (different: {', '.join(different)}): "
+                "remove it, or choose another --out"
             )
         if not (out / SUMMARY).is_file():
             console.line(f"going on with the unfinished conversion in {out}")
@@ -160,8 +179,7 @@ def claim_folder(out: Path, identity: dict[str, str], console: Console) -> None:
 def build_corpus(source: TeacherSource, tokenizer: Tokenizer, out: Path, console: Console) -> None:
     """Write out/data/{train,heldout}.{bin,idx} from the running Python's sources, unless they are there."""
     eos = end_of_text_id(source.folder, tokenizer)
-    splits: tuple[Split, Split] = ("train", "heldout")
-    for split in splits:
+    for split in _SPLITS:
         stem = out / "data" / split
         if stem.with_suffix(".idx").is_file():
             continue
@@ -174,9 +192,9 @@ def build_corpus(source: TeacherSource, tokenizer: Tokenizer, out: Path, console
         )
 
 
-def heldout_batches(out: Path) -> DataLoader:
+def heldout_batches(reader: BinIdxReader) -> DataLoader:
     """The held-out windows that every row of the summary is measured on."""
-    windows = HeldoutWindows(BinIdxReader(out / "data" / "heldout"), HELDOUT_CONTEXT, HELDOUT_TOKENS)
+    windows = HeldoutWindows(reader, HELDOUT_CONTEXT, HELDOUT_TOKENS)
     return DataLoader(windows, batch_size=8)
 
 
@@ -192,7 +210,9 @@ def _run_or_reuse(
     if (folder / MANIFEST).is_file():
         manifest = read_manifest(folder)
         if manifest["recipe"] != recipe:
-            raise ValueError(f"{folder} was made by another recipe or from another parent: remove it to run the stage again")
+            raise ValueError(
+                f"{folder} was made by another recipe or from another parent: remove it to run the stage again"
+            )
         console.line(f"{folder.name}: finished earlier, kept")
         return load_model(folder)
     if partial_name(folder).exists():
@@ -227,12 +247,16 @@ def _measure_use(
     }
 
 
-def _identity(source: TeacherSource, configs: dict[str, Config]) -> dict[str, str]:
+def _identity(conversion: Conversion, source: TeacherSource, configs: dict[str, Config]) -> dict[str, str]:
+    """What a folder's conversion is told apart by: each entry names one thing that decides the result."""
+    data = f"Python {versions()['python']}"
+    if conversion.data is not None:
+        data = recipe_hash(*(sha256(conversion.corpus(split).with_suffix(".idx")) for split in _SPLITS))
     return {
         "teacher": weights_hash(source.folder),
+        "data": data,
         "mixer": recipe_hash(configs["align"].model),
         "stages": recipe_hash(*(dump_config(config) for config in configs.values())),
-        "python": versions()["python"],
     }
 
 

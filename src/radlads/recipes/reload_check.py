@@ -37,7 +37,12 @@ def reload_max_abs_diff(model: RadladsForCausalLM, folder: Path, token_ids: list
     a fresh process where radlads cannot be imported. Raises ValueError if the folder does not load there."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "logits.safetensors"
-        environment = {**os.environ, "HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        environment = {
+            **os.environ,
+            "HF_MODULES_CACHE": scratch,
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_VERBOSITY": "error",
+        }
         command = [sys.executable, "-c", _SCRIPT, str(folder), ",".join(map(str, token_ids)), str(out)]
         done = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True, check=False)
         if done.returncode:

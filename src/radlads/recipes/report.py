@@ -53,6 +53,8 @@ def _heldout(axes, summary: dict[str, Any]) -> None:
     steps = ["setup", *_COLOURS]
     bars = axes.bar(steps, [summary[step]["loss"] for step in steps], color=["#999999", *_COLOURS.values()])
     axes.bar_label(bars, fmt="%.3f")
-    axes.axhline(summary["teacher"]["loss"], color="black", linestyle="--", label=f"teacher {summary['teacher']['loss']:.3f}")
+    axes.axhline(
+        summary["teacher"]["loss"], color="black", linestyle="--", label=f"teacher {summary['teacher']['loss']:.3f}"
+    )
     axes.set(title="Held-out loss after each step", ylabel="nats per token")
     axes.legend()

@@ -52,7 +52,7 @@ class Progress(L.Callback):
 class HeldoutCallback(L.Callback):
     """Measures the student before, during and after the stage, and appends each measurement to heldout.csv."""
 
-    def __init__(self, batches: Iterable[torch.LongTensor], every_steps: int, path: Path):
+    def __init__(self, batches: Iterable[torch.Tensor], every_steps: int, path: Path):
         self._batches, self._every, self._path = batches, every_steps, path
         self.history: list[tuple[int, int, Heldout]] = []
 

@@ -75,15 +75,22 @@ def run_stage(
         began = time.monotonic()
         trainer = build_trainer(train, partial, callbacks)
         if module.teacher is not None:
-            module.teacher.to(trainer.strategy.root_device)
+            module.teacher.to(trainer.strategy.root_device)  # type: ignore[arg-type]
         trainer.fit(module, DataLoader(samples, batch_size=train.micro_bsz, num_workers=0))
         seconds = time.monotonic() - began
         if train.grad_cp:
             student.gradient_checkpointing_disable()
-        student.to("cpu").requires_grad_(False).eval()
+        student.to("cpu")  # type: ignore[arg-type]
+        student.requires_grad_(False).eval()
         save_model(student, partial)
         last = measured.history[-1][2] if measured else None
-        facts = {"stage": stage.name, "parent": parent, "recipe": recipe, "tokens": module.tokens_done, "seconds": seconds}
+        facts = {
+            "stage": stage.name,
+            "parent": parent,
+            "recipe": recipe,
+            "tokens": module.tokens_done,
+            "seconds": seconds,
+        }
         write_manifest(partial, **facts, heldout=vars(last) if last else None)
     return StageResult(folder, module.tokens_done, seconds, last)
 
@@ -101,7 +108,7 @@ def training_samples(config: Config, vocab_size: int) -> tuple[TokenSamples, int
     return TokenSamples(reader, context, num_samples=num_samples, magic_prime=train.magic_prime), num_steps
 
 
-def heldout_batches(config: Config, vocab_size: int) -> Iterable[torch.LongTensor] | None:
+def heldout_batches(config: Config, vocab_size: int) -> Iterable[torch.Tensor] | None:
     """Batches of held-out windows, or None if the configuration names no held-out file."""
     train = config.train
     if not train.validation_data_file:

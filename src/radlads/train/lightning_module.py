@@ -8,7 +8,7 @@ import torch
 from radlads.config.schema import TrainConfig
 from radlads.distill.stage import Stage, is_trainable
 from radlads.model.modeling import RadladsForCausalLM
-from radlads.train.optim import build_optimizer, set_learning_rates
+from radlads.train.optim import build_optimizers, set_learning_rates
 
 
 class StageModule(L.LightningModule):
@@ -42,10 +42,10 @@ class StageModule(L.LightningModule):
         """The frozen teacher, if the stage has one."""
         return self._outside_the_tree[0]
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return build_optimizer(self.student, self.settings)
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return build_optimizers(self.student, self.settings)
 
-    def training_step(self, tokens: torch.LongTensor, batch_idx: int) -> None:
+    def training_step(self, tokens: torch.Tensor, batch_idx: int) -> None:
         """Add one micro-batch [B, T + 1] to the window; step at the window's end. ValueError for a non-finite loss."""
         for part in self.stage.parts(self.student, self.teacher, tokens):
             if not torch.isfinite(part.sum):
@@ -61,21 +61,27 @@ class StageModule(L.LightningModule):
             self._optimizer_step()
 
     def _optimizer_step(self) -> None:
-        optimizer = self.optimizers()
-        assert isinstance(optimizer, L.pytorch.core.optimizer.LightningOptimizer)
-        set_learning_rates(optimizer.optimizer, self.settings, self.steps_done, self.num_steps)
-        parameters = [p for p in self.student.parameters() if p.grad is not None]
+        optimizers = self.optimizers()
+        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+        parameters = list(self.student.parameters())
         total = sum(self._counts.values())
-        torch._foreach_div_([p.grad for p in parameters], float(total))
+        torch._foreach_div_([p.grad for p in parameters if p.grad is not None], float(total))
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.gradient_clip_val or float("inf"))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            set_learning_rates(optimizer.optimizer, self.settings, self.steps_done, self.num_steps)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
-        self._record(optimizer.optimizer, float(norm), total)
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self._record({f"lr_{group['role']}": group["lr"] for group in groups}, float(norm), total)
 
-    def _record(self, optimizer: torch.optim.Optimizer, norm: float, total: int) -> None:
-        metrics = {"loss": float(sum(self._sums.values())) / total, "grad_norm": norm, "tokens": float(self.tokens_done)}
-        metrics |= {f"lr_{group['role']}": group["lr"] for group in optimizer.param_groups}
+    def _record(self, rates: dict[str, float], norm: float, total: int) -> None:
+        metrics = {
+            "loss": float(sum(self._sums.values())) / total,
+            "grad_norm": norm,
+            "tokens": float(self.tokens_done),
+        }
+        metrics |= rates
         if len(self._sums) > 1:
             metrics |= {name: float(self._sums[name]) / self._counts[name] for name in sorted(self._sums)}
         self.last_metrics = metrics

@@ -16,31 +16,43 @@ _MISSING = {
 }
 
 
-def build_optimizer(student: RadladsForCausalLM, train: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over the parameters that require gradients, grouped by rate (mixer, rest) and weight decay.
+def build_optimizers(student: RadladsForCausalLM, train: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Optimisers over the parameters that require gradients; every group has a "role", "mixer" or "rest".
 
+    adamw: AdamW for all, weight decay on matrices only. muon: Muon for the blocks' matrices (its updates scaled to
+    AdamW's size, so that rates mean the same), AdamW for embedding, head and vectors.
     Raises ValueError if nothing trains or the optimiser named is not available.
     """
-    if train.optimizer != "adamw":
+    if train.optimizer not in ("adamw", "muon"):
         what, instead = _MISSING[train.optimizer]
         raise ValueError(f"train.optimizer {train.optimizer!r} ({what}) is not available yet: use {instead}")
-    groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
+    by_muon: dict[str, list[torch.nn.Parameter]] = {}
+    by_adam: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
-        if parameter.requires_grad:
-            role = "mixer" if is_mixer_parameter(name, student) else "rest"
-            groups.setdefault((role, parameter.ndim == 2), []).append(parameter)
-    if not groups:
+        if not parameter.requires_grad:
+            continue
+        role = "mixer" if is_mixer_parameter(name, student) else "rest"
+        if train.optimizer == "muon" and parameter.ndim == 2 and ".layers." in name:
+            by_muon.setdefault(role, []).append(parameter)
+        else:
+            by_adam.setdefault((role, parameter.ndim == 2), []).append(parameter)
+    if not by_muon and not by_adam:
         raise ValueError("no parameter trains: the student has no recurrent layer, or train.trainable leaves none")
-    return torch.optim.AdamW(
-        [
+    optimizers: list[torch.optim.Optimizer] = []
+    if by_muon:
+        muon = [{"params": parameters, "role": role} for role, parameters in by_muon.items()]
+        momentum, decay = train.beta2, train.weight_decay
+        optimizers.append(
+            torch.optim.Muon(muon, train.lr_init, decay, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+        )
+    if by_adam:
+        adam = [
             {"params": parameters, "role": role, "weight_decay": train.weight_decay if decays else 0.0}
-            for (role, decays), parameters in groups.items()
-        ],
-        lr=train.lr_init,
-        betas=(train.beta1, train.beta2),
-        eps=train.adam_eps,
-        fused=True,
-    )
+            for (role, decays), parameters in by_adam.items()
+        ]
+        betas = (train.beta1, train.beta2)
+        optimizers.append(torch.optim.AdamW(adam, train.lr_init, betas, train.adam_eps, fused=True))
+    return optimizers
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, train: TrainConfig, step: int, num_steps: int) -> None:

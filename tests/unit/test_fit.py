@@ -1,0 +1,173 @@
+"""A stage from start to finished folder: trajectories, contents, refusals."""
+
+import csv
+import json
+
+import pytest
+import tiny
+import torch
+
+from radlads.checkpoint.manifest import read_manifest
+from radlads.checkpoint.model_folder import load_model
+from radlads.convert.hf_source import open_teacher
+from radlads.convert.student import build_student, build_teacher
+from radlads.train.fit import resolve_precision, run_stage
+
+
+def run(teacher, data, folder, stage="distill", student=None, **overrides):
+    keys = {f"train.{key}": value for key, value in overrides.items()}
+    config = tiny.stage_config(data, stage, **keys)
+    source = open_teacher(teacher)
+    torch.manual_seed(0)
+    student = student or build_student(source, config.model)[0]
+    console = tiny.Silent()
+    result = run_stage(config, student, build_teacher(source), folder, console, parent="test")
+    return result, student, console
+
+
+def curve(folder, key="loss"):
+    with (folder / "metrics.csv").open() as file:
+        return [float(row[key]) for row in csv.DictReader(file) if row.get(key)]
+
+
+@pytest.mark.parametrize("stage", ["align", "distill", "extend"])
+def test_accumulating_eight_of_one_is_one_of_eight(teacher, corpus_folder, tmp_path, stage):
+    budget = {"my_exit_tokens": 16 * 8 * 10}
+    _, one, _ = run(teacher, corpus_folder, tmp_path / "1x8", stage, micro_bsz=1, accumulate_grad_batches=8, **budget)
+    _, eight, _ = run(teacher, corpus_folder, tmp_path / "8x1", stage, micro_bsz=8, accumulate_grad_batches=1, **budget)
+    for key in ("loss", "grad_norm"):
+        drift = torch.tensor(curve(tmp_path / "1x8", key)) / torch.tensor(curve(tmp_path / "8x1", key)) - 1
+        assert len(drift) == 10
+        assert drift.abs().mean() < 1e-5
+    for a, b in zip(one.parameters(), eight.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=0)
+
+
+def test_the_same_run_twice_is_bit_equal(teacher, corpus_folder, tmp_path):
+    run(teacher, corpus_folder, tmp_path / "a")
+    run(teacher, corpus_folder, tmp_path / "b")
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("stage", ["align", "distill", "extend"])
+def test_a_stage_learns(teacher, corpus_folder, tmp_path, stage):
+    run(teacher, corpus_folder, tmp_path / "run", stage, my_exit_tokens=16 * 4 * 60, lr_init=5e-3)
+    losses = curve(tmp_path / "run")
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+def test_gradient_checkpointing_changes_nothing(teacher, corpus_folder, tmp_path):
+    for switch in (0, 1):
+        run(teacher, corpus_folder, tmp_path / str(switch), grad_cp=switch)
+    assert curve(tmp_path / "0") == pytest.approx(curve(tmp_path / "1"), rel=1e-6)
+
+
+def test_bf16_follows_fp32(teacher, corpus_folder, tmp_path):
+    for precision in ("fp32", "bf16"):
+        run(teacher, corpus_folder, tmp_path / precision, precision=precision)
+    assert curve(tmp_path / "bf16") == pytest.approx(curve(tmp_path / "fp32"), rel=0.02)
+    assert curve(tmp_path / "bf16") != curve(tmp_path / "fp32")
+
+
+def test_clipping_bounds_what_is_applied_and_not_what_is_logged(teacher, corpus_folder, tmp_path):
+    for clip in (1e-6, 0.0):
+        run(teacher, corpus_folder, tmp_path / str(clip), gradient_clip_val=clip, my_exit_tokens=64)
+    assert curve(tmp_path / "1e-06", "grad_norm") == curve(tmp_path / "0.0", "grad_norm")
+
+
+def test_a_finished_folder_holds_all_that_is_promised(teacher, corpus_folder, tmp_path):
+    folder = tmp_path / "run"
+    keys = {"validation_data_file": str(corpus_folder / "heldout"), "heldout_tokens": 640, "heldout_every_steps": 2}
+    result, student, console = run(teacher, corpus_folder, folder, "align", **keys)
+    manifest = read_manifest(folder)
+    assert manifest["stage"] == "align"
+    assert manifest["parent"] == "test"
+    assert manifest["tokens"] == result.tokens == 16 * 4 * 5
+    assert (
+        manifest["versions"]["torch"] == torch.__version__.split("+")[0]
+        or manifest["versions"]["torch"] == torch.__version__
+    )
+    assert manifest["heldout"]["num_tokens"] == 640
+    assert {"config.yaml", "config.json", "model.safetensors", "metrics.csv", "tensorboard"} <= {
+        p.name for p in folder.iterdir()
+    }
+    with (folder / "heldout.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [0, 2, 4, 5]
+    assert all(curve(folder, f"layer_{layer}") for layer in range(3))
+    assert any("tok/s" in line and "left" in line for line in console.lines)
+    tokens = torch.randint(256, (1, 9))
+    assert torch.equal(load_model(folder)(tokens).logits, student(tokens).logits)
+
+
+def test_the_mean_over_layers_is_the_loss(teacher, corpus_folder, tmp_path):
+    run(teacher, corpus_folder, tmp_path / "run", "align")
+    layers = [curve(tmp_path / "run", f"layer_{layer}") for layer in range(3)]
+    assert [sum(values) / 3 for values in zip(*layers, strict=True)] == pytest.approx(curve(tmp_path / "run"), rel=1e-5)
+
+
+def test_a_non_finite_loss_stops_the_stage_and_leaves_no_finished_folder(teacher, corpus_folder, tmp_path):
+    config = tiny.stage_config(corpus_folder, "distill")
+    student, _ = build_student(open_teacher(teacher), config.model)
+    student.model.norm.weight.data[3] = float("nan")
+    with pytest.raises(ValueError, match=r"loss of distill .* is nan at step 1"):
+        run(teacher, corpus_folder, tmp_path / "run", student=student)
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run.partial" / "manifest.json").exists()
+
+
+def test_an_existing_folder_is_never_touched(teacher, corpus_folder, tmp_path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ValueError, match="exists already"):
+        run(teacher, corpus_folder, tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_tampered_weights_are_noticed(teacher, corpus_folder, tmp_path):
+    run(teacher, corpus_folder, tmp_path / "run", my_exit_tokens=64)
+    path = tmp_path / "run" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\1")
+    with pytest.raises(ValueError, match="not the file its manifest"):
+        read_manifest(tmp_path / "run")
+
+
+def test_a_damaged_manifest_is_noticed(tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps({"stage": "align"}))
+    with pytest.raises(ValueError, match="is damaged"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"data_file": ""}, "data_file is not set"),
+        ({"data_file": "/no/such/corpus"}, "/no/such/corpus"),
+        ({"accelerator": "gpu"}, "no CUDA GPU is here"),
+        ({"magic_prime": 15}, "15"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that must not be there")
+def test_settings_that_cannot_run_are_refused(teacher, corpus_folder, tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        run(teacher, corpus_folder, tmp_path / "run", **overrides)
+
+
+def test_distilling_without_a_teacher_is_refused(teacher, corpus_folder, tmp_path):
+    config = tiny.stage_config(corpus_folder, "distill")
+    student, _ = build_student(open_teacher(teacher), config.model)
+    with pytest.raises(ValueError, match="needs a teacher"):
+        run_stage(config, student, None, tmp_path / "run", tiny.Silent(), parent="test")
+
+
+def test_a_corpus_beyond_the_vocabulary_is_refused_before_training(tmp_path, teacher, corpus_folder):
+    small = tiny.teacher_folder(tmp_path / "small", vocab_size=200)
+    with pytest.raises(ValueError, match="outside the model's vocabulary of 200"):
+        run(small, corpus_folder, tmp_path / "run")
+    assert not (tmp_path / "run.partial").exists()
+
+
+def test_precision_auto_is_fp32_or_bf16_and_the_rest_is_kept():
+    assert resolve_precision("auto", "cuda") == "bf16"
+    assert resolve_precision("auto", "cpu") in ("bf16", "fp32")
+    assert resolve_precision("bf16-true", "cpu") == "bf16-true"
