@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from radlads.checkpoint.model_folder import load_model
 from radlads.cli import main
+from radlads.recipes.conversion import only_process_in
 
 SMALL = ["--set", "model.ctx_len=32", "--set", "train.my_exit_tokens=1280", "--set", "train.micro_bsz=4"]
 SMALL += ["--set", "train.heldout_every_steps=5", "--set", "train.heldout_tokens=640"]
@@ -79,6 +80,12 @@ def test_a_finished_conversion_is_shown_again_and_another_refused(finished, teac
     capsys.readouterr()
     assert main(command(teacher, corpus_folder, finished, "--mixer", "rad_rwkv6")) == 2
     assert "holds another conversion (different: mixer, stages)" in capsys.readouterr().err
+
+
+def test_two_processes_do_not_share_a_folder(finished, teacher, corpus_folder, capsys):
+    with only_process_in(finished):
+        assert main(command(teacher, corpus_folder, finished)) == 2
+    assert "another process is converting into" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mixer", [["rad_rwkv6"], ["rad_rwkv7", "--variant", "group_norm"]])

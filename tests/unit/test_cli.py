@@ -44,6 +44,17 @@ def test_train_runs_a_stage(teacher, corpus_folder, tmp_path, capsys):
     assert main([str(word) for word in argv]) == 0
     folder = tmp_path / "out" / "L3-D64-rad_rwkv6_qwen2-0"
     assert f"wrote {folder}" in capsys.readouterr().out
+    other = [
+        "train",
+        *where,
+        "--train.load_model",
+        folder,
+        "--train.teacher.hf_path",
+        teacher,
+        "--model.tmix",
+        "qwerky7",
+    ]
+    assert "3 x rad_rwkv6, but the configuration names 3 x rad_rwkv7" in failing(capsys, *other)
     second = ["train", "-c", tmp_path / "stage.yaml", *where, "--train.load_model", folder]
     stage_3 = ["--train.attention_distillation_stage", "-1", "--train.proj_suffix", "3"]
     assert main([str(word) for word in [*second, *stage_3]]) == 0
@@ -62,6 +73,7 @@ def test_train_runs_a_stage(teacher, corpus_folder, tmp_path, capsys):
         (["demo", "--set", "train.micro_bsz"], "KEY=VALUE"),
         (["demo", "--set", "train.micro_bz=1"], "did you mean 'train.micro_bsz'"),
         (["demo", "--data", "x"], "go together"),
+        (["demo", "--set", "train.data_file=x"], "the conversion sets it itself"),
         (["generate", "/no/such/folder", "--prompt", "a"], "no config.json"),
     ],
 )

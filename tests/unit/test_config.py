@@ -128,7 +128,7 @@ def test_whole_numbers_are_text_where_text_is_wanted(write_file):
     assert (train.proj_suffix, train.precision) == ("2", "32")
 
 
-@pytest.mark.parametrize("precision", ["auto", "bf16", "bf16-true", "fp32", "32"])
+@pytest.mark.parametrize("precision", ["auto", "bf16", "bf16-mixed", "fp32", "32"])
 def test_precisions(precision):
     assert parse("--train.precision", precision).train.precision == precision
 

@@ -50,7 +50,7 @@ def test_every_weight_of_both_sides_is_accounted_for(tmp_path, mixer, tied):
     source = open_teacher(tiny.teacher_folder(tmp_path / "teacher", tied=tied))
     student, counts = build_student(source, model_keys(tmix=mixer))
     names = {name for name, _ in student.named_parameters()}
-    rows = table(set(source.weights), names, student.config, reinit_att=False)
+    rows = table(set(source.weights), names, student.config, tied=tied, reinit_att=False)
     assert {row.student for row in rows if row.student} == names
     assert {row.teacher for row in rows if row.teacher} == set(source.weights)
     assert counts["copy"] + counts["transform"] + counts["fresh"] == len(names)
@@ -160,6 +160,7 @@ NORM = "model.norm.weight"
     ("change", "message"),
     [
         (lambda weights: weights.pop(NORM), "has no model.norm.weight"),
+        (lambda weights: weights.pop("lm_head.weight"), "has no lm_head.weight"),
         (lambda weights: weights.update(extra=torch.ones(2)), "extra .* has no place in the student"),
         (lambda weights: weights.update({NORM: torch.ones(3)}), r"has shape \(3,\), but the model needs \(64,\)"),
         (lambda weights: weights.update({NORM: torch.full((64,), float("nan"))}), "model.norm.weight .* holds NaN"),

@@ -11,6 +11,7 @@ from radlads.checkpoint.manifest import read_manifest
 from radlads.checkpoint.model_folder import load_model
 from radlads.convert.hf_source import open_teacher
 from radlads.convert.student import build_student, build_teacher
+from radlads.model.swiglu import SwiGLU
 from radlads.train.fit import resolve_precision, run_stage
 
 
@@ -57,9 +58,17 @@ def test_a_stage_learns(teacher, corpus_folder, tmp_path, stage):
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
-def test_gradient_checkpointing_changes_nothing(teacher, corpus_folder, tmp_path):
+def test_gradient_checkpointing_recomputes_and_changes_nothing(teacher, corpus_folder, tmp_path, monkeypatch):
+    calls, forward = [0, 0], SwiGLU.forward
     for switch in (0, 1):
-        run(teacher, corpus_folder, tmp_path / str(switch), grad_cp=switch)
+
+        def counted(self, x, switch=switch):
+            calls[switch] += 1
+            return forward(self, x)
+
+        monkeypatch.setattr(SwiGLU, "forward", counted)
+        run(teacher, corpus_folder, tmp_path / str(switch), "extend", grad_cp=switch)
+    assert calls[1] == 2 * calls[0]
     assert curve(tmp_path / "0") == pytest.approx(curve(tmp_path / "1"), rel=1e-6)
 
 
@@ -145,6 +154,8 @@ def test_a_damaged_manifest_is_noticed(tmp_path):
         ({"data_file": "/no/such/corpus"}, "/no/such/corpus"),
         ({"accelerator": "gpu"}, "no CUDA GPU is here"),
         ({"magic_prime": 15}, "15"),
+        ({"devices": 2}, "train.devices is set, but what it asks for is not available yet"),
+        ({"wandb": "project"}, r"train\.wandb"),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that must not be there")
@@ -170,4 +181,31 @@ def test_a_corpus_beyond_the_vocabulary_is_refused_before_training(tmp_path, tea
 def test_precision_auto_is_fp32_or_bf16_and_the_rest_is_kept():
     assert resolve_precision("auto", "cuda") == "bf16"
     assert resolve_precision("auto", "cpu") in ("bf16", "fp32")
-    assert resolve_precision("bf16-true", "cpu") == "bf16-true"
+    assert resolve_precision("32", "cpu") == "32"
+
+
+def test_a_gradient_that_is_not_finite_is_never_applied(teacher, corpus_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda *arguments: torch.tensor(float("inf")))
+    with pytest.raises(ValueError, match="gradient of distill is inf at step 1"):
+        run(teacher, corpus_folder, tmp_path / "run")
+
+
+def test_ctrl_c_arrives_as_what_it_is(teacher, corpus_folder, tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("radlads.train.lightning_module.set_learning_rates", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(teacher, corpus_folder, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_metrics_count_optimizer_steps_under_accumulation(teacher, corpus_folder, tmp_path):
+    keys = {"accumulate_grad_batches": 4, "micro_bsz": 1, "log_every_n_steps": 2, "my_exit_tokens": 16 * 4 * 6}
+    run(teacher, corpus_folder, tmp_path / "run", **keys)
+    assert curve(tmp_path / "run", "optimizer_step") == [2, 4, 6]
+
+
+def test_a_stage_shorter_than_the_logging_interval_has_metrics(teacher, corpus_folder, tmp_path):
+    run(teacher, corpus_folder, tmp_path / "run", log_every_n_steps=50, my_exit_tokens=64)
+    assert len(curve(tmp_path / "run")) == 1

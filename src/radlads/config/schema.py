@@ -15,7 +15,7 @@ Switch = Literal[0, 1]
 Stage = Literal["align", "distill", "extend"]
 
 Optimizer = Literal["adamw", "muon", "dsfusedadamw", "adamwschedulefree", "adam8bit", "lion"]
-Precision = Literal["auto", "bf16", "bf16-mixed", "bf16-true", "fp32", "32", "32-true"]
+Precision = Literal["auto", "bf16", "bf16-mixed", "fp32", "32", "32-true"]
 
 
 class Range(NamedTuple):
@@ -38,23 +38,23 @@ class RopeConfig:
     """Rotary position embedding."""
 
     base: float = 10000.0
-    """Wavelength base (theta); Qwen2.5 uses 1e6. No effect when model.hf_path names a folder, whose value is taken."""
+    """Accepted so that released files load; no effect: the base is always the teacher's."""
     rescale: float = 1.0
-    """Position scale: every angle is divided by it; 1 leaves the angles as they are."""
+    """Not available yet: must be 1."""
     rebase: float = 1.0
-    """Factor on base, to stretch the long wavelengths only; 1 leaves base as it is."""
+    """Not available yet: must be 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder: its sizes, and which mixers its layers use."""
+    """A decoder: which mixers its layers use. Its sizes are always the teacher's, or those of the model it loads."""
 
     hf_path: str = ""
     """Hugging Face folder or hub name whose config.json gives the sizes below; '' = the sizes are given here."""
     classname: str = ""
-    """Family of the softmax decoder: qwen2 or qwen3; '' = read from hf_path, qwen2 without one."""
+    """Accepted so that released files load; no effect: sizes are always the teacher's."""
     tmix: str = "rad_rwkv7"
-    """Time mixer: rad_rwkv6, rad_rwkv7 (also by their published names qwerky6, qwerky7), qwen2, qwen3, or your own."""
+    """Time mixer: rad_rwkv6, rad_rwkv7 (also by their published names qwerky6, qwerky7), qwen2, or your own."""
     tmix2: str = ""
     """Time mixer of the layers that inv_other_layer_ratio sets apart; '' = the family's softmax attention."""
     cmix: str = ""
@@ -64,25 +64,25 @@ class ModelConfig:
     ctx_len: int = 1024
     """Tokens in one training sequence."""
     vocab_size: int = 0
-    """Rows of the embedding; 0 = read from hf_path."""
+    """Accepted so that released files load; no effect: sizes are always the teacher's."""
     vocab_padding_idx: int = -1
-    """Token id whose embedding stays zero; -1 = none."""
+    """Not available yet: must be -1."""
     n_layer: int = 6
-    """Number of layers. No effect when hf_path is set."""
+    """Accepted so that released files load; no effect: sizes are always the teacher's."""
     n_embd: int = 512
-    """Hidden size. No effect when hf_path is set."""
+    """Accepted so that released files load; no effect: sizes are always the teacher's."""
     dim_att: int = 0
-    """Width of all query heads together; 0 = n_embd. No effect when hf_path is set."""
+    """Accepted so that released files load; no effect: sizes are always the teacher's."""
     dim_ffn: int = 0
-    """Width of the channel mixer; 0 = a rule of n_embd. No effect when hf_path is set."""
+    """Accepted so that released files load; no effect: sizes are always the teacher's."""
     head_size: int = 64
-    """Channels per head. No effect when hf_path is set."""
+    """Accepted so that released files load; no effect: sizes are always the teacher's."""
     num_key_value_heads: int = 0
-    """Heads that keys and values are computed for; 0 = as many as query heads. No effect when hf_path is set."""
+    """Accepted so that released files load; no effect: sizes are always the teacher's."""
     rms_norm_eps: float = 1e-6
-    """Epsilon of the RMS norms. No effect when hf_path is set."""
+    """Accepted so that released files load; no effect: sizes are always the teacher's."""
     dropout: float = 0.0
-    """Probability of dropping a channel while training."""
+    """Not available yet: must be 0."""
     inv_other_layer_ratio: float = 1.0
     """The last 1/r of the layers use tmix2 and cmix2: 3 = the last third; 1 = none."""
     preserve_last_n_layers: int = 0
@@ -90,7 +90,7 @@ class ModelConfig:
     rope: RopeConfig = field(default_factory=RopeConfig)
     """Rotary position embedding."""
     attention_type: str = ""
-    """Kernel of the recurrence, by its published name; '' = the best for the device. Results agree up to rounding."""
+    """Not available yet: must be ''. The kernel is the best for the device."""
     reinit_att: Switch = 0
     """1 = start from random attention projections, not the teacher's: an ablation, clearly worse."""
     gate_rank_type: Literal[0, 1, 2] = 1
@@ -120,15 +120,15 @@ class TeacherConfig:
     """The frozen softmax model to learn from, and how much."""
 
     path: str = ""
-    """Weights of the teacher: a Hugging Face folder or a .pth file; '' = hf_path; both '' = no teacher."""
+    """The teacher, a Hugging Face folder or hub name; '' = hf_path; both '' = no teacher."""
     hf_path: str = ""
-    """Hugging Face folder or hub name of the teacher: its config.json, tokenizer, and, when path is '', its weights."""
+    """As path, which comes first where both are set."""
     kl_weight: float = 0.5
-    """Weight of KL(teacher || student) on logits. No effect in the align stage or without a teacher."""
+    """Weight of KL(teacher || student) on logits. Extend stage only; naming a teacher there switches it on."""
     ce_weight: float = 0.5
-    """Weight of cross-entropy on the labels. No effect in the align stage; without a teacher it counts as 1."""
+    """Weight of cross-entropy on the labels. Extend stage only; without a teacher it counts as 1."""
     model: ModelConfig = field(default_factory=lambda: ModelConfig(tmix="qwen2"))
-    """The teacher's shape. No effect when path or hf_path is a folder with a config.json."""
+    """Accepted so that released files load; no effect: the shape is that of the folder."""
 
     def __post_init__(self) -> None:
         _check_model(self.model, "train.teacher.model")
@@ -146,7 +146,7 @@ class TrainConfig:
     load_model: str = ""
     """Model folder of an earlier stage to start from; '' = set the student up from the teacher (align stage only)."""
     load_partial: Switch = 0
-    """1 = accept weights that lack parameters of the model or hold others; what is missing keeps its initial value."""
+    """Not available yet: must be 0."""
     attention_distillation_stage: int = -1
     """1 = align the mixers with the teacher's attention, 2 = distil the logits, -1 = extend the context."""
     train_stage: int = 0
@@ -166,17 +166,17 @@ class TrainConfig:
     proj_suffix: str = "0"
     """Last suffix of the run folder's name. No effect when proj_name is set."""
     wandb: str = ""
-    """Weights & Biases project to log to; '' = log to files only."""
+    """Not available yet: must be ''."""
     epoch_begin: int = 0
-    """Epoch (40320 samples) that the data order starts from."""
+    """Not available yet: must be 0."""
     epoch_save: int = 5
-    """Epochs (40320 samples) between checkpoints; 0 = only at the end."""
+    """Accepted so that released files load; no effect: the model is written when the stage is complete."""
     micro_bsz: int = 12
     """Sequences per device in one forward pass. Global batch: micro_bsz x accumulate_grad_batches x all devices."""
     accumulate_grad_batches: int = 1
     """Forward passes per optimiser step."""
     grad_cp: Switch = 0
-    """1 = recompute activations in the backward pass: less memory, about a third more time."""
+    """1 = recompute activations in the backward pass: less memory, about a third more time. Not in the align stage."""
     gradient_clip_val: float = 1.0
     """Largest gradient norm; longer gradients are scaled down to it. 0 = no clipping."""
     optimizer: Optimizer = "adamw"
@@ -206,7 +206,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay, on matrices only."""
     weight_decay_final: float = -1.0
-    """Weight decay at the end of the decay of the learning rate; -1 = weight_decay throughout."""
+    """Not available yet: must be -1."""
     data_file: str = ""
     """Training tokens: path of a .bin/.idx pair, without the extension."""
     validation_data_file: str = ""
@@ -228,17 +228,17 @@ class TrainConfig:
     log_every_n_steps: int = 50
     """Optimiser steps between rows of metrics."""
     precision: Precision = "bf16"
-    """bf16 = bf16 products on fp32 weights; bf16-true = bf16 weights; auto = bf16 where the hardware multiplies it."""
+    """bf16 = bf16 products on fp32 weights; auto = bf16 where the hardware multiplies it, fp32 elsewhere."""
     accelerator: Literal["gpu", "cuda", "cpu", "mps", "auto"] = "gpu"
     """Hardware to train on."""
     strategy: str = "auto"
-    """Lightning's strategy for several devices: auto, ddp, fsdp, deepspeed_stage_1, deepspeed_stage_2, ..."""
+    """Not available yet: must be auto."""
     devices: int = 1
-    """Devices per node; -1 = all."""
+    """Not available yet: must be 1."""
     num_nodes: int = 1
-    """Machines."""
+    """Not available yet: must be 1."""
     ds_bucket_mb: int = 200
-    """DeepSpeed's communication bucket in MB. No effect on other strategies."""
+    """Accepted so that released files load; no effect."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     """The teacher."""
 
@@ -281,6 +281,29 @@ class Config:
 
     def __post_init__(self) -> None:
         _check_model(self.model, "model")
+
+
+def unavailable(config: Config) -> str | None:
+    """The dotted name of a key that is set to something which is not available yet, or None."""
+    model, train, defaults = config.model, config.train, Config()
+    wanted: list[tuple[str, object, object]] = [
+        *((f"model.{name}", getattr(model, name), getattr(defaults.model, name)) for name in _UNAVAILABLE_MODEL_KEYS),
+        *((f"model.rope.{name}", getattr(model.rope, name), 1.0) for name in ("rescale", "rebase")),
+        *((f"train.{name}", getattr(train, name), getattr(defaults.train, name)) for name in _UNAVAILABLE_TRAIN_KEYS),
+    ]
+    return next((key for key, value, default in wanted if value != default), None)
+
+
+_UNAVAILABLE_MODEL_KEYS = ("dropout", "vocab_padding_idx", "attention_type")
+_UNAVAILABLE_TRAIN_KEYS = (
+    "load_partial",
+    "weight_decay_final",
+    "epoch_begin",
+    "wandb",
+    "strategy",
+    "devices",
+    "num_nodes",
+)
 
 
 def stage_of(train: TrainConfig) -> Stage:

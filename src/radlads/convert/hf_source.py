@@ -1,6 +1,5 @@
 """A teacher as it comes: a Hugging Face folder, or a hub name that is fetched into one."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from tokenizers import Tokenizer
 
+from radlads.checkpoint.atomic import read_json
 from radlads.checkpoint.model_folder import read_config
 from radlads.checkpoint.weights import SafetensorsFolder
 from radlads.model.configuration import RadladsConfig
@@ -105,7 +105,9 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing more specific
         raise ValueError(f"{path} is not a readable tokenizer: copy it anew") from error
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest < 0:
+        raise ValueError(f"{path} has no tokens: copy it anew")
     if largest >= vocab_size:
         raise ValueError(
             f"{path} has a token with id {largest}, but the model's vocabulary ends at {vocab_size - 1}: "
@@ -129,4 +131,4 @@ def end_of_text_id(folder: Path, tokenizer: Tokenizer) -> int:
 
 
 def _json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}

@@ -7,14 +7,14 @@ import torch
 from radlads.config.schema import ModelConfig
 from radlads.convert.hf_source import TeacherSource
 from radlads.convert.weight_map import transfer
-from radlads.model.configuration import RadladsConfig
+from radlads.model.configuration import MIXER_ALIASES, RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 
 
 def build_teacher(source: TeacherSource, *, dtype: torch.dtype = torch.float32) -> RadladsForCausalLM:
     """The teacher with its weights, frozen and in evaluation mode."""
     teacher = RadladsForCausalLM(source.config).to(dtype)  # type: ignore[arg-type]
-    transfer(source.weights, teacher, source.folder)
+    transfer(source.weights, teacher, source.folder, tied=source.config.tie_word_embeddings)
     return teacher.eval().requires_grad_(False)
 
 
@@ -25,7 +25,8 @@ def build_student(source: TeacherSource, model: ModelConfig) -> tuple[RadladsFor
     head is untied, because the student's head is trained on its own.
     """
     student = RadladsForCausalLM(student_config(source.config, model))
-    return student, transfer(source.weights, student, source.folder, reinit_att=bool(model.reinit_att))
+    tied, reinit_att = source.config.tie_word_embeddings, bool(model.reinit_att)
+    return student, transfer(source.weights, student, source.folder, tied=tied, reinit_att=reinit_att)
 
 
 def student_config(teacher: RadladsConfig, model: ModelConfig) -> RadladsConfig:
@@ -43,7 +44,7 @@ def student_config(teacher: RadladsConfig, model: ModelConfig) -> RadladsConfig:
         **{name: getattr(teacher, name) for name in _INHERITED},
         tie_word_embeddings=False,
         rope_parameters=dict(teacher.rope_parameters),
-        time_mixers=_per_layer(model.tmix, model.tmix2 or "qwen2", "qwen2", layers, model),
+        time_mixers=layer_mixers(model, layers),
         channel_mixers=_per_layer(
             model.cmix or "swiglu", model.cmix2 or model.cmix or "swiglu", "swiglu", layers, model
         ),
@@ -58,6 +59,12 @@ def student_config(teacher: RadladsConfig, model: ModelConfig) -> RadladsConfig:
         lora_rank_value_residual_mix=model.lora_rank_value_residual_mix,
         lora_rank_gate=model.lora_rank_gate,
     )
+
+
+def layer_mixers(model: ModelConfig, layers: int) -> list[str]:
+    """The time mixer of each layer, by its registered name."""
+    names = _per_layer(model.tmix, model.tmix2 or "qwen2", "qwen2", layers, model)
+    return [MIXER_ALIASES.get(name, name) for name in names]
 
 
 _INHERITED = (

@@ -34,15 +34,17 @@ class Row:
     student: str | None
 
 
-def table(teacher_names: set[str], student_names: set[str], config: RadladsConfig, *, reinit_att: bool) -> list[Row]:
+def table(
+    teacher_names: set[str], student_names: set[str], config: RadladsConfig, *, tied: bool, reinit_att: bool
+) -> list[Row]:
     """The rows for these names; every name of either side stands in exactly one row (as a copy's or fresh target, or
     as a copy's or drop's source). Raises ValueError that names what has no row.
 
-    reinit_att: the recurrent mixers keep their random projections (an ablation of the paper).
+    tied: the teacher's head is its embedding. reinit_att: recurrent mixers keep their random projections (an ablation).
     """
-    rows = [_row(name, teacher_names, config, reinit_att=reinit_att) for name in sorted(student_names)]
+    rows = [_row(name, teacher_names, config, tied=tied, reinit_att=reinit_att) for name in sorted(student_names)]
     used = {row.teacher for row in rows}
-    rows += [Row("drop", name, None) for name in sorted(teacher_names - used) if _may_drop(name, config, reinit_att)]
+    rows += [Row("drop", name, None) for name in sorted(teacher_names - used) if _may_drop(name, tied, reinit_att)]
     if left := sorted(teacher_names - {row.teacher for row in rows}):
         raise ValueError(
             f"the teacher's {left[0]} ({len(left)} such) has no place in the student: is it a supported model?"
@@ -51,21 +53,26 @@ def table(teacher_names: set[str], student_names: set[str], config: RadladsConfi
 
 
 def transfer(
-    weights: Mapping[str, torch.Tensor], student: RadladsForCausalLM, origin: object, *, reinit_att: bool = False
+    weights: Mapping[str, torch.Tensor],
+    student: RadladsForCausalLM,
+    origin: object,
+    *,
+    tied: bool,
+    reinit_att: bool = False,
 ) -> Counter[Action]:
     """Move the teacher's weights into the student by the table; return how many rows there were of each action.
 
     Raises ValueError for a tensor that is missing, left over, of another shape, or not finite.
     """
     parameters = dict(student.named_parameters())
-    rows = table(set(weights), set(parameters), student.config, reinit_att=reinit_att)
+    rows = table(set(weights), set(parameters), student.config, tied=tied, reinit_att=reinit_att)
     for row in rows:
         if row.teacher is not None and row.student is not None:
             copy_checked(parameters[row.student], weights[row.teacher], row.teacher, str(origin))
     return Counter(row.action for row in rows)
 
 
-def _row(name: str, teacher_names: set[str], config: RadladsConfig, *, reinit_att: bool) -> Row:
+def _row(name: str, teacher_names: set[str], config: RadladsConfig, *, tied: bool, reinit_att: bool) -> Row:
     layer, part = _split_mixer_name(name)
     if layer is not None:
         mixer = config.time_mixers[layer]
@@ -75,14 +82,14 @@ def _row(name: str, teacher_names: set[str], config: RadladsConfig, *, reinit_at
             return Row("fresh", None, name)
     if name in teacher_names:
         return Row("copy", name, name)
-    if name == "lm_head.weight" and "model.embed_tokens.weight" in teacher_names:
+    if tied and name == "lm_head.weight":
         return Row("transform", "model.embed_tokens.weight", name)
     raise ValueError(f"the teacher has no {name}: its weights are incomplete, or it is not a supported model")
 
 
-def _may_drop(name: str, config: RadladsConfig, reinit_att: bool) -> bool:
+def _may_drop(name: str, tied: bool, reinit_att: bool) -> bool:
     layer, part = _split_mixer_name(name)
-    if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings):
+    if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
         return True
     return reinit_att and layer is not None and part.split(".")[0] in _PROJECTIONS
 

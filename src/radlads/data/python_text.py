@@ -1,7 +1,7 @@
 """The text every Python installation carries: the sources (and with them the documentation) of its standard library.
 
 Owns which files count and which of them are held out. A file is held out by the hash of its path alone, so the split
-is the same for every Python version, and the bundled teacher has never seen a held-out file.
+is the same for every Python version, and the bundled teacher has seen no file under a held-out path.
 """
 
 import hashlib
@@ -34,9 +34,7 @@ def iter_documents(split: Split, *, library: Path | None = None) -> Iterator[tup
     paths = [path for path in root.rglob("*.py") if _counts(path.relative_to(root), path)]
     relative_paths = sorted((path.relative_to(root).as_posix() for path in paths), key=_shuffle_key)
     if not relative_paths:
-        raise ValueError(
-            f"no Python sources under {root}: install the standard library's .py files, or pass a text file"
-        )
+        raise ValueError(f"no Python sources under {root}: install the standard library's .py files")
     for relative_path in relative_paths:
         if split_of(relative_path) == split:
             text = _read_utf8(root / relative_path)

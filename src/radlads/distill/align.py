@@ -37,7 +37,8 @@ class Align:
             output, _, v_first = student.model.layers[layer].self_attn(x, None, values, shared)
             loss = alignment(target, output, self.kind)
             if values is None and v_first is not None:
-                values = v_first.detach().requires_grad_(torch.is_grad_enabled())
+                # fp32, because the gradients of all layers add up in it
+                values = v_first.detach().float().requires_grad_(torch.is_grad_enabled())
                 held = (layer, loss, v_first)
             else:
                 yield LossPart(f"layer_{layer}", loss, loss.detach(), count)

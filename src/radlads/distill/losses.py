@@ -52,7 +52,7 @@ class _KLDivergence(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_total):
         (gradient,) = ctx.saved_tensors
-        return None, gradient * d_total.to(gradient.dtype)
+        return None, gradient * d_total
 
 
 def cross_entropy(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ class RadladsConfig(PreTrainedConfig):
     """Configuration of a decoder whose layers each have a time mixer and a channel mixer.
 
     Keys beside Qwen2's: `time_mixers` and `channel_mixers` (a name per layer), the low ranks `lora_rank_*`
-    (0: the rule of the released code), and the switches of METHOD keys `use_rope`, `gate_rank_type` (0 none, 1 full
+    (0: the rule of the released code), and the switches `use_rope`, `gate_rank_type` (0 none, 1 full
     rank, 2 low rank), `balance_state`, `groupnorm_att`, `use_tokenshift`. The switches concern recurrent mixers only.
     Raises ValueError for sizes or names that do not fit together.
     """

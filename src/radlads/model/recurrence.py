@@ -71,18 +71,24 @@ def fla_is_importable() -> bool:
     return True
 
 
+def kernel_dtype(v_BTHV: torch.Tensor) -> torch.dtype:
+    """What fla's kernels multiply in: autocast's dtype where autocast is on, else v's. Decay and state stay fp32."""
+    kind = v_BTHV.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else v_BTHV.dtype
+
+
 def _rwkv7_fla(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK, state_BHVK):
     try:
         from fla.ops.rwkv7 import chunk_rwkv7
     except ImportError as error:
         raise ValueError("fla-core is not installed: pip install 'radlads[gpu]'") from error
 
-    dtype = v_BTHV.dtype
+    dtype = kernel_dtype(v_BTHV)
     out_BTHV, state_BHKV = chunk_rwkv7(
         r=r_BTHK.to(dtype),
         w=log_w_BTHK,
         k=k_BTHK.to(dtype),
-        v=v_BTHV,
+        v=v_BTHV.to(dtype),
         a=-kappa_BTHK.to(dtype),
         b=(kappa_BTHK * a_BTHK).to(dtype),
         scale=1.0,
@@ -98,11 +104,11 @@ def _gla_fla(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, state_BHKV):
     except ImportError as error:
         raise ValueError("fla-core is not installed: pip install 'radlads[gpu]'") from error
 
-    dtype = v_BTHV.dtype
+    dtype = kernel_dtype(v_BTHV)
     return chunk_gla(
         q=r_BTHK.to(dtype),
         k=k_BTHK.to(dtype),
-        v=v_BTHV,
+        v=v_BTHV.to(dtype),
         g=log_w_BTHK,
         scale=1.0,
         initial_state=state_BHKV,

@@ -1,11 +1,14 @@
 """A whole conversion in one folder: setup, align, distill, extend, measurements, export and report."""
 
+import fcntl
 import json
 import resource
+import shutil
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +17,7 @@ import torch
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
 
-from radlads.checkpoint.atomic import partial_name, write_text
+from radlads.checkpoint.atomic import partial_name, read_json, write_text
 from radlads.checkpoint.hf_export import export
 from radlads.checkpoint.manifest import MANIFEST, read_manifest, sha256, versions, weights_hash
 from radlads.checkpoint.model_folder import load_model
@@ -38,7 +41,8 @@ from radlads.train.fit import recipe_hash, run_stage
 Variant = Literal["balanced", "group_norm"]
 
 STAGES = ("align", "distill", "extend")
-SUMMARY = "summary.json"
+SUMMARY, MARKER = "summary.json", "conversion.json"
+RELOAD_TOLERANCE = 1e-4
 HELDOUT_TOKENS = 65536
 HELDOUT_CONTEXT = 512
 MEMORY_CONTEXTS = (1024, 8192, 65536)
@@ -79,20 +83,26 @@ def run_conversion(conversion: Conversion, console: Console) -> dict[str, Any]:
     """Convert, measure, export to `out/hf`, write summary.json and report.png, and return the summary.
 
     Goes on where an earlier run of the same conversion stopped: a finished stage is kept, an unfinished one started
-    over. Raises ValueError if `out` holds another conversion, and for a teacher or data that do not fit.
+    over. Raises ValueError if `out` holds another conversion or another process works in it, and for a teacher or data
+    that do not fit.
     """
-    began = time.monotonic()
     source = open_teacher(conversion.teacher)
     tokenizer = load_tokenizer(source.folder, source.config.vocab_size)
     configs = stage_configs(conversion)
-    out = conversion.out
-    claim_folder(out, _identity(conversion, source, configs), console)
-    if (out / SUMMARY).is_file():
-        console.line(f"{out} holds this conversion already; remove the folder to run it again")
-        return json.loads((out / SUMMARY).read_text())
+    claim_folder(conversion.out, _identity(conversion, source, configs), console)
+    with only_process_in(conversion.out):
+        if (conversion.out / SUMMARY).is_file():
+            console.line(f"{conversion.out} holds this conversion already; remove the folder to run it again")
+            return read_json(conversion.out / SUMMARY)
+        return _convert(conversion, source, tokenizer, configs, console)
+
+
+def _convert(
+    conversion: Conversion, source: TeacherSource, tokenizer: Tokenizer, configs: dict[str, Config], console: Console
+) -> dict[str, Any]:
+    began, out = time.monotonic(), conversion.out
     if conversion.data is None:
         build_corpus(source, tokenizer, out, console)
-
     torch.manual_seed(configs["align"].train.seed_everything)
     teacher = build_teacher(source)
     student, rows = build_student(source, configs["align"].model)
@@ -103,10 +113,11 @@ def run_conversion(conversion: Conversion, console: Console) -> dict[str, Any]:
         "teacher": _measured(measure(teacher, teacher, heldout)),
         "setup": _measured(measure(student, teacher, heldout)),
     }
-    parent = f"setup of {source.folder.name}"
+    parent, kept = f"setup of {source.folder.name}", False
     for number, stage in enumerate(STAGES, start=1):
         folder = out / f"{number}-{stage}"
-        student = _run_or_reuse(configs[stage], student, teacher, folder, parent, console)
+        student, was_kept = _run_or_reuse(configs[stage], student, teacher, folder, parent, console)
+        kept |= was_kept
         manifest = read_manifest(folder)
         parent = f"{folder.name} sha256:{weights_hash(folder)[:16]}"
         facts = {"tokens": manifest["tokens"], "seconds": round(manifest["seconds"], 2)}
@@ -115,13 +126,16 @@ def run_conversion(conversion: Conversion, console: Console) -> dict[str, Any]:
     setup, end = summary["setup"]["loss"], summary["extend"]["loss"]
     summary["gap_closed"] = (setup - end) / (setup - summary["teacher"]["loss"])
     console.progress("measuring decoding and the export ...")
-    hf_folder = out / "hf"
-    if not hf_folder.exists():
-        export(student, source.folder, hf_folder)
-    prompt_ids = heldout_reader.tokens[: max(DECODE_POSITIONS)].astype("int64")
-    summary |= _measure_use(student, teacher, source, tokenizer, torch.from_numpy(prompt_ids))
-    summary["reload_max_abs_diff"] = reload_max_abs_diff(student, hf_folder.resolve(), prompt_ids[:64].tolist())
+    if (out / "hf").exists():
+        shutil.rmtree(out / "hf")  # whatever it holds may be older than the last stage
+    export(student, source.folder, out / "hf")
+    prompt_ids = torch.from_numpy(heldout_reader.tokens[: max(DECODE_POSITIONS)].astype("int64"))
+    summary |= _measure_use(student, teacher, source, tokenizer, prompt_ids)
+    summary["reload_max_abs_diff"] = reload_max_abs_diff(student, (out / "hf").resolve(), prompt_ids[:64].tolist())
+    if summary["reload_max_abs_diff"] > RELOAD_TOLERANCE:
+        raise ValueError(f"{out / 'hf'} gives other logits than the student: please report this")
     summary["seconds"] = round(time.monotonic() - began, 1)
+    summary["resumed"] = kept
     summary["peak_rss_gb"] = round(_peak_rss_gb(), 3)
     summary["versions"] = versions()
     write_report({stage: out / f"{n}-{stage}" for n, stage in enumerate(STAGES, start=1)}, summary, out / "report.png")
@@ -139,6 +153,9 @@ def stage_configs(conversion: Conversion) -> dict[str, Config]:
         raise ValueError(f"--mixer must be one of {', '.join(known)}, not {conversion.mixer!r}")
     if conversion.variant != "balanced" and conversion.mixer != "rad_rwkv7":
         raise ValueError("--variant group_norm belongs to --mixer rad_rwkv7")
+    overrides = dict(conversion.overrides or {})
+    if owned := sorted(overrides.keys() & _OWNED_KEYS):
+        raise ValueError(f"--set {owned[0]} is not possible: the conversion sets it itself")
     names = [conversion.mixer, *(["group_norm"] if conversion.variant == "group_norm" else [])]
     data = {"train.data_file": str(conversion.corpus("train"))}
     data |= {"train.validation_data_file": str(conversion.corpus("heldout"))}
@@ -146,7 +163,7 @@ def stage_configs(conversion: Conversion) -> dict[str, Config]:
     return {
         stage: load_config(
             [str(_ASSETS / "recipe" / f"{name}.yaml") for name in (*names, stage)],
-            {**data, **_STAGE_KEYS.get(stage, {}), **(conversion.overrides or {})},
+            {**data, **_STAGE_KEYS.get(stage, {}), **overrides},
         )
         for stage in STAGES
     }
@@ -154,14 +171,23 @@ def stage_configs(conversion: Conversion) -> dict[str, Config]:
 
 # Stage 3 has the teacher for its held-out KL alone; its loss is the labels'.
 _STAGE_KEYS: dict[str, dict[str, object]] = {"extend": {"train.teacher.kl_weight": 0.0, "train.teacher.ce_weight": 1.0}}
+_OWNED_KEYS = {
+    "train.data_file",
+    "train.validation_data_file",
+    "train.attention_distillation_stage",
+    "train.load_model",
+    "train.teacher.path",
+    "train.teacher.hf_path",
+    "model.tmix",
+}
 _PAST = {"copy": "copied", "transform": "transformed", "fresh": "fresh", "drop": "dropped"}
 
 
 def claim_folder(out: Path, identity: dict[str, str], console: Console) -> None:
     """Mark `out` as this conversion's, or go on in it. Raises ValueError if it is another's, saying what differs."""
-    marker = out / "conversion.json"
+    marker = out / MARKER
     if marker.is_file():
-        held = json.loads(marker.read_text())
+        held = read_json(marker)
         if different := [key for key in identity if held.get(key) != identity[key]]:
             raise ValueError(
                 f"{out} holds another conversion (different: {', '.join(different)}): "
@@ -170,10 +196,23 @@ def claim_folder(out: Path, identity: dict[str, str], console: Console) -> None:
         if not (out / SUMMARY).is_file():
             console.line(f"going on with the unfinished conversion in {out}")
         return
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and any(not path.name.startswith(f".{MARKER}") for path in out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no conversion: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     write_text(marker, json.dumps(identity, indent=2) + "\n")
+
+
+@contextmanager
+def only_process_in(out: Path) -> Iterator[None]:
+    """Hold a lock on `out`; the system drops it with the process. Raises ValueError while another process holds it."""
+    with (out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another process is converting into {out}: wait for it, or choose another --out"
+            ) from error
+        yield
 
 
 def build_corpus(source: TeacherSource, tokenizer: Tokenizer, out: Path, console: Console) -> None:
@@ -205,8 +244,9 @@ def _run_or_reuse(
     folder: Path,
     parent: str,
     console: Console,
-) -> RadladsForCausalLM:
-    recipe = recipe_hash(dump_config(config), parent)
+) -> tuple[RadladsForCausalLM, bool]:
+    """The student after a stage, and whether the stage was finished earlier."""
+    recipe = recipe_hash(_without_paths(config), parent)
     if (folder / MANIFEST).is_file():
         manifest = read_manifest(folder)
         if manifest["recipe"] != recipe:
@@ -214,12 +254,12 @@ def _run_or_reuse(
                 f"{folder} was made by another recipe or from another parent: remove it to run the stage again"
             )
         console.line(f"{folder.name}: finished earlier, kept")
-        return load_model(folder)
+        return load_model(folder), True
     if partial_name(folder).exists():
         console.line(f"{folder.name}: an unfinished run is thrown away and started over")
     torch.manual_seed(config.train.seed_everything)
     run_stage(config, student, teacher, folder, console, parent=parent, recipe=recipe)
-    return student
+    return student, False
 
 
 def _measure_use(
@@ -251,13 +291,23 @@ def _identity(conversion: Conversion, source: TeacherSource, configs: dict[str, 
     """What a folder's conversion is told apart by: each entry names one thing that decides the result."""
     data = f"Python {versions()['python']}"
     if conversion.data is not None:
-        data = recipe_hash(*(sha256(conversion.corpus(split).with_suffix(".idx")) for split in _SPLITS))
+        stems = (BinIdxReader(conversion.corpus(split)).path_stem for split in _SPLITS)
+        data = recipe_hash(*(sha256(Path(f"{stem}.{kind}")) for stem in stems for kind in ("idx", "bin")))
+    described = [source.folder / name for name in ("config.json", "tokenizer.json")]
     return {
-        "teacher": weights_hash(source.folder),
+        "radlads": versions().get("radlads", ""),
+        "teacher": recipe_hash(weights_hash(source.folder), *(sha256(path) for path in described)),
         "data": data,
         "mixer": recipe_hash(configs["align"].model),
-        "stages": recipe_hash(*(dump_config(config) for config in configs.values())),
+        "stages": recipe_hash(*(_without_paths(config) for config in configs.values())),
     }
+
+
+def _without_paths(config: Config) -> str:
+    """A configuration as text, less the spelling of paths: teacher and data are told apart by what they hold."""
+    teacher = replace(config.train.teacher, path="", hf_path="")
+    train = replace(config.train, proj_dir="", data_file="", validation_data_file="", teacher=teacher)
+    return dump_config(replace(config, train=train))
 
 
 def _measured(heldout: Heldout) -> dict[str, float]:
@@ -268,4 +318,5 @@ def _measured(heldout: Heldout) -> dict[str, float]:
 
 def _peak_rss_gb() -> float:
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return max(resource.getrusage(kind).ru_maxrss for kind in kinds) * unit / 1e9

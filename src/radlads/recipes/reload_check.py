@@ -46,7 +46,8 @@ def reload_max_abs_diff(model: RadladsForCausalLM, folder: Path, token_ids: list
         command = [sys.executable, "-c", _SCRIPT, str(folder), ",".join(map(str, token_ids)), str(out)]
         done = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise ValueError(f"{folder} does not load on its own: {done.stderr.strip().splitlines()[-1]}")
+            reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise ValueError(f"{folder} does not load on its own: {reason}")
         reloaded = load_file(out)["logits"]
     with torch.inference_mode():
         logits = model(torch.tensor([token_ids]), use_cache=False).logits

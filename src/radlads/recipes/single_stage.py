@@ -1,6 +1,7 @@
 """One stage from a configuration: what `radlads train` does."""
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from radlads.checkpoint.manifest import weights_hash
 from radlads.checkpoint.model_folder import load_model
 from radlads.config.schema import Config, stage_of
 from radlads.convert.hf_source import open_teacher
-from radlads.convert.student import build_student, build_teacher
+from radlads.convert.student import build_student, build_teacher, layer_mixers
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.train.callbacks import Console
 from radlads.train.fit import StageResult, run_stage
@@ -26,9 +27,30 @@ def train_stage(config: Config, console: Console) -> StageResult:
     torch.manual_seed(train.seed_everything)
     teacher = build_teacher(open_teacher(teacher_path)) if teacher_path else None
     student, parent = _starting_student(config, teacher_path)
+    check_student(config, student, teacher)
     folder = run_folder(config, student)
     console.line(f"{stage_of(train)}: from {parent} to {folder}")
     return run_stage(config, student, teacher, folder, console, parent=parent)
+
+
+def check_student(config: Config, student: RadladsForCausalLM, teacher: RadladsForCausalLM | None) -> None:
+    """Raise ValueError if the student has other mixers than the configuration names, or does not fit the teacher."""
+    wanted = layer_mixers(config.model, student.config.num_hidden_layers)
+    if student.config.time_mixers != wanted:
+        raise ValueError(
+            f"{config.train.load_model} holds the mixers {_counted(student.config.time_mixers)}, but the configuration "
+            f"names {_counted(wanted)}: pass the model's own mixer file with -c"
+        )
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
+        if teacher is not None and getattr(teacher.config, name) != getattr(student.config, name):
+            raise ValueError(
+                f"the teacher's {name} is {getattr(teacher.config, name)}, the student's "
+                f"{getattr(student.config, name)}: they are not the same model"
+            )
+
+
+def _counted(mixers: list[str]) -> str:
+    return ", ".join(f"{count} x {name}" for name, count in Counter(mixers).items())
 
 
 def run_folder(config: Config, student: RadladsForCausalLM) -> Path:

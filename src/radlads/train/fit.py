@@ -18,7 +18,7 @@ from radlads.checkpoint.atomic import unfinished_folder
 from radlads.checkpoint.manifest import write_manifest
 from radlads.checkpoint.model_folder import save_model
 from radlads.config.load import dump_config
-from radlads.config.schema import Config, TrainConfig
+from radlads.config.schema import Config, TrainConfig, unavailable
 from radlads.data.binidx import BinIdxReader
 from radlads.data.loader import HeldoutWindows, TokenSamples, check_vocabulary
 from radlads.distill.heldout import Heldout
@@ -57,6 +57,8 @@ def run_stage(
     not finite; the folder then stays `NAME.partial`.
     """
     train = config.train
+    if key := unavailable(config):
+        raise ValueError(f"{key} is set, but what it asks for is not available yet: leave it at its default")
     stage = build_stage(train)
     if stage.needs_teacher and teacher is None:
         raise ValueError(f"the {stage.name} stage needs a teacher: set train.teacher.hf_path to its folder or hub name")
@@ -73,10 +75,15 @@ def run_stage(
         if measured is not None:
             callbacks.append(measured)
         began = time.monotonic()
-        trainer = build_trainer(train, partial, callbacks)
-        if module.teacher is not None:
-            module.teacher.to(trainer.strategy.root_device)  # type: ignore[arg-type]
-        trainer.fit(module, DataLoader(samples, batch_size=train.micro_bsz, num_workers=0))
+        trainer = build_trainer(train, partial, callbacks, num_steps)
+        student.train()
+        try:
+            if module.teacher is not None:
+                module.teacher.to(trainer.strategy.root_device)  # type: ignore[arg-type]
+            _fit(trainer, module, DataLoader(samples, batch_size=train.micro_bsz))
+        finally:
+            if module.teacher is not None:
+                module.teacher.to("cpu")  # type: ignore[arg-type]
         seconds = time.monotonic() - began
         if train.grad_cp:
             student.gradient_checkpointing_disable()
@@ -119,8 +126,22 @@ def heldout_batches(config: Config, vocab_size: int) -> Iterable[torch.Tensor] |
     return DataLoader(windows, batch_size=train.micro_bsz)
 
 
-def build_trainer(train: TrainConfig, folder: Path, callbacks: list[L.Callback]) -> L.Trainer:
-    """Lightning's Trainer for one pass over the stage's samples, metrics to metrics.csv and tensorboard/."""
+def _fit(trainer: L.Trainer, module: StageModule, batches: DataLoader) -> None:
+    """Train; a Ctrl-C, which Lightning turns into an exit of its own, comes out as the KeyboardInterrupt it was."""
+    try:
+        trainer.fit(module, batches)
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+    assert module.steps_done == module.num_steps
+
+
+def build_trainer(train: TrainConfig, folder: Path, callbacks: list[L.Callback], num_steps: int) -> L.Trainer:
+    """Lightning's Trainer for one pass over the stage's samples, metrics to metrics.csv and tensorboard/.
+
+    Raises ValueError if the GPU asked for is missing.
+    """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     accelerator = {"gpu": "cuda"}.get(train.accelerator, train.accelerator)
@@ -129,14 +150,13 @@ def build_trainer(train: TrainConfig, folder: Path, callbacks: list[L.Callback])
     precision = resolve_precision(train.precision, accelerator)
     return L.Trainer(
         accelerator=accelerator,
-        strategy=train.strategy,
-        devices="auto" if train.devices == -1 else train.devices,
-        num_nodes=train.num_nodes,
+        devices=1,
         precision=_LIGHTNING_PRECISION.get(precision, precision),
         max_epochs=1,
         callbacks=callbacks,
         logger=[CSVLogger(folder, name="", version=""), TensorBoardLogger(folder, name="tensorboard", version="")],
-        log_every_n_steps=train.log_every_n_steps,
+        # Lightning counts micro-batches, and writes no file at all if a stage is shorter than one interval
+        log_every_n_steps=min(train.log_every_n_steps, num_steps) * train.accumulate_grad_batches,
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,

@@ -67,6 +67,11 @@ class StageModule(L.LightningModule):
         total = sum(self._counts.values())
         torch._foreach_div_([p.grad for p in parameters if p.grad is not None], float(total))
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.gradient_clip_val or float("inf"))
+        if not torch.isfinite(norm):
+            raise ValueError(
+                f"the gradient of {self.stage.name} is {norm.item()} at step {self.steps_done + 1}: "
+                "lower the learning rate, or start from an earlier checkpoint"
+            )
         for optimizer in optimizers:
             set_learning_rates(optimizer.optimizer, self.settings, self.steps_done, self.num_steps)
             optimizer.step()
@@ -79,6 +84,7 @@ class StageModule(L.LightningModule):
         metrics = {
             "loss": float(sum(self._sums.values())) / total,
             "grad_norm": norm,
+            "optimizer_step": float(self.steps_done),
             "tokens": float(self.tokens_done),
         }
         metrics |= rates
