@@ -105,15 +105,16 @@ def train(args) -> None:
     optimizers = build_optimizers(model, args.lr)
     loss_of = torch.compile(next_token_loss, dynamic=False)
     began, step, tokens_seen, seconds = time.monotonic(), 0, 0, args.minutes * 60
-    long_from = 0.75  # the last quarter of the time trains on sequences twice as long
-    batches = {rows: epochs(train_ids, rows, args) for rows in (args.batch, args.batch // 2)}
+    long_from = 0.8  # short sequences first; the last fifth of the time teaches the model long ones
+    tokens_per_batch = args.batch * args.context
+    batches = {length: epochs(train_ids, length, tokens_per_batch // length, args.seed) for length in (args.short, args.context)}
     while (elapsed := time.monotonic() - began) < seconds:
         done = elapsed / seconds
         rate = min(1.0, (step + 1) / 100) * min(1.0, max(0.01, (1 - done) / 0.7))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * rate
-        batch = next(batches[args.batch if done < long_from else args.batch // 2])
+        batch = next(batches[args.short if done < long_from else args.context])
         loss = loss_of(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -129,7 +130,7 @@ def train(args) -> None:
             save(model, tokenizer, args.out)
             model.train()
     save(model, tokenizer, args.out)
-    write_figures(args.out, train_ids, heldout_ids, heldout_bytes, tokens_seen, 2 * args.context)
+    write_figures(args.out, train_ids, heldout_ids, heldout_bytes, tokens_seen, args.context)
 
 
 def next_token_loss(model, batch):
@@ -147,10 +148,9 @@ def build_optimizers(model, lr: float) -> list[torch.optim.Optimizer]:
     return [muon, torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
 
 
-def epochs(ids: np.ndarray, rows: int, args):
-    """Yield [rows, T + 1] batches for ever: every epoch a new offset and a new order of windows."""
-    length = args.context * args.batch // rows
-    tokens, generator = torch.from_numpy(ids), torch.Generator().manual_seed(args.seed + rows)
+def epochs(ids: np.ndarray, length: int, rows: int, seed: int):
+    """Yield [rows, length + 1] batches for ever: every epoch a new offset and a new order of windows."""
+    tokens, generator = torch.from_numpy(ids), torch.Generator().manual_seed(seed + length)
     while True:
         offset = int(torch.randint(length, (1,), generator=generator))
         order = torch.randperm((len(tokens) - offset - 1) // length, generator=generator)
@@ -200,8 +200,9 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--intermediate-size", type=int, default=832)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--context", type=int, default=512, help="tokens per training sequence")
-    parser.add_argument("--batch", type=int, default=16, help="sequences per step")
+    parser.add_argument("--context", type=int, default=1024, help="tokens per sequence at the end of training")
+    parser.add_argument("--short", type=int, default=128, help="tokens per sequence before that")
+    parser.add_argument("--batch", type=int, default=8, help="sequences of --context tokens per step")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=1337)
     train(parser.parse_args())
