@@ -26,9 +26,9 @@ def teacher_folder(folder: Path, *, tied: bool = False, vocab_size: int = VOCAB)
         num_key_value_heads=2,
         tie_word_embeddings=tied,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        bos_token_id=256,
-        eos_token_id=256,
-        pad_token_id=256,
+        bos_token_id=min(256, vocab_size - 1),
+        eos_token_id=min(256, vocab_size - 1),
+        pad_token_id=min(256, vocab_size - 1),
     )
     model = Qwen2ForCausalLM(config)
     for parameter in model.parameters():

@@ -105,9 +105,12 @@ def train(args) -> None:
     optimizers = build_optimizers(model, args.lr)
     loss_of = torch.compile(next_token_loss, dynamic=False)
     began, step, tokens_seen, seconds = time.monotonic(), 0, 0, args.minutes * 60
-    long_from = 0.8  # short sequences first; the last fifth of the time teaches the model long ones
+    long_from = 0.92  # short sequences first; long ones only to make it usable at their positions
     tokens_per_batch = args.batch * args.context
-    batches = {length: epochs(train_ids, length, tokens_per_batch // length, args.seed) for length in (args.short, args.context)}
+    batches = {
+        length: epochs(train_ids, length, tokens_per_batch // length, args.seed)
+        for length in (args.short, args.context)
+    }
     while (elapsed := time.monotonic() - began) < seconds:
         done = elapsed / seconds
         rate = min(1.0, (step + 1) / 100) * min(1.0, max(0.01, (1 - done) / 0.7))

@@ -228,7 +228,7 @@ def test_bad_command_lines(argv, message):
         ("train.my_exit_tokens", -1, "0 or more"),
         ("train.heldout_tokens", 0, "1 or more"),
         ("train.attention_distillation_stage", 3, "1 to align, 2 to distill or -1 to extend"),
-        ("train.optimizer", "sgd", "one of 'adamw', 'dsfusedadamw', 'adamwschedulefree', 'adam8bit', 'lion'"),
+        ("train.optimizer", "sgd", "one of 'adamw', 'muon', 'dsfusedadamw', 'adamwschedulefree', 'adam8bit', 'lion'"),
         ("train.lr_decay_type", "step", "one of 'cos', 'linear', 'exp', 'oneminussqrt'"),
         ("train.teacher.kl_weight", -1, "0 or more"),
         ("train.teacher.ce_weight", -1, "0 or more"),

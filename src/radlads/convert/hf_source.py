@@ -13,7 +13,7 @@ from radlads.checkpoint.weights import SafetensorsFolder
 from radlads.model.configuration import RadladsConfig
 
 SUPPORTED_ARCHITECTURES = ("Qwen2ForCausalLM",)
-_SIZES = (
+SIZES = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -23,7 +23,6 @@ _SIZES = (
     "head_dim",
     "max_position_embeddings",
     "rms_norm_eps",
-    "tie_word_embeddings",
     "pad_token_id",
     "bos_token_id",
     "eos_token_id",
@@ -85,12 +84,13 @@ def teacher_config(values: dict, folder: Path) -> RadladsConfig:
         raise ValueError(
             f"{folder} scales RoPE by {kind!r}, which is not supported: remove rope_scaling from config.json"
         )
-    sizes = {name: values[name] for name in _SIZES if values.get(name) is not None}
-    missing = [name for name in _SIZES[:5] if name not in sizes]
+    sizes = {name: values[name] for name in SIZES if values.get(name) is not None}
+    missing = [name for name in SIZES[:5] if name not in sizes]
     if missing:
         raise ValueError(f"{folder}/config.json lacks {', '.join(missing)}")
     return RadladsConfig(
         **sizes,
+        tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
         rope_parameters={"rope_type": "default", "rope_theta": float(rope["rope_theta"])},
         time_mixers=["qwen2"] * sizes["num_hidden_layers"],
     )

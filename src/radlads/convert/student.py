@@ -5,7 +5,7 @@ from collections import Counter
 import torch
 
 from radlads.config.schema import ModelConfig
-from radlads.convert.hf_source import TeacherSource
+from radlads.convert.hf_source import SIZES, TeacherSource
 from radlads.convert.weight_map import transfer
 from radlads.model.configuration import MIXER_ALIASES, RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
@@ -41,7 +41,7 @@ def student_config(teacher: RadladsConfig, model: ModelConfig) -> RadladsConfig:
             f"model.preserve_last_n_layers is {model.preserve_last_n_layers}, but there are {layers} layers"
         )
     return RadladsConfig(
-        **{name: getattr(teacher, name) for name in _INHERITED},
+        **{name: getattr(teacher, name) for name in (*SIZES, "attention_bias")},
         tie_word_embeddings=False,
         rope_parameters=dict(teacher.rope_parameters),
         time_mixers=layer_mixers(model, layers),
@@ -65,23 +65,6 @@ def layer_mixers(model: ModelConfig, layers: int) -> list[str]:
     """The time mixer of each layer, by its registered name."""
     names = _per_layer(model.tmix, model.tmix2 or "qwen2", "qwen2", layers, model)
     return [MIXER_ALIASES.get(name, name) for name in names]
-
-
-_INHERITED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "attention_bias",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-)
 
 
 def _per_layer(first: str, second: str, preserved: str, layers: int, model: ModelConfig) -> list[str]:

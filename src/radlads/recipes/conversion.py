@@ -47,7 +47,7 @@ HELDOUT_TOKENS = 65536
 HELDOUT_CONTEXT = 512
 MEMORY_CONTEXTS = (1024, 8192, 65536)
 DECODE_POSITIONS = (100, 8000)
-PROMPT = "def read_lines(path):\n"
+PROMPT = "class Reader:\n    def __init__(self, path):\n"
 _SPLITS: tuple[Split, Split] = ("train", "heldout")
 _ASSETS = files("radlads") / "assets"
 BUNDLED_TEACHER = Path(str(_ASSETS / "teacher"))
@@ -272,7 +272,7 @@ def _measure_use(
     """Decode times, state sizes (in bf16, as one would serve them) and one continuation, for both models."""
     models = {"student": student, "teacher": teacher}
     stop = frozenset({end_of_text_id(source.folder, tokenizer)})
-    sampling = Sampling(temperature=0, max_tokens=60)
+    sampling = Sampling(temperature=0.7, top_p=0.9, max_tokens=80, seed=1)
     return {
         "decode_ms": {
             name: {str(position): decode_ms(model, prompt[None, :position]) for position in DECODE_POSITIONS}
