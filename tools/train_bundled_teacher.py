@@ -196,9 +196,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for weights, config, tokenizer and figures.json"
     )
-    parser.add_argument(
-        "--minutes", type=float, default=7.0, help="training time; the learning rate decays to its end"
-    )
+    parser.add_argument("--minutes", type=float, default=7.0, help="training time; the learning rate decays to its end")
     parser.add_argument("--vocab-size", type=int, default=3072)
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--intermediate-size", type=int, default=832)

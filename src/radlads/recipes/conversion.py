@@ -47,7 +47,7 @@ HELDOUT_TOKENS = 65536
 HELDOUT_CONTEXT = 512
 MEMORY_CONTEXTS = (1024, 8192, 65536)
 DECODE_POSITIONS = (100, 8000)
-PROMPT = "class Reader:\n    def __init__(self, path):\n"
+PROMPT = "def main(argv=None):"
 _SPLITS: tuple[Split, Split] = ("train", "heldout")
 _ASSETS = files("radlads") / "assets"
 BUNDLED_TEACHER = Path(str(_ASSETS / "teacher"))
