@@ -98,12 +98,13 @@ class RadladsCache(DynamicCache):
     """
 
     def __init__(self, config: RadladsConfig):
-        layers: list[Any] = [
-            RecurrentCacheLayer() if kind == "linear_attention" else DynamicLayer() for kind in config.layer_types
-        ]
-        Cache.__init__(self, layers=layers)
+        self._layer_types = tuple(config.layer_types)
+        Cache.__init__(self, layers=self._empty_layers())
         self.next_positions: torch.Tensor | None = None
         self.padding_mask: torch.Tensor | None = None
+
+    def _empty_layers(self) -> list[Any]:
+        return [RecurrentCacheLayer() if kind == "linear_attention" else DynamicLayer() for kind in self._layer_types]
 
     def load(self, layer_idx: int):
         """The state to give to a layer's mixer."""
@@ -132,7 +133,7 @@ class RadladsCache(DynamicCache):
             self.padding_mask = change(self.padding_mask)
 
     def reset(self) -> None:
-        super().reset()
+        self.layers = self._empty_layers()  # stock softmax layers keep their length in older transformers
         self.next_positions = self.padding_mask = None
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
