@@ -20,8 +20,10 @@ check: $(STAMP)
 	$(BIN)/pytest -m "not gpu"
 
 test-gpu: $(STAMP)
-	$(BIN)/pip install -c constraints.txt -e '.[gpu]'
-	$(BIN)/pytest -m gpu
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
+	    echo "make test-gpu needs a CUDA GPU, and PyTorch sees none here: run it on a machine with one" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gpu]'
+	$(BIN)/pytest -m gpu --durations=10
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

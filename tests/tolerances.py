@@ -1,5 +1,7 @@
 """Every tolerance of the numerics tests, as relative_error, with its reason. Observed values: docs/numerics.md."""
 
+from typing import NamedTuple
+
 import torch
 
 # fp32 paths that sum in another order: rounding (1.2e-7) grows with the square root of a few hundred terms
@@ -20,6 +22,44 @@ PARITY = 1e-5
 BFLOAT16 = 5e-2
 # Checkpointing recomputes the same operations in the same order; allowed is one rounding of a sum of gradients
 RECOMPUTE = 1e-6
+# Two runs of 50 training steps in fp32 whose sums are in another order: rounding that Adam makes larger where a
+# gradient is near zero (its update has the size of the rate whatever the gradient's); relative, of a step's loss
+TRAJECTORY_MAX = 2e-5
+TRAJECTORY_MEAN = 5e-6
+# The same on a GPU, (largest, mean): kernels that multiply in TF32, and weights, gradients and moments in bf16
+TRAJECTORY_GPU = {torch.float32: (5e-3, 1e-3), torch.bfloat16: (5e-2, 2e-2)}
+
+
+# On a GPU an error is held against what rounding alone does to the fp32 oracle: its inputs, outputs and their gradients
+# rounded to what the backend multiplies in (bf16; TF32's 11 bits). The last rounding itself may fall otherwise
+GPU_LAST_ROUNDING = {"tf32": 2.0**-11, "bf16": 2.0**-8}
+
+
+class GpuBound(NamedTuple):
+    """factor: how many times the error of rounding alone is allowed. exact: the bound where nothing is rounded."""
+
+    factor: float
+    exact: float
+
+    def allowed(self, rounding: float, precision: str) -> float:
+        """precision: "exact", "tf32" or "bf16"."""
+        return self.exact if precision == "exact" else self.factor * rounding + GPU_LAST_ROUNDING[precision]
+
+
+GPU_BOUNDS = {
+    # Between its inputs and outputs a kernel rounds again: decayed keys, their products, the state before a product
+    "KERNEL": GpuBound(factor=4.0, exact=RECURRENCE),
+    # Gradients of kappa and a: made of what the removals find and of its gradient, both rounded solutions of a system
+    "KERNEL_REMOVAL": GpuBound(factor=6.0, exact=RECURRENCE),
+    # The gradient of log w and its sum over tokens, relative to the terms whose difference it is
+    "KERNEL_DECAY": GpuBound(factor=4.0, exact=DECAY_GRADIENT),
+    # A mixer's own products round as much as the recurrence between them
+    "MIXER": GpuBound(factor=4.0, exact=SPLIT),
+    "MIXER_GRADIENT": GpuBound(factor=5.0, exact=DECAY_GRADIENT),
+    # Two or three layers, in which errors add up, and sums over 18944 channels in another order
+    "MODEL": GpuBound(factor=3.0, exact=SPLIT),
+    "MODEL_GRADIENT": GpuBound(factor=5.0, exact=DECAY_GRADIENT),
+}
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor, floor: float = 0.0) -> float:

@@ -1,18 +1,21 @@
 """The command line: arguments in, sentences out, exit codes. The only module that prints."""
 
 import argparse
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+FAILED = 1
 USER_ERROR = 2
 INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 done, 2 the user can mend it (one sentence on stderr), 130 Ctrl-C."""
+    """Run a command and return its exit code: 0 done, 1 a benchmark's case failed, 2 the user can mend it (one sentence
+    on stderr), 130 Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -20,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command == "train":
             return train(rest)
         arguments = _parser().parse_args(argv or ["--help"])
+        arguments.argv = argv
         run: Callable[[argparse.Namespace], int] = arguments.run
         return run(arguments)
     except (ValueError, OSError) as error:
@@ -68,7 +72,7 @@ def generate(arguments: argparse.Namespace) -> int:
     """Continue a prompt, streaming."""
     from radlads.checkpoint.model_folder import load_model
     from radlads.convert.hf_source import end_of_text_id, load_tokenizer
-    from radlads.inference.generate import Sampling, stream_text
+    from radlads.inference.generate import Sampling, choose_device, stream_text
 
     sampling = Sampling(
         temperature=arguments.temperature,
@@ -77,13 +81,37 @@ def generate(arguments: argparse.Namespace) -> int:
         max_tokens=arguments.max_tokens,
         seed=arguments.seed,
     )
-    model = load_model(arguments.folder)
+    device, dtype = choose_device(arguments.device)
+    model = load_model(arguments.folder, dtype=dtype).to(device)  # type: ignore[arg-type]
     tokenizer = load_tokenizer(arguments.folder, model.config.vocab_size)
     stop = frozenset({end_of_text_id(arguments.folder, tokenizer)})
     for piece in stream_text(model, tokenizer, arguments.prompt, sampling, stop):
         print(piece, end="", flush=True)
     print()
     return 0
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    """Measure speed and memory on this machine; 1 if a case failed."""
+    from radlads.bench.run import Bench, run_bench
+
+    settings = Bench(
+        kind=arguments.kind,
+        shape=arguments.shape,
+        layers=arguments.layers,
+        mixer=arguments.mixer,
+        variant=arguments.variant,
+        device=arguments.device,
+        cases=_bench_cases(arguments),
+        checkpointing=arguments.checkpointing,
+        compiled=arguments.compile,
+        teacher=arguments.teacher,
+        json=arguments.json,
+        results=arguments.results,
+        commit=arguments.commit,
+        command=shlex.join(["radlads", *arguments.argv]),
+    )
+    return FAILED if run_bench(settings, Terminal()) else 0
 
 
 class Terminal:
@@ -124,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
         "train", help="run one stage: -c FILE ... --train.KEY VALUE (radlads train --help)", add_help=False
     )
     _add_generate(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -165,7 +194,81 @@ def _add_generate(commands: Any) -> None:
     command.add_argument("--top-k", type=int, default=0, help="keep this many likeliest tokens; 0 = all")
     command.add_argument("--max-tokens", type=int, default=256)
     command.add_argument("--seed", type=int, help="for a repeatable text")
+    command.add_argument(
+        "--device", default="auto", choices=["auto", "cpu", "cuda"], help="a GPU where there is one, by default"
+    )
     command.set_defaults(run=generate)
+
+
+def _add_bench(commands: Any) -> None:
+    command = commands.add_parser("bench", help="measure speed and memory on this machine, random weights")
+    kinds = command.add_subparsers(title="what to measure", required=True, metavar="KIND", dest="kind")
+    train = _add_bench_kind(kinds, "train", "training steps of the three stages, teacher included")
+    train.add_argument(
+        "--stage", choices=["align", "distill", "extend"], help="one case of this stage (--batch, --tokens)"
+    )
+    train.add_argument("--batch", type=int, help="sequences per step of that case")
+    train.add_argument("--tokens", help="tokens per sequence of that case, such as 512 or 16k")
+    train.add_argument(
+        "--checkpointing",
+        default="auto",
+        choices=["auto", "none", "selective", "full"],
+        help="what is recomputed in the backward pass (default: selective when extending)",
+    )
+    train.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks (default: on CUDA)"
+    )
+    prefill = _add_bench_kind(kinds, "prefill", "reading a prompt, transformers' Qwen2 beside the student")
+    prefill.add_argument("--tokens", help="one case of this length, such as 8k or 128k")
+    prefill.add_argument("--piece", help="tokens read at a time in that case (default: all at once)")
+    prefill.add_argument("--compile", action="store_true", help="torch.compile the student's blocks")
+    decode = _add_bench_kind(kinds, "decode", "generating, transformers' Qwen2 beside the student")
+    decode.add_argument("--batch", type=int, help="one case of this many sequences")
+    decode.add_argument("--tokens", help="length of that case's prompts, such as 512 (default) or 64k")
+    for kind in (prefill, decode):
+        kind.add_argument("--no-teacher", dest="teacher", action="store_false", help="measure the student alone")
+    _add_bench_kind(kinds, "kernels", "the recurrences alone, by every backend that is there")
+    command.set_defaults(run=bench)
+
+
+def _add_bench_kind(kinds: Any, name: str, what: str) -> argparse.ArgumentParser:
+    """Options that all kinds of benchmarks share."""
+    kind: argparse.ArgumentParser = kinds.add_parser(name, help=what)
+    kind.add_argument("--cases", help="comma-separated names, or all (default); unknown names list the known ones")
+    kind.add_argument("--shape", help="7b (default on CUDA), tiny (elsewhere), or a Hugging Face folder")
+    kind.add_argument("--layers", type=int, help="instead of the shape's own number")
+    kind.add_argument("--mixer", default="rad_rwkv7", help="rad_rwkv7 (default) or rad_rwkv6")
+    kind.add_argument(
+        "--variant",
+        default="group_norm",
+        choices=["group_norm", "balanced"],
+        help="of rad_rwkv7: the released 7B's (default) or the paper's",
+    )
+    kind.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu"])
+    kind.add_argument("--json", type=Path, metavar="FILE", help="write the full record, case by case")
+    kind.add_argument("--results", type=Path, metavar="FILE", help="bring this file of latest results up to date")
+    kind.add_argument("--commit", help="commit to record where the code lies in no checkout")
+    kind.set_defaults(checkpointing="auto", compile=None, teacher=True, stage=None, batch=None, tokens=None, piece=None)
+    return kind
+
+
+def _bench_cases(arguments: argparse.Namespace) -> str:
+    """--cases, or the one case that --stage, --batch, --tokens and --piece describe."""
+    described = [arguments.stage, arguments.batch, arguments.tokens, arguments.piece]
+    if all(value is None for value in described):
+        return arguments.cases or "all"
+    if arguments.cases is not None:
+        raise ValueError("--cases names cases whole: leave out --stage, --batch, --tokens and --piece, or --cases")
+    batch, tokens = arguments.batch or 1, arguments.tokens
+    if arguments.kind == "decode":
+        return f"decode_b{batch}_{tokens or 512}"
+    if tokens is None:
+        raise ValueError("--tokens is needed beside --stage, --batch or --piece: give a number such as 512 or 8k")
+    if arguments.kind == "prefill":
+        return f"prefill_{tokens}" + (f"_by_{arguments.piece}" if arguments.piece else "")
+    if arguments.stage is None:
+        raise ValueError("--stage is needed beside --batch and --tokens: give align, distill or extend")
+    return f"{arguments.stage}_{batch}x{tokens}"
 
 
 def _override(text: str) -> tuple[str, str]:

@@ -10,8 +10,11 @@ import pytest
 
 SOURCE = Path(__file__).parents[2] / "src"
 # A package imports only from packages before it
-ORDER = ["config", "data", "model", "checkpoint", "convert", "distill", "train", "inference", "recipes", "cli"]
-MODEL_MAY_IMPORT = {"torch", "transformers", *sys.stdlib_module_names}
+ORDER = [
+    *("config", "data", "model", "checkpoint", "convert", "distill", "train", "inference", "evaluation", "recipes"),
+    *("bench", "cli"),
+]
+MODEL_MAY_IMPORT = {"torch", "transformers", "triton", *sys.stdlib_module_names}
 ONE_DOOR = {"fla": "radlads.model.recurrence", "lightning": "radlads.train"}
 
 

@@ -11,6 +11,7 @@ import pytest
 import radlads
 from radlads.config import Config, ModelConfig, TeacherConfig, TrainConfig, dump_config, load_config, parse_config
 from radlads.config import stage_of as stage
+from radlads.config.schema import checkpointing_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -128,7 +129,7 @@ def test_whole_numbers_are_text_where_text_is_wanted(write_file):
     assert (train.proj_suffix, train.precision) == ("2", "32")
 
 
-@pytest.mark.parametrize("precision", ["auto", "bf16", "bf16-mixed", "fp32", "32"])
+@pytest.mark.parametrize("precision", ["auto", "bf16", "bf16-mixed", "bf16-true", "fp32", "32"])
 def test_precisions(precision):
     assert parse("--train.precision", precision).train.precision == precision
 
@@ -330,3 +331,22 @@ def test_released_and_paper_variants_of_rwkv7_differ():
 def test_configuration_does_not_import_torch():
     code = "import sys, radlads.config; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=Path(radlads.__file__).parents[1], check=True)
+
+
+@pytest.mark.parametrize(
+    ("keys", "meant"),
+    [
+        ({}, "none"),
+        ({"grad_cp": 1}, "full"),
+        ({"activation_checkpointing": "selective"}, "selective"),
+        ({"grad_cp": 1, "activation_checkpointing": "full"}, "full"),
+    ],
+)
+def test_the_released_name_of_checkpointing_means_full(keys, meant):
+    assert checkpointing_of(TrainConfig(**keys)) == meant
+
+
+@pytest.mark.parametrize("mode", ["none", "selective"])
+def test_contradicting_checkpointing_keys_are_refused(mode):
+    with pytest.raises(ValueError, match=r"train\.grad_cp 1 means full .* set grad_cp to 0"):
+        TrainConfig(grad_cp=1, activation_checkpointing=mode)

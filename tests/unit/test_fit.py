@@ -2,6 +2,7 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -11,8 +12,12 @@ from radlads.checkpoint.manifest import read_manifest
 from radlads.checkpoint.model_folder import load_model
 from radlads.convert.hf_source import open_teacher
 from radlads.convert.student import build_student, build_teacher
+from radlads.model import modeling, rad_rwkv7
+from radlads.model.rad_rwkv7 import RadRwkv7
 from radlads.model.swiglu import SwiGLU
+from radlads.train import fit
 from radlads.train.fit import resolve_precision, run_stage
+from radlads.train.lightning_module import StageModule
 
 
 def run(teacher, data, folder, stage="distill", student=None, **overrides):
@@ -184,10 +189,114 @@ def test_precision_auto_is_fp32_or_bf16_and_the_rest_is_kept():
     assert resolve_precision("32", "cpu") == "32"
 
 
-def test_a_gradient_that_is_not_finite_is_never_applied(teacher, corpus_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda *arguments: torch.tensor(float("inf")))
-    with pytest.raises(ValueError, match="gradient of distill is inf at step 1"):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_gradient_that_is_not_finite_is_never_applied(teacher, corpus_folder, tmp_path, optimizer):
+    config = tiny.stage_config(corpus_folder, "distill")
+    student, _ = build_student(open_teacher(teacher), config.model)
+    student.lm_head.weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = {name: parameter.clone() for name, parameter in student.named_parameters()}
+    with pytest.raises(ValueError, match=r"gradient of distill is (inf|nan) at step 1"):
+        run(teacher, corpus_folder, tmp_path / "run", student=student, optimizer=optimizer)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in student.named_parameters())
+
+
+def test_the_part_that_is_not_finite_is_named(teacher, corpus_folder, tmp_path):
+    config = tiny.stage_config(corpus_folder, "align")
+    student, _ = build_student(open_teacher(teacher), config.model)
+    student.model.layers[1].self_attn.o_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"loss of align \(layer_1\) is nan at step 1"):
+        run(teacher, corpus_folder, tmp_path / "run", "align", student=student)
+
+
+def test_with_bf16_weights_a_stage_learns_and_writes_bf16(teacher, corpus_folder, tmp_path):
+    keys = {"my_exit_tokens": 16 * 4 * 60, "lr_init": 5e-3}
+    _, student, _ = run(teacher, corpus_folder, tmp_path / "run", precision="bf16-true", **keys)
+    losses = curve(tmp_path / "run")
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.bfloat16}
+    run(teacher, corpus_folder, tmp_path / "next", "extend", student=student)
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("precision", "stays"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_teacher_left_in_bf16_still_teaches(teacher, corpus_folder, tmp_path, precision, stays):
+    config = tiny.stage_config(corpus_folder, "align", **{"train.precision": precision})
+    source = open_teacher(teacher)
+    student, frozen = build_student(source, config.model)[0], build_teacher(source, dtype=torch.bfloat16)
+    run_stage(config, student, frozen, tmp_path / "run", tiny.Silent(), parent="test")
+    assert frozen.dtype == stays
+
+
+@pytest.mark.parametrize("stage", ["align", "distill"])
+def test_bf16_weights_keep_rotation_and_decay_in_fp32(teacher, corpus_folder, tmp_path, monkeypatch, stage):
+    seen = set()
+    rwkv7 = rad_rwkv7.rwkv7
+
+    def watched(r, log_w, *rest):
+        seen.add(log_w.dtype)
+        return rwkv7(r, log_w, *rest)
+
+    monkeypatch.setattr(rad_rwkv7, "rwkv7", watched)
+    _, student, _ = run(teacher, corpus_folder, tmp_path / "run", stage, precision="bf16-true", my_exit_tokens=64)
+    shared = student.model.shared_inputs(torch.zeros(1, 5, 64, dtype=torch.bfloat16), None, None, None)
+    assert seen == {torch.float32}
+    assert (shared.cos.dtype, shared.sin.dtype) == (torch.float32, torch.float32)
+
+
+def test_too_little_gpu_memory_says_what_to_lower(teacher, corpus_folder, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(StageModule, "training_step", full)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=80e9))
+    with pytest.raises(ValueError, match="does not fit into the GPU's 80 GB") as caught:
         run(teacher, corpus_folder, tmp_path / "run")
+    for remedy in ("train.micro_bsz (now 4", "model.ctx_len (now 16)", "activation_checkpointing full", "bf16-true"):
+        assert remedy in str(caught.value)
+
+
+def test_compiling_always_compiles_while_the_stage_runs(teacher, corpus_folder, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(modeling, "_compiled", lambda function, backend: asked.append(backend) or function)
+    run(teacher, corpus_folder, tmp_path / "never", compile="never", my_exit_tokens=64)
+    assert asked == []
+    _, student, _ = run(teacher, corpus_folder, tmp_path / "always", compile="always", my_exit_tokens=64)
+    assert set(asked) == {"inductor"}
+    assert all(block.compile_backend is None for block in student.model.layers)
+    assert (tmp_path / "never/model.safetensors").read_bytes() == (tmp_path / "always/model.safetensors").read_bytes()
+
+
+def test_auto_compiles_on_cuda_with_triton_alone(monkeypatch):
+    for triton in (True, False):
+        monkeypatch.setattr(fit, "has_triton", lambda triton=triton: triton)
+        assert fit.compiles("auto", torch.device("cuda")) is triton
+        assert not fit.compiles("auto", torch.device("cpu"))
+
+
+def test_a_gpu_without_bf16_is_refused_and_auto_goes_around_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *device: (7, 5))
+    assert resolve_precision("auto", "cuda") == "fp32"
+    for precision in ("bf16", "bf16-true", "bf16-mixed"):
+        train = tiny.stage_config(tmp_path, "align", **{"train.precision": precision, "train.accelerator": "gpu"}).train
+        with pytest.raises(ValueError, match=r"compute capability 7\.5.*--train\.precision fp32"):
+            fit.build_trainer(train, tmp_path, [], 1)
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_checkpointing_recomputes_what_it_says(teacher, corpus_folder, tmp_path, monkeypatch, mode):
+    calls = {"mixer": 0, "mlp": 0}
+    for kind, cls in (("mixer", RadRwkv7), ("mlp", SwiGLU)):
+        forward = cls.forward
+
+        def counted(self, *arguments, kind=kind, forward=forward):
+            calls[kind] += 1
+            return forward(self, *arguments)
+
+        monkeypatch.setattr(cls, "forward", counted)
+    run(teacher, corpus_folder, tmp_path / "run", "extend", activation_checkpointing=mode)
+    once = 5 * 3
+    assert calls == {"mixer": 2 * once, "mlp": (2 if mode == "full" else 1) * once}
 
 
 def test_ctrl_c_arrives_as_what_it_is(teacher, corpus_folder, tmp_path, monkeypatch):

@@ -1,13 +1,26 @@
 """Streaming generation: the same tokens as transformers' generate, sampling rules, refusals."""
 
+import dataclasses
+
 import pytest
 import tiny
 import torch
 
 from radlads.convert.hf_source import load_tokenizer, open_teacher
 from radlads.convert.student import build_student
-from radlads.inference import generate
-from radlads.inference.generate import Sampling, choose, prefill, stream_text, stream_tokens
+from radlads.inference import decoder, generate
+from radlads.inference.generate import (
+    Sampling,
+    choose,
+    choose_device,
+    decode_ms,
+    generate_tokens,
+    prefill,
+    stream_rows,
+    stream_text,
+    stream_tokens,
+)
+from radlads.inference.sampling import draw, running_sums
 
 PROMPT = list(b"the quick brown fox")
 GREEDY = Sampling(temperature=0, max_tokens=12)
@@ -51,6 +64,55 @@ def test_a_stop_token_ends_the_text_and_is_not_part_of_it(model):
     assert stopped == tokens[: tokens.index(stop)]
 
 
+RAGGED = [PROMPT, PROMPT[:3], PROMPT[5:11]]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(seed=4, top_p=0.9, max_tokens=12)])
+def test_a_ragged_batch_is_its_rows_one_by_one(model, sampling):
+    single = [
+        list(stream_tokens(model, prompt, dataclasses.replace(sampling, seed=4 + row)))
+        for row, prompt in enumerate(RAGGED)
+    ]
+    assert generate_tokens(model, RAGGED, dataclasses.replace(sampling, seed=4)) == single
+    assert single[0] != single[1] != single[2]
+
+
+def test_rows_end_at_their_own_stop_tokens(model):
+    whole = generate_tokens(model, RAGGED, GREEDY)
+    stops = frozenset({whole[0][4], whole[1][2]})
+    expected = []
+    for row in whole:
+        ends = [index for index, token in enumerate(row) if token in stops]
+        expected.append(row[: ends[0]] if ends else row)
+    assert generate_tokens(model, RAGGED, GREEDY, stops) == expected
+    steps = list(stream_rows(model, RAGGED, GREEDY, stops))
+    assert len(steps) == max(len(row) for row in expected)
+
+
+def test_cuda_without_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="choose --device cpu"):
+        choose_device("cuda")
+    assert choose_device("auto") == choose_device("cpu") == (torch.device("cpu"), torch.float32)
+
+
+def test_no_prompts_give_no_continuations(model):
+    assert generate_tokens(model, [], GREEDY) == []
+
+
+def test_more_tokens_than_are_drawn_at_a_time(model, monkeypatch):
+    sampling = Sampling(seed=1, max_tokens=10)
+    monkeypatch.setattr(decoder, "DRAWS", 4)
+    few = list(stream_tokens(model, PROMPT, sampling))
+    assert few == list(stream_tokens(model, PROMPT, sampling))
+    monkeypatch.setattr(decoder, "DRAWS", 5)
+    assert few == list(stream_tokens(model, PROMPT, sampling))
+
+
+def test_a_steps_time_is_measured_for_a_batch(model):
+    assert 0 < decode_ms(model, torch.randint(256, (2, 5)), steps=3, warmup=1) < 10_000
+
+
 def test_one_token_of_prompt_is_enough(model):
     assert len(list(stream_tokens(model, PROMPT[:1], GREEDY))) == 12
 
@@ -74,8 +136,8 @@ def test_streamed_pieces_are_whole_characters(model, teacher):
 
 
 def draws(sampling, logits, count=200):
-    generator = torch.Generator().manual_seed(0)
-    return {choose(torch.tensor(logits), sampling, generator) for _ in range(count)}
+    uniforms = torch.rand(count, generator=torch.Generator().manual_seed(0))
+    return set(choose(torch.tensor([logits] * count), sampling, uniforms).tolist())
 
 
 LOGITS = [2.0, 1.0, 0.0, -1.0]  # probabilities 0.64, 0.24, 0.09, 0.03
@@ -97,6 +159,35 @@ LOGITS = [2.0, 1.0, 0.0, -1.0]  # probabilities 0.64, 0.24, 0.09, 0.03
 )
 def test_which_tokens_can_be_drawn(sampling, expected):
     assert draws(sampling, LOGITS) == expected
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=3), Sampling(top_p=0.9), Sampling(temperature=2.0)])
+def test_tokens_are_drawn_in_proportion_to_their_probability(sampling):
+    uniforms = (torch.arange(100_000) + 0.5) / 100_000
+    counts = choose(torch.tensor([LOGITS]).expand(len(uniforms), -1), sampling, uniforms).bincount(minlength=4)
+    expected = torch.tensor(LOGITS).div(sampling.temperature).softmax(-1)
+    if sampling.top_k or sampling.top_p < 1:
+        expected[3] = 0
+    torch.testing.assert_close(counts / 100_000, expected / expected.sum(), atol=1e-4, rtol=0)
+
+
+def test_the_rows_of_a_batch_are_drawn_independently():
+    logits = torch.randn(5, 1000, generator=torch.Generator().manual_seed(0))
+    uniforms = torch.tensor([0.0, 0.1, 0.5, 0.9, 1 - 2**-24])
+    together = choose(logits, Sampling(top_p=0.95), uniforms)
+    alone = [choose(logits[row, None], Sampling(top_p=0.95), uniforms[row, None]) for row in range(5)]
+    assert together.tolist() == torch.cat(alone).tolist()
+
+
+def test_a_token_without_weight_is_never_drawn():
+    weights = torch.zeros(3, 1000)
+    weights[:, 300] = weights[:, 301] = 0.1
+    assert draw(weights, torch.tensor([0.0, 0.75, 1 - 2**-24])).tolist() == [300, 301, 301]
+
+
+def test_running_sums_are_cumsum():
+    weights = torch.rand(3, 1001, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(running_sums(weights), weights.cumsum(-1), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1}, {"max_tokens": 0}])

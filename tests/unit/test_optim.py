@@ -4,10 +4,12 @@ from itertools import pairwise
 
 import pytest
 import tiny
+import torch
 
 from radlads.convert.hf_source import open_teacher
 from radlads.convert.student import build_student
 from radlads.train.optim import build_optimizers, learning_rate
+from radlads.train.step import optimizer_step
 
 
 def settings(folder, **keys):
@@ -86,3 +88,57 @@ def test_an_optimizer_we_lack_is_named(teacher, tmp_path):
     student, _ = build_student(open_teacher(teacher), config.model)
     with pytest.raises(ValueError, match="'lion'"):
         build_optimizers(student, config.train)
+
+
+def weights_and_gradients(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(2)
+    weights = [torch.nn.Parameter(torch.randn(*shape, generator=generator).to(dtype)) for shape in ((4, 3), (5,))]
+    for weight in weights:
+        weight.grad = 7 * torch.randn(weight.shape, generator=generator).to(dtype)
+    return weights
+
+
+@pytest.mark.parametrize("clip_val", [0.0, 0.5, 1e6])
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_step_divides_clips_and_updates_as_torch_does(kind, clip_val):
+    def optimizers(weights):
+        if kind == "adamw":
+            return [torch.optim.AdamW(weights, 1e-2, fused=True)]
+        return [torch.optim.Muon(weights[:1], 1e-2), torch.optim.AdamW(weights[1:], 1e-2, fused=True)]
+
+    found, expected = weights_and_gradients(), weights_and_gradients()
+    norm = optimizer_step(optimizers(found), found, count=6, clip_val=clip_val)
+    for weight in expected:
+        weight.grad /= 6
+    expected_norm = torch.nn.utils.clip_grad_norm_(expected, clip_val or float("inf"))
+    for optimizer in optimizers(expected):
+        optimizer.step()
+    torch.testing.assert_close(norm, expected_norm)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+        assert a.grad is None
+
+
+@pytest.mark.parametrize("bad", ["gradient", "loss"])
+def test_a_step_that_is_not_finite_changes_nothing_and_the_next_goes_on(bad):
+    found, expected = weights_and_gradients(), weights_and_gradients()
+    optimizer, other = torch.optim.AdamW(found, 1e-2, fused=True), torch.optim.AdamW(expected, 1e-2, fused=True)
+    before = [weight.detach().clone() for weight in found]
+    if bad == "gradient":
+        found[1].grad[2] = float("nan")
+    sums = torch.tensor([1.0, float("inf") if bad == "loss" else 2.0])
+    optimizer_step([optimizer], found, count=1, clip_val=1.0, sums=sums)
+    assert all(torch.equal(weight, old) for weight, old in zip(found, before, strict=True))
+    for weights, each in ((found, optimizer), (expected, other)):
+        for weight, source in zip(weights, weights_and_gradients(), strict=True):
+            weight.grad = source.grad
+        optimizer_step([each], weights, count=1, clip_val=1.0)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_the_norm_of_bf16_gradients_is_fp32():
+    weights = weights_and_gradients(torch.bfloat16)
+    expected = torch.cat([weight.grad.float().flatten() for weight in weights]).norm()
+    norm = optimizer_step([torch.optim.AdamW(weights, fused=True)], weights, count=1, clip_val=1.0)
+    assert norm.dtype == torch.float32
+    torch.testing.assert_close(norm, expected)

@@ -1,5 +1,7 @@
 """What each stage trains, and that part-wise backward equals one backward through the whole."""
 
+import weakref
+
 import pytest
 import tiny
 import torch
@@ -81,6 +83,27 @@ def test_align_leaves_alone_what_it_does_not_need(teacher, corpus_folder):
     student.lm_head = student.model.embed_tokens = None
     tokens = torch.randint(256, (1, 9))
     assert len(list(build_stage(config.train).parts(student, frozen, tokens))) == 3
+
+
+def test_aligning_runs_no_channel_mixer_of_the_last_layer(teacher, corpus_folder):
+    config, student, frozen = models(teacher, corpus_folder, "align")
+    frozen.model.layers[2].mlp = frozen.model.norm = frozen.lm_head = None
+    assert len(list(build_stage(config.train).parts(student, frozen, torch.randint(256, (1, 9))))) == 3
+
+
+def test_a_layers_graph_is_gone_after_its_part(teacher, corpus_folder):
+    config, student, frozen = models(teacher, corpus_folder, "align")
+    kept = {}
+    for layer in (1, 2):
+        student.model.layers[layer].self_attn.o_proj.register_forward_hook(
+            lambda module, arguments, output, layer=layer: kept.update({f"layer_{layer}": weakref.ref(arguments[0])})
+        )
+    for part in build_stage(config.train).parts(student, frozen, torch.randint(256, (1, 9))):
+        if part.name in kept:
+            assert kept[part.name]() is not None
+            part.objective.backward()
+            assert kept[part.name]() is None
+    assert len(kept) == 2
 
 
 def test_an_identical_student_has_no_kl_and_full_agreement(teacher):

@@ -15,7 +15,8 @@ Switch = Literal[0, 1]
 Stage = Literal["align", "distill", "extend"]
 
 Optimizer = Literal["adamw", "muon", "dsfusedadamw", "adamwschedulefree", "adam8bit", "lion"]
-Precision = Literal["auto", "bf16", "bf16-mixed", "fp32", "32", "32-true"]
+Precision = Literal["auto", "bf16", "bf16-mixed", "bf16-true", "fp32", "32", "32-true"]
+Checkpointing = Literal["none", "selective", "full"]
 
 
 class Range(NamedTuple):
@@ -176,7 +177,12 @@ class TrainConfig:
     accumulate_grad_batches: int = 1
     """Forward passes per optimiser step."""
     grad_cp: Switch = 0
-    """1 = recompute activations in the backward pass: less memory, about a third more time. Not in the align stage."""
+    """1 = activation_checkpointing full, under the released system's name."""
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    """What the backward pass recomputes to save memory: none; selective = time mixers; full = whole blocks, about a
+    third more time; auto = as grad_cp says. No effect in the align stage."""
+    compile: Literal["auto", "always", "never"] = "auto"
+    """Run the blocks through torch.compile, and align on a GPU as a CUDA graph; auto = on CUDA with Triton."""
     gradient_clip_val: float = 1.0
     """Largest gradient norm; longer gradients are scaled down to it. 0 = no clipping."""
     optimizer: Optimizer = "adamw"
@@ -228,7 +234,8 @@ class TrainConfig:
     log_every_n_steps: int = 50
     """Optimiser steps between rows of metrics."""
     precision: Precision = "bf16"
-    """bf16 = bf16 products on fp32 weights; auto = bf16 where the hardware multiplies it, fp32 elsewhere."""
+    """bf16 = bf16 products on fp32 weights; bf16-true = bf16 weights, gradients and moments: half the memory, but an
+    update below 1/512 of its weight is lost; auto = bf16 where the hardware multiplies it, fp32 elsewhere."""
     accelerator: Literal["gpu", "cuda", "cpu", "mps", "auto"] = "gpu"
     """Hardware to train on."""
     strategy: str = "auto"
@@ -249,6 +256,11 @@ class TrainConfig:
         if self.lr_wait > self.lr_endpoint:
             raise ValueError(
                 f"train.lr_wait must be at most train.lr_endpoint, which is {self.lr_endpoint}, not {self.lr_wait}"
+            )
+        if self.grad_cp and self.activation_checkpointing not in ("auto", "full"):
+            raise ValueError(
+                f"train.grad_cp 1 means full activation checkpointing, but train.activation_checkpointing is "
+                f"{self.activation_checkpointing!r}: set grad_cp to 0"
             )
         stage_of(self)
 
@@ -319,6 +331,13 @@ def stage_of(train: TrainConfig) -> Stage:
         "train.attention_distillation_stage must be 1 to align, 2 to distill or -1 to extend, "
         f"not {train.attention_distillation_stage}"
     )
+
+
+def checkpointing_of(train: TrainConfig) -> Checkpointing:
+    """What train.activation_checkpointing and train.grad_cp together mean."""
+    if train.activation_checkpointing != "auto":
+        return train.activation_checkpointing
+    return "full" if train.grad_cp else "none"
 
 
 # ModelConfig occurs twice, so whoever holds one checks it, knowing its dotted key.

@@ -1,13 +1,14 @@
 """Stage 1: every student mixer learns, on the teacher's own residual stream, what the teacher's attention puts out."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
 
 from radlads.distill.losses import alignment
 from radlads.distill.stage import LossPart, Trainable
-from radlads.model.modeling import RadladsForCausalLM
+from radlads.model.contracts import SharedInputs
+from radlads.model.modeling import Block, RadladsForCausalLM
 
 
 class Align:
@@ -29,17 +30,24 @@ class Align:
         """See Stage.parts. The student's mixers alone run; embedding, channel mixers and head do not."""
         assert teacher is not None
         count = tokens[:, 1:].numel()
+        recurrent = student.config.recurrent_layers
         values: torch.Tensor | None = None
-        held = None
+        held, dtype = None, torch.float32
         for layer, x, target, shared in _frozen(teacher.model.attention_taps(tokens[:, :-1])):
-            if layer not in student.config.recurrent_layers:
+            if layer > max(recurrent, default=-1):
+                break
+            if layer not in recurrent:
                 continue
-            output, _, v_first = student.model.layers[layer].self_attn(x, None, values, shared)
-            loss = alignment(target, output, self.kind)
+            block = student.model.layers[layer]
+            assert isinstance(block, Block)
+            earlier = None if values is None else values.to(dtype)
+            loss, v_first = block.compiled(_mixer_loss, x.shape[1])(
+                block.self_attn, x, target, earlier, shared, self.kind
+            )
             if values is None and v_first is not None:
                 # fp32, because the gradients of all layers add up in it
                 values = v_first.detach().float().requires_grad_(torch.is_grad_enabled())
-                held = (layer, loss, v_first)
+                held, dtype = (layer, loss, v_first), v_first.dtype
             else:
                 yield LossPart(f"layer_{layer}", loss, loss.detach(), count)
         if held is not None:
@@ -47,6 +55,12 @@ class Align:
             collected = None if values is None else values.grad
             objective = loss if collected is None else loss + (v_first * collected).sum()
             yield LossPart(f"layer_{layer}", objective, loss.detach(), count)
+
+
+def _mixer_loss(mixer: Callable, x, target, values, shared: SharedInputs, kind: Literal["l2", "mse"]):
+    """How far a mixer's output on x [B, T, C] is from target, summed over tokens; and v_first for the next mixer."""
+    output, _, v_first = mixer(x, None, values, shared)
+    return alignment(target, output, kind), v_first
 
 
 def _frozen(taps):

@@ -6,7 +6,7 @@ import torch
 
 from radlads.config.schema import TrainConfig, stage_of
 from radlads.distill.align import Align
-from radlads.distill.losses import cross_entropy, kl_divergence
+from radlads.distill.losses import head_loss
 from radlads.distill.stage import LossPart, Stage, Trainable
 from radlads.model.modeling import RadladsForCausalLM
 
@@ -23,15 +23,22 @@ class Logits:
     ) -> Iterator[LossPart]:
         """See Stage.parts."""
         inputs, labels = tokens[:, :-1], tokens[:, 1:]
-        logits = student(inputs, use_cache=False).logits
-        loss = logits.new_zeros((), dtype=torch.float32)
+        # The teacher runs first, while the student's activations do not exist yet
+        teacher_hidden = teacher_head = None
         if self.kl_weight:
             assert teacher is not None
             with torch.no_grad():
-                teacher_logits = teacher(inputs, use_cache=False).logits
-            loss = loss + self.kl_weight * kl_divergence(teacher_logits, logits)
-        if self.ce_weight:
-            loss = loss + self.ce_weight * cross_entropy(logits, labels)
+                teacher_hidden = teacher.model(inputs, use_cache=False).last_hidden_state
+            teacher_head = teacher.lm_head.weight
+        loss = head_loss(
+            student.model(inputs, use_cache=False).last_hidden_state,
+            student.lm_head.weight,
+            labels,
+            teacher_hidden_BTC=teacher_hidden,
+            teacher_head_VC=teacher_head,
+            kl_weight=self.kl_weight,
+            ce_weight=self.ce_weight,
+        )
         yield LossPart("loss", loss, loss.detach(), labels.numel())
 
 

@@ -1,12 +1,20 @@
 """The losses. Each returns a sum over tokens, fp32; dividing by the count is left to whoever has all of the count.
 
-Shape letters: B batch, T tokens, C hidden size, V vocabulary.
+`kl_divergence` and `cross_entropy` take logits; `head_loss` takes hidden states and is how a stage computes both: in it
+the logits of all tokens (3 GB in bf16 for 10 000 tokens of a vocabulary of 152 064, per model and copy) never exist.
+Shape letters: B batch, T tokens, N tokens of all rows, C hidden size, V vocabulary.
 """
 
+import functools
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+
+# Tokens whose logits exist at a time: enough for matrix products at full speed, 0.6 GB per model in bf16 at V 152 064
+BLOCK_TOKENS = 2048
+# Tokens that are in fp32 at a time where no kernel does it row by row
+SOFTMAX_TOKENS = 256
 
 
 def alignment(target_BTC: torch.Tensor, output_BTC: torch.Tensor, kind: Literal["l2", "mse"]) -> torch.Tensor:
@@ -21,40 +29,133 @@ def alignment(target_BTC: torch.Tensor, output_BTC: torch.Tensor, kind: Literal[
 
 
 def kl_divergence(teacher_logits_BTV: torch.Tensor, student_logits_BTV: torch.Tensor) -> torch.Tensor:
-    """KL(teacher || student) in nats, summed over tokens; 0 for equal logits. Differentiable in the student's, once."""
-    return _KLDivergence.apply(teacher_logits_BTV.flatten(0, -2), student_logits_BTV.flatten(0, -2))
+    """KL(teacher || student) in nats, summed over tokens; 0 for equal logits."""
+    teacher = F.log_softmax(teacher_logits_BTV.float(), dim=-1)
+    student = F.log_softmax(student_logits_BTV.float(), dim=-1)
+    return F.kl_div(student, teacher, reduction="sum", log_target=True)
 
 
-class _KLDivergence(torch.autograd.Function):
-    """Value and gradient in one pass over blocks of tokens, so that no fp32 copy of all logits exists.
+def cross_entropy(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+    """Next-token loss in nats, summed over tokens; labels of -100 count nothing."""
+    return F.cross_entropy(logits_BTV.float().flatten(0, -2), labels_BT.flatten(), reduction="sum")
 
-    The gradient by the student's logits is softmax(student) - softmax(teacher).
+
+def head_loss(
+    hidden_BTC: torch.Tensor,
+    head_VC: torch.Tensor,
+    labels_BT: torch.Tensor,
+    *,
+    teacher_hidden_BTC: torch.Tensor | None = None,
+    teacher_head_VC: torch.Tensor | None = None,
+    kl_weight: float = 0.0,
+    ce_weight: float = 0.0,
+) -> torch.Tensor:
+    """kl_weight * KL(teacher || student) + ce_weight * cross-entropy of the logits hidden @ head^T, summed over tokens.
+
+    Value and gradients in one pass over blocks of tokens; differentiable once, in the student's hidden states and head.
+    Products are in the hidden states' dtype, softmaxes in fp32, and the head's gradient adds up in the head's dtype: in
+    bf16 that rounds it once per block, which is what adding up micro-batches does too.
     """
+    assert (kl_weight == 0) == (teacher_hidden_BTC is None)
+    teacher = None if teacher_hidden_BTC is None else teacher_hidden_BTC.flatten(0, -2)
+    labels = labels_BT.flatten() if ce_weight else None
+    return _HeadLoss.apply(hidden_BTC.flatten(0, -2), head_VC, teacher, teacher_head_VC, labels, kl_weight, ce_weight)
 
-    BLOCK_TOKENS = 512
 
+class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, teacher_logits, student_logits):
-        total = torch.zeros((), dtype=torch.float32, device=student_logits.device)
-        gradient = torch.empty_like(student_logits) if student_logits.requires_grad else None
-        for start in range(0, len(student_logits), _KLDivergence.BLOCK_TOKENS):
-            block = slice(start, start + _KLDivergence.BLOCK_TOKENS)
-            teacher = F.log_softmax(teacher_logits[block].float(), dim=-1)
-            student = F.log_softmax(student_logits[block].float(), dim=-1)
-            weight = teacher.exp()
-            total += (weight * teacher.sub_(student)).sum()
-            if gradient is not None:
-                gradient[block] = student.exp_().sub_(weight)
-        ctx.save_for_backward(gradient)
+    def forward(ctx, hidden, head, teacher_hidden, teacher_head, labels, kl_weight, ce_weight):
+        with torch.autocast(hidden.device.type, enabled=False):
+            total, *gradients = _by_blocks(
+                *(hidden, head, teacher_hidden, teacher_head, labels),
+                kl_weight=kl_weight,
+                ce_weight=ce_weight,
+                wanted=ctx.needs_input_grad[:2],
+            )
+        ctx.gradients = gradients
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_total):
-        (gradient,) = ctx.saved_tensors
-        return None, gradient * d_total
+        # In place, since the head's gradient is as large as the head; a second backward has nothing left to scale
+        gradients, ctx.gradients = ctx.gradients, None
+        return *(None if gradient is None else gradient.mul_(d_total) for gradient in gradients), *[None] * 5
 
 
-def cross_entropy(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
-    """Next-token loss in nats, summed over tokens; labels of -100 count nothing."""
-    return F.cross_entropy(logits_BTV.float().flatten(0, 1), labels_BT.flatten(), reduction="sum")
+def _by_blocks(hidden, head, teacher_hidden, teacher_head, labels, *, kl_weight, ce_weight, wanted):
+    """The loss, and the gradients of hidden [N, C] and head [V, C] where `wanted`."""
+    matrix = head.to(hidden.dtype)
+    teacher_matrix = teacher_head if teacher_hidden is None else teacher_head.to(teacher_hidden.dtype)
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    d_hidden = torch.empty_like(hidden) if wanted[0] else None
+    d_head = torch.zeros_like(head) if wanted[1] else None
+    for start in range(0, len(hidden), BLOCK_TOKENS):
+        block = slice(start, start + BLOCK_TOKENS)
+        logits = hidden[block] @ matrix.mT
+        teacher_logits = None if teacher_hidden is None else teacher_hidden[block] @ teacher_matrix.mT
+        block_labels = None if labels is None else labels[block]
+        total += logit_loss_(logits, teacher_logits, block_labels, kl_weight=kl_weight, ce_weight=ce_weight).sum()
+        if d_hidden is not None:
+            torch.mm(logits, matrix, out=d_hidden[block])
+        if d_head is not None and d_head.dtype == logits.dtype:
+            d_head.addmm_(logits.mT, hidden[block])
+        elif d_head is not None:
+            d_head += logits.mT @ hidden[block]
+    return total, d_hidden, d_head
+
+
+def logit_loss_(
+    student: torch.Tensor,
+    teacher: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    *,
+    kl_weight: float,
+    ce_weight: float,
+) -> torch.Tensor:
+    """Loss of each token [N], fp32, from logits [N, V]; the student's logits are overwritten by its gradient.
+
+    The loss is kl_weight * KL(teacher || student) + ce_weight * cross-entropy on labels [N], -100 counting nothing. The
+    gradient is kl_weight * (p - q) + ce_weight * (p - the label's one-hot), p being the student's and q the teacher's
+    probabilities.
+    """
+    if student.is_cuda and kernels_are_importable():
+        from radlads.distill import loss_kernels
+
+        return loss_kernels.logit_loss_(student, teacher, labels, kl_weight=kl_weight, ce_weight=ce_weight)
+    losses = []
+    for start in range(0, len(student), SOFTMAX_TOKENS):
+        block = slice(start, start + SOFTMAX_TOKENS)
+        pair = (None if teacher is None else teacher[block], None if labels is None else labels[block])
+        losses.append(_logit_loss_in_torch_(student[block], *pair, kl_weight=kl_weight, ce_weight=ce_weight))
+    return torch.cat(losses)
+
+
+@functools.cache
+def kernels_are_importable() -> bool:
+    """True where triton imports."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _logit_loss_in_torch_(student, teacher, labels, *, kl_weight, ce_weight):
+    log_p = F.log_softmax(student.float(), dim=-1)
+    p = log_p.exp()
+    loss, gradient = torch.zeros_like(log_p[:, 0]), torch.zeros_like(p)
+    if teacher is not None:
+        log_q = F.log_softmax(teacher.float(), dim=-1)
+        q = log_q.exp()
+        # A token the teacher excludes (q = 0) adds nothing, though its log is -inf
+        loss += kl_weight * (q * (log_q - log_p)).masked_fill_(q == 0, 0.0).sum(-1)
+        gradient.add_(p - q, alpha=kl_weight)
+    if labels is not None:
+        weight = ce_weight * (labels >= 0).float()
+        label = labels.clamp(min=0).unsqueeze(-1)
+        loss -= weight * log_p.gather(-1, label).squeeze(-1)
+        gradient.addcmul_(p, weight.unsqueeze(-1))
+        gradient.scatter_add_(-1, label, -weight.unsqueeze(-1))
+    student.copy_(gradient)
+    return loss

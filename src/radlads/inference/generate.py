@@ -1,67 +1,79 @@
-"""Generation token by token through the cache: constant time and memory per token in a recurrent model.
+"""Generation: a prompt or a batch of them in, tokens or text out as they come, and how long a token takes.
 
-Owns prefill in pieces, sampling and stopping. Leaves text to the tokenizer's decoder (`stream_text`).
+Leaves the steps to the decoder, and text to the tokenizer's decoder (`stream_text`).
 """
 
+import itertools
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from radlads.model.cache import RadladsCache
+from radlads.inference.decoder import Decoder, prefill
+from radlads.inference.sampling import Sampling, choose
 from radlads.model.configuration import RadladsConfig, state_bytes
 from radlads.model.modeling import RadladsForCausalLM
 
-PREFILL_TOKENS = 1024
+__all__ = [
+    "Sampling",
+    "choose",
+    "choose_device",
+    "decode_ms",
+    "generate_tokens",
+    "prefill",
+    "stream_rows",
+    "stream_text",
+    "stream_tokens",
+]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is chosen. temperature 0 takes the likeliest; top_k 0 and top_p 1 leave all tokens in;
-    seed None draws another text every time. max_tokens bounds the tokens generated."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    max_tokens: int = 256
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
-        if self.top_k < 0 or self.max_tokens < 1:
-            raise ValueError("top_k must be 0 or more, and max_tokens 1 or more")
-
-
-@torch.inference_mode()
 def stream_tokens(
     model: RadladsForCausalLM, prompt_ids: list[int], sampling: Sampling, stop_ids: frozenset[int] = frozenset()
 ) -> Iterator[int]:
     """Yield generated token ids until one of `stop_ids` (not yielded) or max_tokens.
 
-    Raises ValueError for an empty prompt and for one whose keys and values would not fit into memory.
+    Raises ValueError for an empty prompt and for one whose state would not fit into memory.
     """
-    if not prompt_ids:
-        raise ValueError("the prompt is empty: give at least one token to continue")
-    check_memory(model.config, len(prompt_ids) + sampling.max_tokens, model.device)
-    generator = torch.Generator(model.device)
-    generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
-    logits, cache = prefill(model, torch.tensor([prompt_ids], device=model.device))
-    for _ in range(sampling.max_tokens):
-        token = choose(logits[0], sampling, generator)
-        if token in stop_ids:
-            return
+    for (token,) in stream_rows(model, [prompt_ids], sampling, stop_ids):
+        assert token is not None
         yield token
-        logits = model(torch.tensor([[token]], device=model.device), past_key_values=cache, use_cache=True).logits[
-            :, -1
-        ]
+
+
+def generate_tokens(
+    model: RadladsForCausalLM,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    stop_ids: frozenset[int] = frozenset(),
+) -> list[list[int]]:
+    """The continuation of each prompt, as stream_tokens would yield it with the seed plus the prompt's number."""
+    continuations: list[list[int]] = [[] for _ in prompts]
+    for tokens in stream_rows(model, prompts, sampling, stop_ids):
+        for continuation, token in zip(continuations, tokens, strict=True):
+            if token is not None:
+                continuation.append(token)
+    return continuations
+
+
+def stream_rows(
+    model: RadladsForCausalLM,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    stop_ids: frozenset[int] = frozenset(),
+) -> Iterator[list[int | None]]:
+    """Yield one token for every prompt at a time, None for those that have ended. Errors as stream_tokens."""
+    if not prompts:
+        return
+    if not all(prompts):
+        raise ValueError("the prompt is empty: give at least one token to continue")
+    longest = max(len(prompt) for prompt in prompts)
+    check_memory(model.config, longest + sampling.max_tokens, model.device, rows=len(prompts))
+    decoder = Decoder(model, len(prompts), sampling, stop_ids)
+    decoder.prefill(prompts)
+    yield from decoder.generated(sampling.max_tokens)
 
 
 def stream_text(
@@ -76,41 +88,27 @@ def stream_text(
             yield piece
 
 
-@torch.inference_mode()
-def prefill(
-    model: RadladsForCausalLM, tokens: torch.Tensor, *, piece: int = PREFILL_TOKENS
-) -> tuple[torch.Tensor, RadladsCache]:
-    """Read tokens [B, T] in pieces; the logits [B, V] after the last one, and the cache."""
-    cache = RadladsCache(model.config)
-    for part in tokens.split(piece, dim=1):
-        logits = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    return logits[:, -1], cache
+def choose_device(name: str) -> tuple[torch.device, torch.dtype]:
+    """Where to run and in which dtype, for "auto", "cpu" or "cuda": bf16 on a GPU, fp32 on a CPU; auto prefers a GPU.
+
+    Raises ValueError for cuda without a GPU.
+    """
+    has_gpu = torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
+        raise ValueError("there is no CUDA GPU that PyTorch can use here: choose --device cpu, or leave it out")
+    if name == "cpu" or not has_gpu:
+        return torch.device("cpu"), torch.float32
+    return torch.device("cuda"), torch.bfloat16
 
 
-def choose(logits_V: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Draw a token id from logits, after temperature, top-k and top-p (the smallest set of that probability)."""
-    logits_V = logits_V.float()
-    if sampling.temperature == 0:
-        return int(logits_V.argmax())
-    logits_V = logits_V / sampling.temperature
-    if sampling.top_k:
-        smallest = logits_V.topk(min(sampling.top_k, logits_V.numel())).values[-1]
-        logits_V = logits_V.masked_fill(logits_V < smallest, float("-inf"))
-    if sampling.top_p < 1:
-        probabilities, order = logits_V.softmax(-1).sort(descending=True)
-        beyond = probabilities.cumsum(-1) - probabilities >= sampling.top_p
-        logits_V[order[beyond]] = float("-inf")
-    return int(torch.multinomial(logits_V.softmax(-1), 1, generator=generator))
-
-
-def check_memory(config: RadladsConfig, context_tokens: int, device: torch.device) -> None:
-    """Raise ValueError if the state after `context_tokens` would not fit into the memory that is free."""
-    needed = state_bytes(config, context_tokens, bytes_per_value=4)
+def check_memory(config: RadladsConfig, context_tokens: int, device: torch.device, *, rows: int = 1) -> None:
+    """Raise ValueError if the states of `rows` prompts after `context_tokens` each would not fit into free memory."""
+    needed = rows * state_bytes(config, context_tokens, bytes_per_value=4)
     free = available_bytes(device)
     if needed > free:
         raise ValueError(
-            f"{context_tokens} tokens need {needed / 1e9:.1f} GB of state, but {free / 1e9:.1f} GB are free: "
-            "shorten the prompt, or use a student without softmax layers"
+            f"{context_tokens} tokens in {rows} rows need {needed / 1e9:.1f} GB of state, but {free / 1e9:.1f} GB are "
+            "free: shorten the prompt, give fewer prompts at a time, or use a student without softmax layers"
         )
 
 
@@ -125,15 +123,30 @@ def available_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-@torch.inference_mode()
 def decode_ms(model: RadladsForCausalLM, tokens: torch.Tensor, *, steps: int = 50, warmup: int = 10) -> float:
-    """Median milliseconds per token when decoding after the prompt `tokens` [B, T]."""
-    _, cache = prefill(model, tokens)
-    token, times = tokens[:, -1:], []
-    for _ in range(warmup + steps):
+    """Median milliseconds per step when decoding greedily after the prompts `tokens` [B, T], as generation does."""
+    decoder = Decoder(model, tokens.shape[0], Sampling(temperature=0))
+    decoder.prefill(tokens.tolist())
+    for _ in range(warmup):
+        decoder.step()
+    times = _gpu_ms(decoder, steps) if tokens.is_cuda else _cpu_ms(decoder, steps)
+    return sorted(times)[steps // 2]
+
+
+def _gpu_ms(decoder: Decoder, steps: int) -> list[float]:
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    events[0].record()
+    for event in events[1:]:
+        decoder.step()
+        event.record()
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) for before, after in itertools.pairwise(events)]
+
+
+def _cpu_ms(decoder: Decoder, steps: int) -> list[float]:
+    times = []
+    for _ in range(steps):
         began = time.perf_counter()
-        token = model(token, past_key_values=cache, use_cache=True).logits.argmax(-1)
-        if token.is_cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return 1000 * sorted(times[warmup:])[steps // 2]
+        decoder.step()
+        times.append(1000 * (time.perf_counter() - began))
+    return times

@@ -3,11 +3,14 @@
 Shape letters: B batch, T new tokens, S all tokens so far, C hidden size, V vocabulary.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -20,6 +23,10 @@ from .layers import RMSNorm, rope_tables
 from .recurrent_mixer import RecurrentMixer
 from .registry import build_channel_mixer, build_time_mixer
 
+ActivationCheckpointing = Literal["none", "selective", "full"]
+# Graphs of one function: with and without gradients, of teacher and student, of the layer that has no v_first yet
+_MAX_GRAPHS = 64
+
 
 class AttentionTap(NamedTuple):
     """What went into and came out of one layer's time mixer, both [B, T, C], and the inputs all mixers share."""
@@ -31,7 +38,15 @@ class AttentionTap(NamedTuple):
 
 
 class Block(GradientCheckpointingLayer):
-    """Pre-norm residual block: time mixer, then channel mixer."""
+    """Pre-norm residual block: time mixer, then channel mixer.
+
+    mix, feed and run know no cache, so that torch.compile can take them; forward and tapped may call them compiled.
+    compile_backend: torch.compile's backend once compile_blocks() asked for it, else None.
+    recomputes_mixer: whether training runs the first half again in the backward pass instead of keeping what it made.
+    """
+
+    compile_backend: str | None = None
+    recomputes_mixer = False
 
     def __init__(self, config: RadladsConfig, layer_idx: int):
         super().__init__()
@@ -43,20 +58,58 @@ class Block(GradientCheckpointingLayer):
 
     def forward(self, hidden, v_first, shared: SharedInputs, past_key_values: RadladsCache | None = None):
         """hidden [B, T, C] and v_first to the same after this block. Tensors are positional for checkpointing."""
-        hidden, v_first, _, _ = self.tapped(hidden, v_first, shared, past_key_values)
+        if past_key_values is not None:
+            return self._cached(hidden, v_first, shared, past_key_values)
+        mix = functools.partial(self.compiled(Block.mixed, hidden.shape[1]), self)
+        if self.recomputes_mixer and self.training and torch.is_grad_enabled():
+            hidden, v_first = checkpoint(mix, hidden, v_first, shared, use_reentrant=False)
+        else:
+            hidden, v_first = mix(hidden, v_first, shared)
+        return self.compiled(Block.feed, hidden.shape[1])(self, hidden), v_first
+
+    def _cached(self, hidden, v_first, shared: SharedInputs, past_key_values: RadladsCache):
+        state = past_key_values.load(self.layer_idx)
+        # A softmax layer's state is a view of the cache itself, which no graph can hold
+        run = self.compiled(Block.run, hidden.shape[1]) if state is None or isinstance(state, tuple) else Block.run
+        num_tokens = hidden.shape[1]
+        hidden, v_first, state, _, _ = run(self, hidden, v_first, state, shared)
+        past_key_values.store(self.layer_idx, state, num_tokens)
         return hidden, v_first
 
-    def tapped(self, hidden, v_first, shared: SharedInputs, past_key_values: RadladsCache | None = None):
-        """forward, and besides the mixer's input and output."""
+    def run(self, hidden, v_first, state, shared: SharedInputs):
+        """The whole block: hidden, v_first and the mixer's state after it, and the mixer's input and output."""
+        hidden, v_first, state, x, y = self.mix(hidden, v_first, state, shared)
+        return self.feed(hidden), v_first, state, x, y
+
+    def mix(self, hidden, v_first, state, shared: SharedInputs):
+        """The first half, norm and time mixer: returns what run does."""
         x = self.input_layernorm(hidden)
         if shared.token_mask is not None:
             x = x * shared.token_mask.unsqueeze(-1).to(x.dtype)
-        state = None if past_key_values is None else past_key_values.load(self.layer_idx)
         y, state, v_first = self.self_attn(x, state, v_first, shared)
-        if past_key_values is not None:
-            past_key_values.store(self.layer_idx, state, x.shape[1])
-        hidden = hidden + y
-        return hidden + self.mlp(self.post_attention_layernorm(hidden)), v_first, x, y
+        return hidden + y, v_first, state, x, y
+
+    def mixed(self, hidden, v_first, shared: SharedInputs):
+        """mix from the start of a sequence, hidden and v_first alone: what else a graph returned, it would have to
+        take gradients for."""
+        hidden, v_first, _, _, _ = self.mix(hidden, v_first, None, shared)
+        return hidden, v_first
+
+    def feed(self, hidden):
+        """The second half, norm and channel mixer."""
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+    def compiled(self, function: Callable, num_tokens: int) -> Callable:
+        """`function`, compiled if compile_blocks() asked for it; single tokens are run as they are."""
+        if self.compile_backend is None or num_tokens == 1:
+            return function
+        return _compiled(function, self.compile_backend)
+
+
+@functools.cache
+def _compiled(function: Callable, backend: str) -> Callable:
+    """torch.compile's graph of a function of a module, which all modules of the same structure share."""
+    return torch.compile(function, backend=backend)
 
 
 class RadladsPreTrainedModel(PreTrainedModel):
@@ -88,6 +141,7 @@ class RadladsModel(RadladsPreTrainedModel):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
+        self._whole_sequences: tuple[tuple[int, torch.device], SharedInputs] | None = None
         self.post_init()
 
     def forward(
@@ -129,12 +183,51 @@ class RadladsModel(RadladsPreTrainedModel):
         v_first = None
         for layer, block in enumerate(self.layers):
             assert isinstance(block, Block)
-            hidden, v_first, x, y = block.tapped(hidden, v_first, shared)
+            hidden, v_first, _, x, y = block.compiled(Block.mix, hidden.shape[1])(block, hidden, v_first, None, shared)
             yield AttentionTap(layer, x, y, shared)
+            del x, y
+            # Only once the next layer is asked for: the last layer's channel mixer is nobody's input
+            if layer + 1 < len(self.layers):
+                hidden = block.compiled(Block.feed, hidden.shape[1])(block, hidden)
+
+    def compile_blocks(self, enabled: bool = True, *, backend: str = "inductor") -> None:
+        """From now on run both halves of each block through torch.compile, or not; a single token never is.
+
+        Layers share graphs; the first call with new shapes takes seconds to minutes. For training and for prompts of
+        many tokens. ValueError if inductor is asked for on a GPU without Triton.
+        """
+        if enabled and backend == "inductor" and self.device.type == "cuda" and not has_triton():
+            raise ValueError("compiling for a GPU needs Triton: pip install 'radlads[gpu]', or run without compiling")
+        if enabled:
+            import torch._dynamo
+
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_GRAPHS)
+        for block in self._blocks():
+            block.compile_backend = backend if enabled else None
+
+    def set_activation_checkpointing(self, mode: ActivationCheckpointing) -> None:
+        """Choose what training keeps for the backward pass of each block, and what it computes again.
+
+        none: everything is kept. selective: the time mixer's half is computed again (a seventh of the forward pass
+        and the recurrence), the channel mixer's two large products are kept. full: only the block's input is kept
+        (a third more time). ValueError for another mode.
+        """
+        if mode not in get_args(ActivationCheckpointing):
+            raise ValueError(f"activation checkpointing must be none, selective or full, not {mode!r}")
+        self._set_gradient_checkpointing(mode == "full", functools.partial(checkpoint, use_reentrant=False))
+        for block in self._blocks():
+            block.recomputes_mixer = mode == "selective"
+
+    def _blocks(self) -> Iterator[Block]:
+        for block in self.layers:
+            assert isinstance(block, Block)
+            yield block
 
     def shared_inputs(self, hidden, attention_mask, position_ids, past_key_values) -> SharedInputs:
         """Masks and RoPE tables for these new tokens; advances the cache's positions."""
         B, T, _ = hidden.shape
+        if attention_mask is None and position_ids is None and past_key_values is None:
+            return self._shared_by_whole_sequences(T, hidden.device)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         earlier = None if past_key_values is None else past_key_values.padding_mask
         padded = self._padding_mask(attention_mask, earlier, past, hidden)
@@ -146,6 +239,17 @@ class RadladsModel(RadladsPreTrainedModel):
             past_key_values.padding_mask = padded if "full_attention" in self.config.layer_types else None
         cos, sin = rope_tables(self.config, position_ids)
         return SharedInputs(cos, sin, token_mask, self._softmax_mask(padded, past, T, hidden.device))
+
+    def _shared_by_whole_sequences(self, T: int, device: torch.device) -> SharedInputs:
+        """What sequences of T tokens from their start share. Kept, since making it waits for the GPU every time."""
+        if self._whole_sequences is not None and self._whole_sequences[0] == (T, device):
+            return self._whole_sequences[1]
+        with torch.no_grad():
+            shared = SharedInputs(*rope_tables(self.config, torch.arange(T, device=device).unsqueeze(0)))
+        # Tensors made in inference mode are of no use to a later training step
+        if not torch.is_inference_mode_enabled():
+            self._whole_sequences = (T, device), shared
+        return shared
 
     def _padding_mask(self, attention_mask, earlier, past: int, hidden) -> torch.Tensor | None:
         """Boolean [B, S], False at padding; None where nothing is padded. `earlier`: the cached tokens' mask."""
@@ -226,6 +330,14 @@ class RadladsForCausalLM(RadladsPreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
 
+    def compile_blocks(self, enabled: bool = True, *, backend: str = "inductor") -> None:
+        """See RadladsModel.compile_blocks."""
+        self.model.compile_blocks(enabled, backend=backend)
+
+    def set_activation_checkpointing(self, mode: ActivationCheckpointing) -> None:
+        """See RadladsModel.set_activation_checkpointing."""
+        self.model.set_activation_checkpointing(mode)
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """Give generate() our cache; its own choice goes by class names and static layouts that do not fit."""
         if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
@@ -237,6 +349,11 @@ class RadladsForCausalLM(RadladsPreTrainedModel, GenerationMixin):
                 "leave it out, its state is constant in size already"
             )
         model_kwargs["past_key_values"] = RadladsCache(self.config)
+
+
+def has_triton() -> bool:
+    """True where triton is installed, which torch.compile needs on a GPU."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def check_cache(cache, batch: int) -> None:

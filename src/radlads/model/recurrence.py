@@ -1,18 +1,24 @@
-"""The recurrences as the mixers call them: picks the step (T = 1), fla (CUDA) or chunked torch path. Only door to fla.
+"""The recurrences as the mixers call them: picks the step (T = 1), the GPU's kernels or the chunked torch path.
+
+On CUDA, RAD-RWKV7 runs on our own Triton kernels (rwkv7_triton.py), RAD-RWKV6 on fla's. The only door to fla.
 
 Equations stand in recurrence_reference.py. Shape letters: B batch, T tokens, H heads, K key channels, V value
 channels, G chunks, L tokens per chunk.
 """
 
 import functools
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 
 from .recurrence_reference import gla_reference, rwkv7_reference
+from .rwkv7_triton import HEAD_SIZES as TRITON_HEAD_SIZES
+from .rwkv7_triton import rwkv7 as rwkv7_triton
+from .rwkv7_triton import triton
 
-Backend = Literal["auto", "reference", "chunked", "fla"]
+Backend = Literal["auto", "reference", "chunked", "triton", "fla"]
+OLDEST_CAPABILITY = (8, 0)  # the first with bf16 matrix units
 
 # Around a chunk's middle, factors reach exp(L / 2 * max(-log_w)): 16 * 0.6065 = 10 for RWKV7, 16 * 5 = 80 for RWKV6.
 # fp32 overflows at exp(88). Where the product of two factors overflows, it belongs to the future and is masked.
@@ -25,7 +31,11 @@ def rwkv7(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK, state_BHVK=Non
 
     Ranges as in rwkv7_reference. Raises ValueError if the backend cannot run here.
     """
-    choice = choose_backend(backend, v_BTHV)
+    choice = choose_backend(backend, v_BTHV, ("triton", "fla"))
+    if choice == "triton":
+        dtype = kernel_dtype(v_BTHV)
+        r_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK = (x.to(dtype) for x in (r_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK))
+        return rwkv7_triton(r_BTHK, log_w_BTHK.float(), k_BTHK, v_BTHV, kappa_BTHK, a_BTHK, state_BHVK)
     if choice == "fla":
         return _rwkv7_fla(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK, state_BHVK)
     run = rwkv7_reference if choice == "reference" else rwkv7_chunked
@@ -39,7 +49,7 @@ def gla(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, state_BHKV=None, backend: Backend = 
 
     Ranges as in gla_reference. Raises ValueError if the backend cannot run here.
     """
-    choice = choose_backend(backend, v_BTHV)
+    choice = choose_backend(backend, v_BTHV, ("fla",))
     if choice == "fla":
         return _gla_fla(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, state_BHKV)
     run = gla_reference if choice == "reference" else gla_chunked
@@ -48,16 +58,48 @@ def gla(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, state_BHKV=None, backend: Backend = 
     return out_BTHV.to(v_BTHV.dtype), state_BHKV
 
 
-def choose_backend(backend: Backend, v_BTHV: torch.Tensor) -> Backend:
-    """Resolve "auto": the oracle's single step for T = 1, fla on CUDA where it imports, else chunked torch."""
-    on_gpu = v_BTHV.device.type == "cuda"
-    if backend == "fla" and not (on_gpu and fla_is_importable()):
-        raise ValueError("the fla backend needs a CUDA GPU and fla-core: pip install 'radlads[gpu]', or choose 'auto'")
-    if backend != "auto":
-        return backend
-    if v_BTHV.shape[1] == 1:
-        return "reference"
-    return "fla" if on_gpu and fla_is_importable() else "chunked"
+def choose_backend(backend: Backend, v_BTHV: torch.Tensor, kernels: tuple[Backend, ...]) -> Backend:
+    """Resolve "auto": the oracle's single step for T = 1, the first of `kernels` that runs here, else chunked torch.
+
+    Raises ValueError, saying what is missing, if the backend asked for cannot run.
+    """
+    if backend not in get_args(Backend):
+        raise ValueError(f"there is no backend {backend!r}: choose one of {', '.join(get_args(Backend))}")
+    if backend == "auto":
+        if v_BTHV.shape[1] == 1:
+            return "reference"
+        return next((kernel for kernel in kernels if missing(kernel, v_BTHV) is None), "chunked")
+    if backend in ("triton", "fla") and backend not in kernels:
+        raise ValueError(f"there is no {backend} kernel for this recurrence: choose {', '.join(kernels)} or 'auto'")
+    if problem := missing(backend, v_BTHV):
+        raise ValueError(problem)
+    return backend
+
+
+def missing(backend: Backend, v_BTHV: torch.Tensor) -> str | None:
+    """Why a backend cannot run on such values, in a sentence with the remedy; None if it can."""
+    if backend not in ("triton", "fla"):
+        return None
+    if v_BTHV.device.type != "cuda":
+        return f"the {backend} backend needs a CUDA GPU, but the tensors are on {v_BTHV.device.type}: choose 'auto'"
+    if capability(v_BTHV.device.index) < OLDEST_CAPABILITY:
+        return f"the {backend} backend needs a GPU of compute capability 8.0 (Ampere) or newer: choose 'chunked'"
+    if backend == "fla":
+        return (
+            None if fla_is_importable() else "fla-core is not installed: pip install 'radlads[gpu]', or choose 'auto'"
+        )
+    if triton is None:
+        return "triton is not installed: pip install 'radlads[gpu]', or choose 'auto'"
+    if v_BTHV.shape[-1] not in TRITON_HEAD_SIZES:
+        sizes = " and ".join(map(str, TRITON_HEAD_SIZES))
+        return f"the triton backend has kernels for head sizes {sizes}, not {v_BTHV.shape[-1]}: choose 'auto'"
+    return None
+
+
+@functools.cache
+def capability(device_index: int | None) -> tuple[int, int]:
+    """The compute capability of a CUDA device."""
+    return torch.cuda.get_device_capability(device_index)
 
 
 @functools.cache
@@ -77,11 +119,9 @@ def kernel_dtype(v_BTHV: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else v_BTHV.dtype
 
 
+@torch.compiler.disable
 def _rwkv7_fla(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK, state_BHVK):
-    try:
-        from fla.ops.rwkv7 import chunk_rwkv7
-    except ImportError as error:
-        raise ValueError("fla-core is not installed: pip install 'radlads[gpu]'") from error
+    from fla.ops.rwkv7 import chunk_rwkv7
 
     dtype = kernel_dtype(v_BTHV)
     out_BTHV, state_BHKV = chunk_rwkv7(
@@ -98,11 +138,9 @@ def _rwkv7_fla(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK, state_BHV
     return out_BTHV, state_BHKV.transpose(-1, -2)
 
 
+@torch.compiler.disable
 def _gla_fla(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, state_BHKV):
-    try:
-        from fla.ops.gla import chunk_gla
-    except ImportError as error:
-        raise ValueError("fla-core is not installed: pip install 'radlads[gpu]'") from error
+    from fla.ops.gla import chunk_gla
 
     dtype = kernel_dtype(v_BTHV)
     return chunk_gla(
@@ -116,11 +154,13 @@ def _gla_fla(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, state_BHKV):
     )
 
 
+@torch.compiler.disable
 def rwkv7_chunked(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK, state_BHVK=None):
     """rwkv7_reference by chunks, for any T; differentiable once."""
     return Chunked.apply(RWKV7_CHUNK, state_BHVK, r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK)
 
 
+@torch.compiler.disable
 def gla_chunked(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, state_BHKV=None):
     """gla_reference by chunks, for any T; differentiable once."""
     state_BHVK = None if state_BHKV is None else state_BHKV.mT

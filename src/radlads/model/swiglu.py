@@ -1,4 +1,7 @@
-"""The channel mixer of Qwen2, Qwen3 and Llama."""
+"""The channel mixer of Qwen2, Qwen3 and Llama.
+
+Shape letters: B batch, T tokens, C hidden size, F intermediate size.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +11,7 @@ from .configuration import RadladsConfig
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), no biases."""
+    """down(silu(gate(x)) * up(x)), no biases. Training keeps gate(x) and up(x) and computes their product again."""
 
     def __init__(self, config: RadladsConfig, layer_idx: int):
         super().__init__()
@@ -17,4 +20,34 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        """x [B, T, C] to the same shape."""
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        # A layer that stands in for down_proj (quantised, adapted) has its own product
+        if not torch.is_grad_enabled() or type(self.down_proj) is not nn.Linear:
+            return self.down_proj(F.silu(gate) * up)
+        return _GatedDown.apply(gate, up, self.down_proj.weight.to(gate.dtype))
+
+
+class _GatedDown(torch.autograd.Function):
+    """(silu(gate) * up) @ weight^T for gate and up [B, T, F], weight [C, F]; the product before it is not kept."""
+
+    @staticmethod
+    def forward(ctx, gate, up, weight):
+        ctx.save_for_backward(gate, up, weight)
+        return F.linear(F.silu(gate) * up, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_y):
+        gate, up, weight = ctx.saved_tensors
+        d_y = d_y.to(weight.dtype)
+        d_weight = None
+        sigmoid = torch.sigmoid(gate.float())
+        if ctx.needs_input_grad[2]:
+            # Not in forward's order: torch.compile would find the common product, and keep it after all
+            product = (gate * (sigmoid * up)).to(weight.dtype)
+            d_weight = d_y.flatten(0, -2).mT @ product.flatten(0, -2)
+        d_product = d_y @ weight
+        silu = gate * sigmoid
+        d_gate = d_product * up * (sigmoid + silu * (1 - sigmoid))
+        return d_gate.to(gate.dtype), (d_product * silu).to(up.dtype), d_weight

@@ -18,16 +18,24 @@ from radlads.checkpoint.atomic import unfinished_folder
 from radlads.checkpoint.manifest import write_manifest
 from radlads.checkpoint.model_folder import save_model
 from radlads.config.load import dump_config
-from radlads.config.schema import Config, TrainConfig, unavailable
+from radlads.config.schema import Config, TrainConfig, checkpointing_of, stage_of, unavailable
 from radlads.data.binidx import BinIdxReader
 from radlads.data.loader import HeldoutWindows, TokenSamples, check_vocabulary
 from radlads.distill.heldout import Heldout
 from radlads.distill.logits import build_stage
-from radlads.model.modeling import RadladsForCausalLM
+from radlads.model.modeling import RadladsForCausalLM, has_triton
 from radlads.train.callbacks import Console, HeldoutCallback, Progress
 from radlads.train.lightning_module import StageModule
 
-_LIGHTNING_PRECISION: dict[str, Any] = {"bf16": "bf16-mixed", "fp32": "32-true", "32": "32-true"}
+# run_stage casts the weights for bf16-true: Lightning's own would also make bf16 the default type of every tensor that
+# a model makes on its way, RoPE frequencies among them
+_LIGHTNING_PRECISION: dict[str, Any] = {
+    "bf16": "bf16-mixed",
+    "bf16-true": "32-true",
+    "fp32": "32-true",
+    "32": "32-true",
+}
+_OLDEST_BF16_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -53,8 +61,9 @@ def run_stage(
     """Train `student` in place by the stage `config` describes and write the finished stage to `folder`.
 
     `parent` says what the student started from, `recipe` fingerprints all that decides the result; both go into the
-    manifest. Raises ValueError if the folder exists, the data does not fit, the stage lacks its teacher, or the loss is
-    not finite; the folder then stays `NAME.partial`.
+    manifest. Under bf16-true both models are in bf16 from then on, and so is the folder. Raises ValueError if the
+    folder exists, the data does not fit, the stage lacks its teacher, the loss is not finite, or the GPU's memory is
+    too small; the folder then stays `NAME.partial`.
     """
     train = config.train
     if key := unavailable(config):
@@ -67,8 +76,6 @@ def run_stage(
     with unfinished_folder(folder) as partial:
         (partial / "config.yaml").write_text(dump_config(config))
         module = StageModule(stage, student, teacher if stage.needs_teacher or heldout else None, train, num_steps)
-        if train.grad_cp:
-            student.gradient_checkpointing_enable({"use_reentrant": False})
         budget_tokens = len(samples) * config.model.ctx_len
         callbacks: list[L.Callback] = [Progress(console, budget_tokens)]
         measured = HeldoutCallback(heldout, train.heldout_every_steps, partial / "heldout.csv") if heldout else None
@@ -76,17 +83,8 @@ def run_stage(
             callbacks.append(measured)
         began = time.monotonic()
         trainer = build_trainer(train, partial, callbacks, num_steps)
-        student.train()
-        try:
-            if module.teacher is not None:
-                module.teacher.to(trainer.strategy.root_device)  # type: ignore[arg-type]
-            _fit(trainer, module, DataLoader(samples, batch_size=train.micro_bsz))
-        finally:
-            if module.teacher is not None:
-                module.teacher.to("cpu")  # type: ignore[arg-type]
+        _train(trainer, module, DataLoader(samples, batch_size=train.micro_bsz), config)
         seconds = time.monotonic() - began
-        if train.grad_cp:
-            student.gradient_checkpointing_disable()
         student.to("cpu")  # type: ignore[arg-type]
         student.requires_grad_(False).eval()
         save_model(student, partial)
@@ -126,6 +124,57 @@ def heldout_batches(config: Config, vocab_size: int) -> Iterable[torch.Tensor] |
     return DataLoader(windows, batch_size=train.micro_bsz)
 
 
+def _train(trainer: L.Trainer, module: StageModule, batches: DataLoader, config: Config) -> None:
+    """Fit with both models where, in what type and in what mode the configuration asks for; then as they were."""
+    train, device = config.train, trainer.strategy.root_device
+    models = [module.student] if module.teacher is None else [module.student, module.teacher]
+    checkpointing = checkpointing_of(train)
+    module.student.set_activation_checkpointing("none" if module.stage.name == "align" else checkpointing)
+    module.student.train()
+    try:
+        for model in models:
+            model.to(device, _parameter_dtype(trainer, train, model))  # type: ignore[arg-type]
+            model.compile_blocks(compiles(train.compile, device))
+        # Later stages' steps are long enough for the host, and their gradients too large to be kept between steps
+        is_align = module.stage.name == "align"
+        module.graphed = is_align and device.type == "cuda" and compiles(train.compile, device)
+        _fit(trainer, module, batches)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(out_of_memory(config, device)) from error
+    finally:
+        for model in models:
+            model.compile_blocks(False)
+        module.student.set_activation_checkpointing("none")
+        if module.teacher is not None:
+            module.teacher.to("cpu")  # type: ignore[arg-type]
+
+
+def _parameter_dtype(trainer: L.Trainer, train: TrainConfig, model: RadladsForCausalLM) -> torch.dtype:
+    """bf16 under bf16-true, else fp32; in mixed precision a teacher stays what it is."""
+    if train.precision == "bf16-true":
+        return torch.bfloat16
+    trains = any(parameter.requires_grad for parameter in model.parameters())
+    return torch.float32 if trains or trainer.precision == "32-true" else model.dtype
+
+
+def compiles(setting: str, device: torch.device) -> bool:
+    """Whether train.compile means to compile on `device`; "auto" is on CUDA with Triton."""
+    return setting == "always" or (setting == "auto" and device.type == "cuda" and has_triton())
+
+
+def out_of_memory(config: Config, device: torch.device) -> str:
+    """What to lower when a stage does not fit into the GPU's memory."""
+    train, checkpointing = config.train, checkpointing_of(config.train)
+    remedies = [f"train.micro_bsz (now {train.micro_bsz}, with train.accumulate_grad_batches to make up for it)"]
+    remedies.append(f"model.ctx_len (now {config.model.ctx_len})")
+    settings = [] if stage_of(train) == "align" or checkpointing == "full" else ["train.activation_checkpointing full"]
+    if train.precision != "bf16-true":
+        settings.append("train.precision bf16-true")
+    size = torch.cuda.get_device_properties(device).total_memory / 1e9
+    advice = f"lower {' or '.join(remedies)}" + (f", or set {' or '.join(settings)}" if settings else "")
+    return f"the {stage_of(train)} stage does not fit into the GPU's {size:.0f} GB: {advice}"
+
+
 def _fit(trainer: L.Trainer, module: StageModule, batches: DataLoader) -> None:
     """Train; a Ctrl-C, which Lightning turns into an exit of its own, comes out as the KeyboardInterrupt it was."""
     try:
@@ -140,7 +189,7 @@ def _fit(trainer: L.Trainer, module: StageModule, batches: DataLoader) -> None:
 def build_trainer(train: TrainConfig, folder: Path, callbacks: list[L.Callback], num_steps: int) -> L.Trainer:
     """Lightning's Trainer for one pass over the stage's samples, metrics to metrics.csv and tensorboard/.
 
-    Raises ValueError if the GPU asked for is missing.
+    Raises ValueError if the GPU asked for is missing, or too old for bf16.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
@@ -148,6 +197,12 @@ def build_trainer(train: TrainConfig, folder: Path, callbacks: list[L.Callback],
     if accelerator == "cuda" and not torch.cuda.is_available():
         raise ValueError("train.accelerator is 'gpu', but no CUDA GPU is here: set --train.accelerator cpu (or auto)")
     precision = resolve_precision(train.precision, accelerator)
+    if precision.startswith("bf16") and accelerator != "cpu" and not gpu_multiplies_bf16():
+        capability = ".".join(map(str, torch.cuda.get_device_capability()))
+        raise ValueError(
+            f"this GPU (compute capability {capability}) has no bf16 units, which train.precision {precision!r} needs: "
+            "set --train.precision fp32, or take a GPU of compute capability 8.0 or newer"
+        )
     return L.Trainer(
         accelerator=accelerator,
         devices=1,
@@ -165,11 +220,16 @@ def build_trainer(train: TrainConfig, folder: Path, callbacks: list[L.Callback],
 
 
 def resolve_precision(precision: str, accelerator: str) -> str:
-    """ "auto" as "bf16" where the hardware multiplies bf16 natively (CUDA, or a CPU with AMX), else "fp32"."""
+    """ "auto" as "bf16" where the hardware multiplies bf16 natively (CUDA from 8.0, or a CPU with AMX), else "fp32"."""
     if precision != "auto":
         return precision
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
-    return "bf16" if not on_cpu or cpu_multiplies_bf16() else "fp32"
+    return "bf16" if (cpu_multiplies_bf16() if on_cpu else gpu_multiplies_bf16()) else "fp32"
+
+
+def gpu_multiplies_bf16() -> bool:
+    """Whether the CUDA GPU, if there is one, has matrix units for bf16 (Ampere and newer)."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= _OLDEST_BF16_CAPABILITY
 
 
 def cpu_multiplies_bf16() -> bool:

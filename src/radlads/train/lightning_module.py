@@ -1,6 +1,7 @@
 """A stage as a LightningModule: backward part by part, one optimiser step per accumulation window."""
 
-from collections import defaultdict
+import math
+from dataclasses import dataclass
 
 import lightning as L
 import torch
@@ -9,6 +10,39 @@ from radlads.config.schema import TrainConfig
 from radlads.distill.stage import Stage, is_trainable
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.train.optim import build_optimizers, set_learning_rates
+from radlads.train.step import GraphedParts, PartSum, Readout, backward_parts, optimizer_step
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What is known of a step when it is queued: its number and tokens (with all before it), each part's count, the
+    learning rates, and, arriving later, the parts' loss sums followed by the gradient norm."""
+
+    step: int
+    tokens: int
+    counts: dict[str, int]
+    rates: dict[str, float]
+    readout: Readout
+
+    def metrics(self, stage: str) -> dict[str, float]:
+        """A row of metrics. Waits until the step is done; ValueError if its loss or its gradient was not finite."""
+        *sums, norm = self.readout.values()
+        remedy = "lower the learning rate, or look for NaN in the weights the stage started from"
+        for name, value in zip(self.counts, sums, strict=True):
+            if not math.isfinite(value):
+                raise ValueError(f"the loss of {stage} ({name}) is {value} at step {self.step}: {remedy}")
+        if not math.isfinite(norm):
+            raise ValueError(f"the gradient of {stage} is {norm} at step {self.step}: {remedy}")
+        metrics = {
+            "loss": sum(sums) / sum(self.counts.values()),
+            "grad_norm": norm,
+            "optimizer_step": float(self.step),
+            "tokens": float(self.tokens),
+        } | self.rates
+        if len(sums) > 1:
+            parts = zip(self.counts.items(), sums, strict=True)
+            metrics |= {name: value / count for (name, count), value in sorted(parts)}
+        return metrics
 
 
 class StageModule(L.LightningModule):
@@ -16,6 +50,10 @@ class StageModule(L.LightningModule):
 
     Optimisation is manual, because a stage's loss comes in parts whose graphs are freed one by one, and because a
     loss is a sum over a count: gradients of sums are added up over the window and divided once by its whole count.
+
+    On a GPU the host queues a step while the one before still runs, and reads that one's metrics then; steps that are
+    logged, and the last, are waited for. `last_metrics` are those of the newest step that was read. `graphed`, set
+    before the first step, records forward and backward as a CUDA graph (see GraphedParts).
     """
 
     def __init__(
@@ -32,8 +70,11 @@ class StageModule(L.LightningModule):
         self._outside_the_tree = (teacher,)
         self.steps_done = self.tokens_done = 0
         self.last_metrics: dict[str, float] = {}
-        self._sums: dict[str, torch.Tensor] = defaultdict(float)  # type: ignore[arg-type]
-        self._counts: dict[str, int] = defaultdict(int)
+        self._sums: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._unread: list[StepRecord] = []
+        self.graphed = False
+        self._graphed_parts: GraphedParts | None = None
         for name, parameter in student.named_parameters():
             parameter.requires_grad_(is_trainable(name, student, stage.trainable))
 
@@ -46,51 +87,51 @@ class StageModule(L.LightningModule):
         return build_optimizers(self.student, self.settings)
 
     def training_step(self, tokens: torch.Tensor, batch_idx: int) -> None:
-        """Add one micro-batch [B, T + 1] to the window; step at the window's end. ValueError for a non-finite loss."""
-        for part in self.stage.parts(self.student, self.teacher, tokens):
-            if not torch.isfinite(part.sum):
-                raise ValueError(
-                    f"the loss of {self.stage.name} ({part.name}) is {part.sum.item()} at step {self.steps_done + 1}: "
-                    "lower the learning rate, or look for NaN in the weights the stage started from"
-                )
-            self.manual_backward(part.objective)
-            self._sums[part.name] += part.sum
-            self._counts[part.name] += part.count
+        """Add one micro-batch [B, T + 1] to the window; step at the window's end.
+
+        ValueError for a loss or gradient that is not finite; on a GPU it may come one step late, but a step that is not
+        finite never changes a weight.
+        """
+        for part in self._backward_parts(tokens):
+            self._sums[part.name] = self._sums[part.name] + part.sum if part.name in self._sums else part.sum
+            self._counts[part.name] = self._counts.get(part.name, 0) + part.count
         self.tokens_done += tokens[:, 1:].numel()
         if (batch_idx + 1) % self.settings.accumulate_grad_batches == 0:
             self._optimizer_step()
 
-    def _optimizer_step(self) -> None:
-        optimizers = self.optimizers()
-        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
-        parameters = list(self.student.parameters())
-        total = sum(self._counts.values())
-        torch._foreach_div_([p.grad for p in parameters if p.grad is not None], float(total))
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.gradient_clip_val or float("inf"))
-        if not torch.isfinite(norm):
-            raise ValueError(
-                f"the gradient of {self.stage.name} is {norm.item()} at step {self.steps_done + 1}: "
-                "lower the learning rate, or start from an earlier checkpoint"
-            )
-        for optimizer in optimizers:
-            set_learning_rates(optimizer.optimizer, self.settings, self.steps_done, self.num_steps)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.steps_done += 1
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        self._record({f"lr_{group['role']}": group["lr"] for group in groups}, float(norm), total)
+    def _backward_parts(self, tokens: torch.Tensor) -> list[PartSum]:
+        if not self.graphed:
+            return backward_parts(self.stage, self.student, self.teacher, tokens, backward=self.manual_backward)
+        if self._graphed_parts is None:
+            self._graphed_parts = GraphedParts(self.stage, self.student, self.teacher)
+        return self._graphed_parts(tokens)
 
-    def _record(self, rates: dict[str, float], norm: float, total: int) -> None:
-        metrics = {
-            "loss": float(sum(self._sums.values())) / total,
-            "grad_norm": norm,
-            "optimizer_step": float(self.steps_done),
-            "tokens": float(self.tokens_done),
-        }
-        metrics |= rates
-        if len(self._sums) > 1:
-            metrics |= {name: float(self._sums[name]) / self._counts[name] for name in sorted(self._sums)}
-        self.last_metrics = metrics
-        self.log_dict(metrics, on_step=True, on_epoch=False)
-        self._sums.clear()
-        self._counts.clear()
+    def _optimizer_step(self) -> None:
+        # Not Lightning's wrappers: automatic precision scaling is not used, and stepping through them costs time
+        optimizers = self.trainer.optimizers
+        for optimizer in optimizers:
+            set_learning_rates(optimizer, self.settings, self.steps_done, self.num_steps)
+        sums = torch.stack(list(self._sums.values()))
+        norm = optimizer_step(
+            optimizers,
+            self.student.parameters(),
+            count=sum(self._counts.values()),
+            clip_val=self.settings.gradient_clip_val,
+            sums=sums,
+        )
+        self.steps_done += 1
+        rates = {f"lr_{group['role']}": group["lr"] for optimizer in optimizers for group in optimizer.param_groups}
+        readout = Readout(torch.cat([sums, norm.to(sums).unsqueeze(0)]))
+        self._unread.append(StepRecord(self.steps_done, self.tokens_done, self._counts, rates, readout))
+        self._sums, self._counts = {}, {}
+        self._read()
+
+    def _read(self) -> None:
+        """Read all steps but the newest; that one too where waiting costs nothing (CPU) or is asked for (logging)."""
+        interval = min(self.settings.log_every_n_steps, self.num_steps)
+        is_logged = self.steps_done % interval == 0
+        lag = 0 if is_logged or self.steps_done == self.num_steps or self.device.type == "cpu" else 1
+        while len(self._unread) > lag:
+            self.last_metrics = self._unread.pop(0).metrics(self.stage.name)
+        if is_logged:
+            self.log_dict(self.last_metrics, on_step=True, on_epoch=False)

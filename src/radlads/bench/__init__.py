@@ -1,0 +1,1 @@
+"""Measuring speed and memory on the machine at hand: `radlads bench`."""

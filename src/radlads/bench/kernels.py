@@ -1,0 +1,85 @@
+"""The recurrences alone, forward, and forward with backward, by every backend that is there."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from radlads.bench.cases import KernelCase
+from radlads.bench.costs import recurrence_bytes
+from radlads.bench.measure import Ceilings, held_bytes, peak_bytes, release_memory, timed
+from radlads.bench.record import Record, Row
+from radlads.model.rad_rwkv7 import MIN_LOG_DECAY
+from radlads.model.recurrence import Backend, gla, missing, rwkv7
+
+BACKENDS: dict[str, tuple[Backend, ...]] = {"rwkv7": ("triton", "fla", "chunked"), "gla": ("fla", "chunked")}
+WARMUP_RUNS, RUNS = 2, 10
+
+
+def bench_kernels(
+    cases: list[KernelCase], device: torch.device, dtype: torch.dtype, ceilings: Ceilings, record: Record
+) -> None:
+    """Measure each case by each backend; one that cannot run here gets a row that says so."""
+    for case in cases:
+        tensors = random_inputs(case, device, dtype)
+        for backend in BACKENDS[case.kernel]:
+            work = {"kernel": case.kernel, "shape_BTHN": list(case.shape), "backend": backend}
+            problem = missing(backend, tensors[2])
+            row = Row(case=case.name, of=backend, work=work, problem=problem)
+            if problem is not None:
+                record.add(row)
+                continue
+            for backward in (False, True):
+                with record.attempt(row, lower="name a case with a smaller batch or fewer tokens"):
+                    record.add(_measure(case, backend, tensors, device, ceilings, backward=backward))
+                release_memory(device)
+
+
+def random_inputs(case: KernelCase, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
+    """The recurrence's arguments in their ranges, requiring gradients: r, log w (fp32), k, v and for rwkv7 kappa, a."""
+    r, k, v, log_w, kappa, a = (torch.randn(case.shape, device=device, dtype=dtype) for _ in range(6))
+    decay = MIN_LOG_DECAY * torch.sigmoid(log_w.float())
+    tensors = [r, decay, k, v]
+    if case.kernel == "rwkv7":
+        tensors += [F.normalize(kappa.float(), dim=-1).to(dtype), torch.sigmoid(a)]
+    return [tensor.detach().requires_grad_() for tensor in tensors]
+
+
+def _measure(
+    case: KernelCase,
+    backend: Backend,
+    tensors: list[torch.Tensor],
+    device: torch.device,
+    ceilings: Ceilings,
+    *,
+    backward: bool,
+) -> Row:
+    recurrence: Callable = rwkv7 if case.kernel == "rwkv7" else gla
+    d_out = torch.randn_like(tensors[3])
+
+    def forward() -> torch.Tensor:
+        with torch.no_grad():
+            return recurrence(*tensors, backend=backend)[0]
+
+    def both() -> tuple[torch.Tensor, ...]:
+        out, _ = recurrence(*tensors, backend=backend)
+        return torch.autograd.grad(out, tensors, d_out)
+
+    held = held_bytes(device)
+    timing = timed(both if backward else forward, device, warmup=WARMUP_RUNS, runs=RUNS)
+    peak = peak_bytes(device)
+    ideal = recurrence_bytes(case.kernel, case.shape, backward=backward)
+    passes = "forward+backward" if backward else "forward"
+    return Row(
+        case=case.name,
+        of=f"{backend} {'fwd+bwd' if backward else 'fwd'}",
+        work={
+            **{"kernel": case.kernel, "shape_BTHN": list(case.shape), "backend": backend, "passes": passes},
+            "ideal_bytes": ideal,
+        },
+        tokens=case.shape[0] * case.shape[1],
+        timing=timing,
+        share=ideal / (timing.median_ms / 1000) / (ceilings.copy_gb_per_s * 1e9),
+        peak_bytes=peak,
+        beside_bytes=None if peak is None or held is None else peak - held,
+    )

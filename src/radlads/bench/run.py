@@ -1,0 +1,101 @@
+"""A whole benchmark as the command runs it: device, shape, ceilings, cases, record."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from radlads.bench.cases import Kind, decode_case, kernel_case, prefill_case, read_cases, select_cases, train_case
+from radlads.bench.inference import bench_decode, bench_prefill
+from radlads.bench.kernels import bench_kernels
+from radlads.bench.measure import choose_device, device_name, measure_ceilings, working_dtype
+from radlads.bench.models import Variant, open_shape
+from radlads.bench.record import Record, checkout_commit, environment
+from radlads.bench.train import TrainSettings, bench_train
+from radlads.train.callbacks import Console
+
+RESULTS_SHAPE = "7b"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What to measure. shape: "7b", "tiny", a Hugging Face folder, or None for 7b on CUDA and tiny elsewhere.
+
+    layers: instead of the shape's. cases: comma-separated names or "all". compiled: torch.compile; None = in training
+    on CUDA. teacher: measure it beside the student (prefill and decode). json: the full record. results: the file of
+    latest results to bring up to date. commit: to record where the code lies in no checkout.
+    """
+
+    kind: Kind
+    shape: str | None = None
+    layers: int | None = None
+    mixer: str = "rad_rwkv7"
+    variant: Variant = "group_norm"
+    device: str = "auto"
+    cases: str = "all"
+    checkpointing: str = "auto"
+    compiled: bool | None = None
+    teacher: bool = True
+    json: Path | None = None
+    results: Path | None = None
+    commit: str | None = None
+    command: str = ""
+
+
+def run_bench(bench: Bench, console: Console) -> int:
+    """Measure, and return the number of cases that failed. Rows go to the console as soon as they are there.
+
+    Raises ValueError for a device that is not there, an unknown shape or case, or results that would not be comparable.
+    """
+    device = choose_device(bench.device)
+    dtype = working_dtype(device)
+    shape_name = bench.shape or ("7b" if device.type == "cuda" else "tiny")
+    shape = open_shape(shape_name, layers=bench.layers, mixer=bench.mixer, variant=bench.variant)
+    names = select_cases(bench.kind, bench.cases, tiny=shape_name == "tiny")
+    _prepare_outputs(bench, device.type, shape_name)
+    record = Record(
+        console=console,
+        facts={
+            **{"command": bench.command, **environment(device_name(device))},
+            **{"shape": {"name": shape_name, **shape.sizes()}, "mixer": bench.mixer, "variant": bench.variant},
+            "dtype": str(dtype).removeprefix("torch."),
+        },
+        commit=bench.commit or checkout_commit(),
+        json_path=bench.json,
+        results_path=bench.results,
+    )
+    match bench.kind:
+        case "train":
+            train_cases = read_cases(train_case, names)
+            ceilings = record.open(measure_ceilings(device))
+            compiled = device.type == "cuda" if bench.compiled is None else bench.compiled
+            settings = TrainSettings(checkpointing=bench.checkpointing, compiled=compiled)
+            bench_train(train_cases, shape, settings, device, dtype, ceilings, record)
+        case "prefill":
+            prefill_cases = read_cases(prefill_case, names)
+            ceilings = record.open(measure_ceilings(device))
+            compiled = bool(bench.compiled)
+            bench_prefill(
+                prefill_cases, shape, device, dtype, ceilings, record, teacher=bench.teacher, compiled=compiled
+            )
+        case "decode":
+            decode_cases = read_cases(decode_case, names)
+            ceilings = record.open(measure_ceilings(device))
+            bench_decode(decode_cases, shape, device, dtype, ceilings, record, teacher=bench.teacher)
+        case "kernels":
+            kernel_cases = read_cases(kernel_case, names)
+            ceilings = record.open(measure_ceilings(device))
+            bench_kernels(kernel_cases, device, dtype, ceilings, record)
+    record.say("done" if not record.num_failed else f"{record.num_failed} of the cases failed")
+    return record.num_failed
+
+
+def _prepare_outputs(bench: Bench, device_type: str, shape_name: str) -> None:
+    """Make the folders to write to. Raises ValueError for results that would not be comparable."""
+    usual = (bench.layers, bench.mixer, bench.variant) == (None, "rad_rwkv7", "group_norm")
+    if bench.results is not None and not (usual and device_type == "cuda" and shape_name == RESULTS_SHAPE):
+        raise ValueError(
+            "--results holds measurements on CUDA of the shape 7b with rad_rwkv7, group_norm: leave --results out, or "
+            "use --json"
+        )
+    for path in (bench.json, bench.results):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)

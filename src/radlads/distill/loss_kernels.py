@@ -1,0 +1,111 @@
+"""The logit losses of a block of tokens on a GPU: one Triton kernel, two reads of every row. Imports triton."""
+
+import torch
+import triton
+import triton.language as tl
+
+# 8 elements a thread: one 16-byte load of bf16 each
+BLOCK_VOCAB, NUM_WARPS = 2048, 8
+
+
+def logit_loss_(
+    student: torch.Tensor,
+    teacher: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    *,
+    kl_weight: float,
+    ce_weight: float,
+) -> torch.Tensor:
+    """As losses.logit_loss_, which says what is computed."""
+    num_tokens, vocab_size = student.shape
+    loss = torch.empty(num_tokens, dtype=torch.float32, device=student.device)
+    _logit_loss[(num_tokens,)](
+        student,
+        teacher,
+        labels,
+        loss,
+        vocab_size,
+        student.stride(0),
+        0 if teacher is None else teacher.stride(0),
+        kl_weight,
+        ce_weight,
+        HAS_TEACHER=teacher is not None,
+        HAS_LABELS=labels is not None,
+        BLOCK=BLOCK_VOCAB,
+        num_warps=NUM_WARPS,
+    )
+    return loss
+
+
+@triton.jit
+def _grow(largest, total, x):
+    """One step of a running log-sum-exp, each lane on its own."""
+    grown = tl.maximum(largest, x)
+    return grown, total * tl.exp(largest - grown) + tl.exp(x - grown)
+
+
+@triton.jit
+def _log_sum_exp(largest, total):
+    overall = tl.max(largest, axis=0)
+    return overall + tl.log(tl.sum(total * tl.exp(largest - overall), axis=0))
+
+
+@triton.jit
+def _logit_loss(
+    student_ptr,
+    teacher_ptr,
+    labels_ptr,
+    loss_ptr,
+    vocab_size,
+    student_stride,
+    teacher_stride,
+    kl_weight,
+    ce_weight,
+    HAS_TEACHER: tl.constexpr,
+    HAS_LABELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    student_ptr += row * student_stride
+    if HAS_TEACHER:
+        teacher_ptr += row * teacher_stride
+    lanes = tl.arange(0, BLOCK)
+    # The lowest finite number: -inf - -inf would be NaN in a lane that has seen nothing
+    s_largest = tl.full([BLOCK], -3.4e38, tl.float32)
+    s_total = tl.zeros([BLOCK], tl.float32)
+    t_largest = tl.full([BLOCK], -3.4e38, tl.float32)
+    t_total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocab_size, BLOCK):
+        inside = start + lanes < vocab_size
+        s = tl.load(student_ptr + start + lanes, mask=inside, other=float("-inf")).to(tl.float32)
+        s_largest, s_total = _grow(s_largest, s_total, s)
+        if HAS_TEACHER:
+            t = tl.load(teacher_ptr + start + lanes, mask=inside, other=float("-inf")).to(tl.float32)
+            t_largest, t_total = _grow(t_largest, t_total, t)
+    s_norm = _log_sum_exp(s_largest, s_total)
+    t_norm = _log_sum_exp(t_largest, t_total)
+    loss = s_norm * 0.0
+    label = -1
+    label_weight = 0.0
+    if HAS_LABELS:
+        label = tl.load(labels_ptr + row)
+        label_weight = tl.where(label >= 0, ce_weight, 0.0)
+        at_label = tl.load(student_ptr + tl.maximum(label, 0)).to(tl.float32)
+        loss += label_weight * (s_norm - at_label)
+    kl = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocab_size, BLOCK):
+        inside = start + lanes < vocab_size
+        log_p = tl.load(student_ptr + start + lanes, mask=inside, other=0.0).to(tl.float32) - s_norm
+        gradient = tl.exp(log_p) * label_weight
+        if HAS_TEACHER:
+            log_q = tl.load(teacher_ptr + start + lanes, mask=inside, other=0.0).to(tl.float32) - t_norm
+            q = tl.exp(log_q)
+            # A token the teacher excludes (q = 0) adds nothing, though its log is -inf
+            kl += tl.where(inside & (q > 0), q * (log_q - log_p), 0.0)
+            gradient += kl_weight * (tl.exp(log_p) - q)
+        if HAS_LABELS:
+            gradient -= tl.where(start + lanes == label, label_weight, 0.0)
+        tl.store(student_ptr + start + lanes, gradient.to(student_ptr.dtype.element_ty), mask=inside)
+    if HAS_TEACHER:
+        loss += kl_weight * tl.sum(kl, axis=0)
+    tl.store(loss_ptr + row, loss)

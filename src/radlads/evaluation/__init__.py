@@ -1,0 +1,1 @@
+"""How good a finished model is, measured on held-out text."""

@@ -1,0 +1,306 @@
+"""One decoding step of a RAD-RWKV7 stack in a few Triton kernels per layer. Import only where Triton is installed.
+
+Owns launch sizes and the buffers between the kernels (decode_kernels.py). One row: the norms are part of the products
+that read them. Several rows: products on the tensor cores, their sums over K split among programs, and
+two norms per layer that gather the splits. Shape letters: B rows, C hidden size, F FFN size, D = heads * head size.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from radlads.inference import decode_kernels as kernels
+from radlads.inference.packed_weights import PackedLayer, pack
+from radlads.model.cache import RadladsCache, RecurrentCacheLayer
+from radlads.model.configuration import rope_inverse_frequencies
+from radlads.model.layers import RMSNorm
+from radlads.model.modeling import RadladsForCausalLM
+from radlads.model.swiglu import SwiGLU
+
+# Kernels start while their predecessor still runs (programmatic dependent launch, Hopper and later)
+PROGRAMMATIC_LAUNCH = True
+
+
+@dataclass(frozen=True)
+class Launch:
+    """block_n weight rows and block_k columns at a time, in `warps` warps. Of several rows' kernel only: `splits`
+    programs share a sum over K, with loads running `stages` blocks ahead."""
+
+    block_n: int
+    block_k: int
+    warps: int
+    splits: int = 1
+    stages: int = 1
+
+
+@dataclass(frozen=True)
+class Launches:
+    """Launch sizes of a step's products; low_rank_columns: output columns per program of the second low ranks.
+    state_values: rows of a head's state that a program holds at a time."""
+
+    inputs: Launch
+    output: Launch
+    gate_up: Launch
+    down: Launch
+    head: Launch
+    low_rank_columns: int = 64
+    state_values: int = 128
+    state_warps: int = 8
+
+
+# For 132 multiprocessors: some 20 KB of loads in flight on each hide the memory's latency. One row: a program has two
+# blocks of 8 KB in flight, and several programs share a multiprocessor.
+ONE_ROW = Launches(
+    inputs=Launch(block_n=8, block_k=512, warps=4),
+    output=Launch(block_n=4, block_k=512, warps=4),
+    gate_up=Launch(block_n=16, block_k=256, warps=4),
+    down=Launch(block_n=4, block_k=512, warps=4),
+    head=Launch(block_n=8, block_k=512, warps=4),
+)
+# Several rows: 64 weight rows share one read of the inputs; splits make some 200 programs of the narrow products
+SEVERAL_ROWS = Launches(
+    inputs=Launch(block_n=32, block_k=128, warps=4, stages=4),
+    output=Launch(block_n=64, block_k=128, warps=4, splits=4, stages=4),
+    gate_up=Launch(block_n=64, block_k=128, warps=4, stages=4),
+    down=Launch(block_n=64, block_k=128, warps=4, splits=4, stages=4),
+    head=Launch(block_n=64, block_k=128, warps=4, stages=4),
+    state_values=16,
+    state_warps=4,
+)
+
+
+class FusedStep:
+    """Advances `rows` sequences by a token: tokens [rows] in, next logits [rows, V] fp32 out, states in place.
+
+    Parameters may change between steps only in place, and not the low ranks' first factors or the biases: make another
+    FusedStep after training.
+    """
+
+    is_graphable = True
+
+    def __init__(self, model: RadladsForCausalLM, rows: int, launches: Launches | None = None):
+        config, self.model, self.rows = model.config, model, rows
+        self.layers = pack(model)
+        self.launches = launches or (ONE_ROW if rows == 1 else SEVERAL_ROWS)
+        self.padded_rows = 1 if rows == 1 else max(16, triton.next_power_of_2(rows))
+        weight = model.model.embed_tokens.weight
+        C, F = config.hidden_size, config.intermediate_size
+        H, N = config.num_attention_heads, config.head_dim
+        self.hidden, self.normed = weight.new_zeros(rows, C), weight.new_zeros(rows, C)
+        self.projected = weight.new_zeros(rows, max(layer.inputs.shape[0] for layer in self.layers))
+        self.first = weight.new_zeros(rows, self.layers[0].inputs.shape[0])  # its values are mixed into later ones
+        self.heads_out, self.inner = weight.new_zeros(rows, H * N), weight.new_zeros(rows, F)
+        fp32: dict[str, Any] = {"device": weight.device, "dtype": torch.float32}
+        splits = max(self.launches.output.splits, self.launches.down.splits)
+        self.partial = torch.zeros(splits, rows, C, **fp32)
+        self.low, self.raw = torch.zeros(4, rows, H * N, **fp32), torch.zeros(rows, H * N, **fp32)
+        self.states = torch.zeros(len(self.layers), rows, H, N, N, **fp32)
+        self.logits = torch.zeros(rows, config.vocab_size, **fp32)
+        self.positions = torch.zeros(rows, dtype=torch.int64, device=weight.device)
+        self.frequencies = torch.tensor(rope_inverse_frequencies(config), device=weight.device)
+
+    def load(self, cache: RadladsCache) -> None:
+        """Continue from a cache of as many rows."""
+        assert cache.next_positions is not None
+        self.positions.copy_(cache.next_positions)
+        for state, layer in zip(self.states, cache.layers, strict=True):
+            assert isinstance(layer, RecurrentCacheLayer) and layer.state is not None
+            state.copy_(layer.state.wkv)
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits after `tokens`, in a buffer that the next call overwrites."""
+        torch.index_select(self.model.model.embed_tokens.weight, 0, tokens, out=self.hidden)
+        angles = self.positions[:, None].float() * self.frequencies
+        cos, sin = angles.cos(), angles.sin()
+        self.positions.add_(1)
+        for number, layer in enumerate(self.layers):
+            self._time_mixer(layer, number, cos, sin)
+            self._channel_mixer(layer)
+        head, norm = self.model.lm_head.weight, self.model.model.norm
+        if self.rows == 1:
+            self.project_one_row(self.launches.head, self.hidden, head, self.logits, norm=norm)
+        else:
+            self.add_and_norm(self.launches.down.splits, norm)
+            self.project_rows(self.launches.head, self.normed, head, self.logits)
+        return self.logits
+
+    def _time_mixer(self, layer: PackedLayer, number: int, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        projected = self.first if number == 0 else self.projected
+        norm, launch, output = layer.block.input_layernorm, self.launches.inputs, layer.mixer.o_proj.weight
+        if self.rows == 1:
+            self.project_one_row(launch, self.hidden, layer.inputs, projected, bias=layer.bias, norm=norm)
+        else:
+            self.add_and_norm(self.launches.down.splits if number else 0, norm)
+            self.project_rows(launch, self.normed, layer.inputs, projected, bias=layer.bias)
+        self.second_low_ranks(layer, projected)
+        self.recurrence(layer, number, projected, cos, sin)
+        if self.rows == 1:
+            self.project_one_row(self.launches.output, self.heads_out, output, self.hidden, add=True)
+        else:
+            self.project_rows(self.launches.output, self.heads_out, output, self.partial)
+
+    def _channel_mixer(self, layer: PackedLayer) -> None:
+        norm, launch, mlp = layer.block.post_attention_layernorm, self.launches.gate_up, layer.block.mlp
+        assert isinstance(mlp, SwiGLU)
+        down = mlp.down_proj.weight
+        if self.rows == 1:
+            self.project_one_row(launch, self.hidden, layer.gate_up, self.inner, norm=norm, gated=True)
+            self.project_one_row(self.launches.down, self.inner, down, self.hidden, add=True)
+        else:
+            self.add_and_norm(self.launches.output.splits, norm)
+            self.project_rows(launch, self.normed, layer.gate_up, self.inner, gated=True)
+            self.project_rows(self.launches.down, self.inner, down, self.partial)
+
+    def project_one_row(
+        self,
+        launch: Launch,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        bias: torch.Tensor | None = None,
+        norm: RMSNorm | None = None,
+        add: bool = False,
+        gated: bool = False,
+    ) -> None:
+        total, K = weight.shape
+        block_k = min(launch.block_k, triton.next_power_of_2(K))
+        kernels.project_one_row[(triton.cdiv(total, launch.block_n),)](
+            x,
+            weight,
+            bias,
+            None if norm is None else norm.weight,
+            out,
+            0.0 if norm is None else norm.eps,
+            N=total // 2 if gated else total,
+            K=K,
+            NORM=norm is not None,
+            BIAS=bias is not None,
+            ADD=add,
+            GATED=gated,
+            BLOCK_N=launch.block_n,
+            BLOCK_K=block_k,
+            num_warps=launch.warps,
+            **_programmatic(),
+        )
+
+    def project_rows(
+        self,
+        launch: Launch,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        bias: torch.Tensor | None = None,
+        gated: bool = False,
+    ) -> None:
+        total, K = weight.shape
+        kernels.project_rows[(triton.cdiv(total, launch.block_n), launch.splits)](
+            x,
+            weight,
+            bias,
+            out,
+            self.rows,
+            N=total // 2 if gated else total,
+            K=K,
+            BIAS=bias is not None,
+            GATED=gated,
+            P=self.padded_rows,
+            BLOCK_N=launch.block_n,
+            BLOCK_K=launch.block_k,
+            SPLITS=launch.splits,
+            STAGES=launch.stages,
+            num_warps=launch.warps,
+            **_programmatic(),
+        )
+
+    def add_and_norm(self, splits: int, norm: RMSNorm) -> None:
+        C = self.hidden.shape[1]
+        kernels.add_and_norm[(self.rows,)](
+            self.hidden,
+            self.partial,
+            norm.weight,
+            self.normed,
+            norm.eps,
+            self.rows,
+            C=C,
+            SPLITS=splits,
+            BLOCK_C=triton.next_power_of_2(C),
+            num_warps=8,
+            **_programmatic(),
+        )
+
+    def second_low_ranks(self, layer: PackedLayer, projected: torch.Tensor) -> None:
+        mixer, D, block = layer.mixer, self.heads_out.shape[1], self.launches.low_rank_columns
+        mixes_values, has_low_gate = not mixer.is_first_value_layer, mixer.config.gate_rank_type == 2
+        kernels.second_low_ranks[(triton.cdiv(D, block), 4 if has_low_gate else 3)](
+            projected[:, layer.low_offset :],
+            mixer.w2,
+            mixer.a2,
+            mixer.v2 if mixes_values else None,
+            mixer.g2 if has_low_gate else None,
+            mixer.w0,
+            mixer.a0,
+            mixer.v0 if mixes_values else None,
+            self.low,
+            self.rows,
+            D=D,
+            STRIDE=projected.shape[1],
+            RANK_W=layer.ranks[0],
+            RANK_A=layer.ranks[1],
+            RANK_V=layer.ranks[2],
+            RANK_G=layer.ranks[3],
+            P=self.padded_rows,
+            BLOCK_D=block,
+            num_warps=4,
+            **_programmatic(),
+        )
+
+    def recurrence(
+        self, layer: PackedLayer, number: int, projected: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> None:
+        mixer, config = layer.mixer, layer.mixer.config
+        has_norm, scales = config.groupnorm_att, not config.balance_state
+        kernels.recurrence[(mixer.num_heads, self.rows)](
+            projected,
+            self.first,
+            self.low,
+            mixer.k_k if scales else None,
+            mixer.k_a if scales else None,
+            mixer.ln_x.weight if has_norm else None,
+            mixer.ln_x.bias if has_norm else None,
+            cos,
+            sin,
+            self.states[number],
+            self.raw,
+            self.heads_out,
+            self.rows,
+            mixer.ln_x.eps if has_norm else 0.0,
+            H=mixer.num_heads,
+            GROUPS=mixer.groups,
+            N=mixer.head_dim,
+            STRIDE=projected.shape[1],
+            FIRST_STRIDE=self.first.shape[1],
+            GATE_OFFSET=layer.gate_offset,
+            ROPE=config.use_rope,
+            MIX_VALUES=not mixer.is_first_value_layer,
+            BALANCED=config.balance_state,
+            GROUP_NORM=has_norm,
+            GATE=config.gate_rank_type,
+            BLOCK_V=min(self.launches.state_values, mixer.head_dim),
+            STAGES=3,
+            num_warps=self.launches.state_warps,
+            **_programmatic(),
+        )
+
+
+def _programmatic() -> dict[str, bool]:
+    """PDL compiles a kernel for it, launch_pdl (an option of Triton's CUDA back end alone) launches it so."""
+    return {"PDL": True, "launch_pdl": True} if PROGRAMMATIC_LAUNCH and _is_hopper() else {"PDL": False}
+
+
+def _is_hopper() -> bool:
+    """Whether the GPU in use knows programmatic launches: compute capability 9.0 or newer."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)

@@ -1,0 +1,163 @@
+"""One optimiser step without waiting for the GPU: backward part by part, then clip, update and zero.
+
+What a step puts out, loss sums and gradient norm, comes to the host while the GPU goes on (`Readout`). Whether they are
+finite is decided on the device: a step that is not changes no weight, however late the host learns of it.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from radlads.distill.stage import Stage
+from radlads.model.modeling import RadladsForCausalLM
+
+
+class PartSum(NamedTuple):
+    """A part of the loss after its backward. sum: scalar tensor without graph, on the device. count: what to divide
+    sums by."""
+
+    name: str
+    sum: torch.Tensor
+    count: int  # type: ignore[assignment]  # a tuple's own count() is of no use here
+
+
+def backward_parts(
+    stage: Stage,
+    student: RadladsForCausalLM,
+    teacher: RadladsForCausalLM | None,
+    tokens: torch.Tensor,
+    *,
+    backward: Callable[[torch.Tensor], object] = torch.Tensor.backward,
+) -> list[PartSum]:
+    """Add the gradients of the stage's loss over tokens [B, T + 1], a sum, to the student's, one part after another."""
+    sums = []
+    for part in stage.parts(student, teacher, tokens):
+        backward(part.objective)
+        sums.append(PartSum(part.name, part.sum, part.count))
+        del part  # or its graph would live until the next one is built
+    return sums
+
+
+class GraphedParts:
+    """backward_parts on CUDA as one CUDA graph, for stages of so many small kernels that the host cannot keep up.
+
+    The first calls run as ever, which compiles and tunes what needs it; then a call records, and all later ones replay.
+    A replay writes the gradients where the recording left them; what other batches had added up before is added to
+    them. A batch of another shape than the first is run without the graph.
+    """
+
+    WARMUP_CALLS = 2
+
+    def __init__(self, stage: Stage, student: RadladsForCausalLM, teacher: RadladsForCausalLM | None):
+        self._run = functools.partial(backward_parts, stage, student, teacher)
+        self._parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        self._calls = 0
+        self._stream = torch.cuda.Stream()
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._tokens: torch.Tensor | None = None
+        self._sums: list[PartSum] = []
+        self._gradients: list[torch.Tensor | None] = []
+
+    def __call__(self, tokens: torch.Tensor) -> list[PartSum]:
+        """As backward_parts(..., tokens)."""
+        if self._tokens is None:
+            self._tokens = torch.empty_like(tokens)
+        if tokens.shape != self._tokens.shape:
+            return self._run(tokens)
+        self._calls += 1
+        if self._calls <= self.WARMUP_CALLS:
+            return self._run_beside(tokens)
+        self._tokens.copy_(tokens)
+        earlier = self._take_gradients()
+        if self._graph is None:
+            self._record()
+        assert self._graph is not None
+        self._graph.replay()
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+        if earlier:
+            present = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+            torch._foreach_add_(present, earlier)
+        return [part._replace(sum=part.sum.clone()) for part in self._sums]
+
+    def _run_beside(self, tokens: torch.Tensor) -> list[PartSum]:
+        """Run on the stream that will record: what autograd remembers of streams is then the same."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            sums = self._run(tokens)
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return sums
+
+    def _take_gradients(self) -> list[torch.Tensor]:
+        """The gradients added up so far, out of the way of a replay; none at the start of a window."""
+        earlier = [parameter.grad.clone() for parameter in self._parameters if parameter.grad is not None]
+        for parameter in self._parameters:
+            parameter.grad = None
+        return earlier
+
+    def _record(self) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        torch.clear_autocast_cache()  # weights cast earlier would be replayed as they were then
+        with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
+            assert self._tokens is not None
+            self._sums = self._run(self._tokens)
+        torch.clear_autocast_cache()
+        self._gradients = [parameter.grad for parameter in self._parameters]
+
+
+@torch.no_grad()
+def optimizer_step(
+    optimizers: Sequence[torch.optim.Optimizer],
+    parameters: Iterable[torch.nn.Parameter],
+    *,
+    count: int,
+    clip_val: float,
+    sums: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Divide the gradients of sums by `count`, clip them to the norm `clip_val` (0: as they are), update, and zero.
+
+    Returns the norm before clipping, of the mean's gradient: a scalar fp32 tensor on the device. If it, or any of the
+    loss `sums`, is not finite, no weight and no optimiser state changes, and the gradients are zeroed all the same.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+    norm = torch.linalg.vector_norm(torch.stack([each.to(norms[0].device) for each in norms])) / count
+    shrink = (clip_val / (norm + 1e-6)).clamp(max=1.0) if clip_val else torch.ones_like(norm)
+    finite = torch.isfinite(norm)
+    if sums is not None:
+        finite = finite & torch.isfinite(sums).all()
+    for optimizer in optimizers:
+        _update(optimizer, scale=shrink / count, finite=finite)
+        optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def _update(optimizer: torch.optim.Optimizer, *, scale: torch.Tensor, finite: torch.Tensor) -> None:
+    """Step with gradients times `scale`, if `finite`."""
+    if isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]:
+        # The kernel itself divides by grad_scale, and does nothing where found_inf is 1 (both are there for GradScaler)
+        optimizer.grad_scale, optimizer.found_inf = scale.reciprocal(), (~finite).float()  # type: ignore[attr-defined]
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+    elif finite:  # waits for the GPU, which others than the fused kernel cannot do without
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch._foreach_mul_(gradients, scale)
+        optimizer.step()
+
+
+class Readout:
+    """A tensor of numbers on its way to the host. Making one costs no wait; `values` waits until it has arrived."""
+
+    def __init__(self, numbers: torch.Tensor):
+        self._numbers = numbers.detach().to("cpu", non_blocking=True)
+        self._arrived = torch.cuda.Event() if numbers.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def values(self) -> list[float]:
+        """The numbers."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._numbers.tolist()

@@ -1,0 +1,183 @@
+"""Training on a GPU: the same loss curves whatever computes them, no waiting for the device, memory that stays put."""
+
+import functools
+
+import pytest
+import torch
+from gpu_comparison import DRY_RUN
+from tolerances import TRAJECTORY_GPU
+
+from radlads.config.schema import TrainConfig
+from radlads.distill import losses
+from radlads.distill.logits import build_stage
+from radlads.distill.stage import is_trainable
+from radlads.model import rad_rwkv7, recurrence
+from radlads.model.configuration import RadladsConfig
+from radlads.model.modeling import RadladsForCausalLM
+from radlads.train.optim import build_optimizers
+from radlads.train.step import backward_parts, optimizer_step
+
+pytestmark = pytest.mark.gpu
+
+STEPS, BATCH, TOKENS, VOCAB = (50, 4, 65, 515) if not DRY_RUN else (12, 2, 20, 67)
+STAGES = {"align": 1, "distill": 2, "extend": -1}
+needs_gpu = pytest.mark.skipif(DRY_RUN, reason="says nothing without a GPU")
+
+
+def model(mixer, device, dtype, layers=3):
+    """A small model with heads that every kernel can take, the same weights at every call."""
+    torch.manual_seed(1)
+    config = RadladsConfig(
+        vocab_size=VOCAB,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        time_mixers=[mixer] * layers,
+    )
+    stack = RadladsForCausalLM(config)
+    for parameter in stack.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return stack.to(device, dtype).train()
+
+
+class Training:
+    """A stage of student and teacher, step by step."""
+
+    def __init__(self, stage, device, dtype, *, layers=3, checkpointing="none", compiled=False):
+        self.student = model("rad_rwkv7", device, dtype, layers)
+        self.teacher = model("qwen2", device, dtype, layers).requires_grad_(False)
+        train = TrainConfig(attention_distillation_stage=STAGES[stage], lr_init=1e-3)
+        self.stage = build_stage(train)
+        for name, parameter in self.student.named_parameters():
+            parameter.requires_grad_(is_trainable(name, self.student, self.stage.trainable))
+        self.student.set_activation_checkpointing(checkpointing)
+        if compiled:
+            self.student.compile_blocks()
+            self.teacher.compile_blocks()
+        self.optimizers = build_optimizers(self.student, train)
+        generator = torch.Generator().manual_seed(4)
+        walks = torch.randint(-3, 4, (STEPS, BATCH, TOKENS + 1), generator=generator).cumsum(-1) % VOCAB
+        self.batches = walks.to(device)
+
+    def step(self, number):
+        """The loss of one step, on the device."""
+        parts = backward_parts(self.stage, self.student, self.teacher, self.batches[number])
+        count = sum(part.count for part in parts)
+        loss = torch.stack([part.sum for part in parts]).sum() / count
+        optimizer_step(self.optimizers, self.student.parameters(), count=count, clip_val=1.0)
+        return loss
+
+    def curve(self):
+        return torch.stack([self.step(number) for number in range(STEPS)])
+
+
+def assert_same_curve(found, expected, dtype):
+    largest, mean = TRAJECTORY_GPU[dtype]
+    drift = (found / expected - 1).abs()
+    assert expected[-5:].mean() < 0.97 * expected[:5].mean(), "a curve that learns nothing shows nothing"
+    assert drift.max() < largest
+    assert drift.mean() < mean
+
+
+def use_backend(monkeypatch, backend):
+    monkeypatch.setattr(rad_rwkv7, "rwkv7", functools.partial(recurrence.rwkv7, backend=backend))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["triton", "fla"])
+@pytest.mark.parametrize("stage", ["align", "distill"])
+def test_kernels_train_as_chunked_torch_does(device, monkeypatch, stage, backend, dtype):
+    if reason := recurrence.missing(backend, torch.empty(1, 2, 1, 64, device=device)):
+        pytest.skip(reason)
+    use_backend(monkeypatch, "chunked")
+    expected = Training(stage, device, dtype).curve()
+    use_backend(monkeypatch, backend)
+    assert_same_curve(Training(stage, device, dtype).curve(), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+def test_checkpointing_changes_no_curve(device, checkpointing, dtype):
+    expected = Training("extend", device, dtype).curve()
+    found = Training("extend", device, dtype, checkpointing=checkpointing).curve()
+    assert_same_curve(found, expected, dtype)
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    ("stage", "checkpointing", "dtype"),
+    [
+        ("align", "none", torch.bfloat16),
+        ("distill", "none", torch.bfloat16),
+        ("extend", "selective", torch.bfloat16),
+        ("distill", "full", torch.float32),
+    ],
+)
+def test_compiling_changes_no_curve(device, stage, checkpointing, dtype):
+    torch.compiler.reset()
+    expected = Training(stage, device, dtype).curve()
+    assert_same_curve(
+        Training(stage, device, dtype, checkpointing=checkpointing, compiled=True).curve(), expected, dtype
+    )
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [1000, 152_064])
+def test_the_loss_kernel_computes_what_torch_does(device, monkeypatch, vocab, dtype):
+    torch.manual_seed(0)
+    student, teacher = (4 * torch.randn(2, 37, vocab, device=device)).to(dtype)
+    labels = torch.randint(vocab, (37,), device=device)
+    labels[3] = -100
+    found = student.clone()
+    weights = {"kl_weight": 0.25, "ce_weight": 0.75}
+    loss = losses.logit_loss_(found, teacher, labels, **weights)
+    monkeypatch.setattr(losses, "kernels_are_importable", lambda: False)
+    torch.testing.assert_close(loss, losses.logit_loss_(student, teacher, labels, **weights), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(found, student, atol=1e-6, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4)
+
+
+@needs_gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_never_waits_for_the_gpu(device, stage, compiled):
+    training = Training(stage, device, torch.bfloat16, compiled=compiled)
+    for number in range(3):
+        training.step(number)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        training.step(3)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@needs_gpu
+def test_a_step_that_is_not_finite_changes_nothing(device):
+    training = Training("distill", device, torch.bfloat16)
+    training.step(0)
+    before = [parameter.detach().clone() for parameter in training.student.parameters()]
+    hook = training.student.lm_head.weight.register_hook(lambda gradient: gradient * float("nan"))
+    training.step(1)
+    after = list(training.student.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    hook.remove()
+    training.step(2)
+    assert not all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+@needs_gpu
+def test_aligning_takes_no_more_memory_for_more_layers(device):
+    def beside_weights_and_gradients(layers):
+        training = Training("align", device, torch.bfloat16, layers=layers)
+        training.batches = torch.randint(VOCAB, (2, 8, 2049), device=device)
+        training.step(0)
+        trained = sum(p.numel() * p.element_size() for p in training.student.parameters() if p.requires_grad)
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+        training.step(1)
+        return torch.cuda.max_memory_allocated(device) - held - trained
+
+    assert beside_weights_and_gradients(9) < 1.1 * beside_weights_and_gradients(3)

@@ -1,0 +1,236 @@
+"""What `radlads bench` counts, times, writes and says."""
+
+import json
+import weakref
+
+import pytest
+import torch
+
+from radlads.bench import train as bench_train_module
+from radlads.bench.cases import DEFAULT_CASES, KINDS, decode_case, kernel_case, prefill_case, train_case, whole_number
+from radlads.bench.costs import decode_state_bytes, mixer_weights, prefill_flops, recurrence_bytes, train_flops
+from radlads.bench.measure import Timing, timed
+from radlads.bench.models import open_shape, random_model, weight_bytes
+from radlads.bench.record import LATEST, Row, checkout_commit, merge_results
+from radlads.cli import main
+from radlads.model.configuration import RadladsConfig
+from radlads.model.modeling import RadladsForCausalLM
+
+CPU = torch.device("cpu")
+TIMING = Timing(median_ms=10.0, min_ms=9.0, max_ms=12.0, runs=3, warmup_s=1.0)
+
+
+def shape_7b(mixer="rad_rwkv7"):
+    return open_shape("7b", layers=None, mixer=mixer, variant="group_norm")
+
+
+def bench(*argv):
+    return main(["bench", *map(str, argv), "--device", "cpu"])
+
+
+def failing(capsys, *argv):
+    assert bench(*argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("radlads: ") and error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize(
+    ("stage", "tokens", "gflop"), [("align", 512, 18.6), ("distill", 512, 57.5), ("extend", 16384, 43.3)]
+)
+def test_arithmetic_of_a_training_step_at_7b(stage, tokens, gflop):
+    shape = shape_7b()
+    assert train_flops(stage, shape.student, shape.teacher, tokens) / 1e9 == pytest.approx(gflop, rel=0.03)
+
+
+def test_arithmetic_and_bytes_of_inference_at_7b():
+    shape = shape_7b()
+    assert prefill_flops(shape.student, 8192) / 1e9 == pytest.approx(13.4, rel=0.01)
+    assert decode_state_bytes(shape.student, 512, 2) == decode_state_bytes(shape.student, 65536, 2) == 2 * 28**2 * 65536
+    assert decode_state_bytes(shape.teacher, 65536, 2) == 28 * 2 * 512 * 65536 * 2
+
+
+@pytest.mark.parametrize("gate", [0, 1, 2])
+@pytest.mark.parametrize("mixer", ["qwen2", "rad_rwkv6", "rad_rwkv7"])
+def test_the_counted_weights_are_the_matrices_of_the_mixers(mixer, gate):
+    config = RadladsConfig(
+        hidden_size=192, num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_hidden_layers=2, vocab_size=8,
+        intermediate_size=64, time_mixers=[mixer] * 2, gate_rank_type=gate,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = RadladsForCausalLM(config)
+    for layer, block in enumerate(model.model.layers):
+        matrices = [x for x in block.self_attn.parameters() if x.numel() > max(x.shape)]
+        counted = mixer_weights(config, layer)
+        assert counted.at_input + counted.inside == sum(x.numel() for x in matrices)
+
+
+def test_ideal_bytes_of_a_recurrence():
+    assert recurrence_bytes("gla", (1, 1, 1, 1), backward=False) == 3 * 2 + 4 + 2
+    assert recurrence_bytes("rwkv7", (2, 3, 5, 7), backward=True) == 210 * (14 + 2 + 14 + 2 + 14)
+
+
+def test_warm_up_is_not_timed():
+    calls = []
+    timing = timed(lambda: calls.append(len(calls)), CPU, warmup=2, runs=5)
+    assert len(calls) == 7
+    assert timing.runs == 5
+    assert timing.min_ms <= timing.median_ms <= timing.max_ms
+
+
+@pytest.mark.parametrize("mixer", ["rad_rwkv6", "rad_rwkv7"])
+def test_random_weights_leave_nothing_at_zero(mixer):
+    config = open_shape("tiny", layers=None, mixer=mixer, variant="group_norm").student
+    model = random_model(config, device=CPU, dtype=torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.bfloat16
+        assert torch.isfinite(parameter).all(), name
+        assert (parameter != 0).float().mean() > 0.9, name
+    assert model.model.norm.weight.float().mean().item() == pytest.approx(1, abs=0.02)
+    assert weight_bytes(model) == 2 * sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_cases_are_read_from_their_names():
+    assert (train_case("extend_1x16k").stage, train_case("extend_1x16k").tokens) == ("extend", 16384)
+    assert (prefill_case("prefill_8k").piece, prefill_case("prefill_8k_by_2k").piece) == (8192, 2048)
+    assert (decode_case("decode_b32").batch, decode_case("decode_b32").position) == (32, 512)
+    assert kernel_case("gla_1x16384x28x128").shape == (1, 16384, 28, 128)
+    read = {"train": train_case, "prefill": prefill_case, "decode": decode_case, "kernels": kernel_case}
+    names = [read[kind](name).name for kind in KINDS for name in DEFAULT_CASES[kind]]
+    assert set(LATEST) <= set(names)
+
+
+@pytest.mark.parametrize("text", ["0", "k", "-1", "8m"])
+def test_a_wrong_number_is_refused(text):
+    with pytest.raises(ValueError, match="512 or 8k"):
+        whole_number(text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("train", {("align_2x64", "student"), ("distill_2x64", "student"), ("extend_1x128", "student")}),
+        ("prefill", {(f"prefill_128{by}", of) for by in ("", "_by_32") for of in ("student", "teacher")}),
+        ("decode", {(f"decode_b{batch}_64", of) for batch in (1, 4) for of in ("student", "teacher")}),
+        ("kernels", {("rwkv7_2x64x2x32", "chunked fwd"), ("gla_2x64x2x32", "chunked fwd+bwd")}),
+    ],
+)
+def test_every_kind_runs_without_a_gpu(tmp_path, capsys, kind, expected):
+    assert bench(kind, "--json", tmp_path / "new" / "record.json", "--commit", "abc") == 0
+    record = json.loads((tmp_path / "new" / "record.json").read_text())
+    measured = {(case["case"], case["of"]): case for case in record["cases"] if "median_ms" in case}
+    assert expected <= set(measured)
+    assert all(case["tokens_per_s"] > 0 and case["share_of_ceiling"] > 0 for case in measured.values())
+    assert record["commit"] == "abc"
+    assert {"torch", "triton", "transformers", "fla-core"} <= set(record["versions"])
+    assert record["shape"]["name"] == "tiny" and record["ceilings"]["copy_gb_per_s"] > 0
+    table = capsys.readouterr().out
+    assert all(case in table for case, _ in expected)
+
+
+def test_a_backend_that_is_not_there_is_a_row(tmp_path):
+    assert bench("kernels", "--json", tmp_path / "record.json") == 0
+    rows = json.loads((tmp_path / "record.json").read_text())["cases"]
+    absent = {(row["case"], row["of"]): row["problem"] for row in rows if "problem" in row}
+    assert set(absent) == {("rwkv7_2x64x2x32", "triton"), ("rwkv7_2x64x2x32", "fla"), ("gla_2x64x2x32", "fla")}
+    assert all("CUDA" in problem for problem in absent.values())
+
+
+def test_one_case_by_its_sizes_and_a_shape_from_a_folder(teacher, tmp_path):
+    where = ["--shape", teacher, "--json", tmp_path / "record.json"]
+    assert bench("prefill", *where, "--tokens", 24, "--piece", 8, "--no-teacher", "--mixer", "rad_rwkv6") == 0
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert [(row["case"], row["of"]) for row in record["cases"]] == [("prefill_24_by_8", "student")]
+    assert record["shape"]["hidden_size"] == 64
+    assert bench("train", *where, "--stage", "extend", "--batch", 2, "--tokens", 16, "--layers", 1) == 0
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["cases"][0]["case"] == "extend_2x16"
+    assert record["shape"]["num_hidden_layers"] == 1
+
+
+def test_a_case_that_fails_lets_the_others_go_on(tmp_path, capsys, monkeypatch):
+    backward_parts = bench_train_module.backward_parts
+
+    def memory_for_few_tokens(stage, student, teacher, tokens):
+        if tokens.shape[0] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return backward_parts(stage, student, teacher, tokens)
+
+    monkeypatch.setattr(bench_train_module, "backward_parts", memory_for_few_tokens)
+    assert bench("train", "--cases", "distill_64x8,extend_1x16", "--json", tmp_path / "record.json") == 1
+    failed, measured = json.loads((tmp_path / "record.json").read_text())["cases"]
+    assert failed["failed"] and "lower --batch from 64" in failed["problem"]
+    assert measured["median_ms"] > 0
+    assert "1 of the cases failed" in capsys.readouterr().out
+
+
+def test_the_teacher_is_let_go_when_no_case_needs_it(monkeypatch):
+    backward_parts, teachers = bench_train_module.backward_parts, []
+
+    def note(stage, student, teacher, tokens):
+        if stage.name == "extend":
+            assert [known() for known in teachers] == [None]
+        elif not teachers:
+            teachers.append(weakref.ref(teacher))
+        return backward_parts(stage, student, teacher, tokens)
+
+    monkeypatch.setattr(bench_train_module, "backward_parts", note)
+    assert bench("train", "--cases", "distill_1x8,extend_1x8") == 0
+    assert teachers
+
+
+def test_a_step_that_is_not_finite_is_no_measurement(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_train_module, "optimizer_step", lambda *_, **__: torch.tensor(float("nan")))
+    assert bench("train", "--cases", "extend_1x16", "--json", tmp_path / "record.json") == 1
+    assert "norm is nan" in json.loads((tmp_path / "record.json").read_text())["cases"][0]["problem"]
+
+
+def test_results_hold_the_latest_of_the_students_usual_cases(tmp_path):
+    path = tmp_path / "results.json"
+    numbers = {"work": {}, "tokens": 2048, "timing": TIMING, "share": 0.5, "peak_bytes": 10**10}
+    merge_results(path, [Row(case="align_4x512", of="student", **numbers)], "first")
+    merge_results(
+        path,
+        [
+            Row(case="decode_b32", of="student", **numbers),
+            Row(case="prefill_8k", of="teacher", **numbers),
+            Row(case="align_5x512", of="student", **numbers),
+            Row(case="align_4x512", of="student", work={}, problem="out of memory", failed=True),
+        ],
+        "second",
+    )
+    assert json.loads(path.read_text()) == {
+        case: {"tokens_per_s": 204800.0, "peak_gb": 10.0, "share_of_ceiling": 0.5, "commit": commit}
+        for case, commit in (("align_4x512", "first"), ("decode_b32", "second"))
+    }
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train", "--cases", "align_4x512,aling_4x512"], "'aling_4x512': the cases of train are align_4x512, "),
+        (["prefill", "--cases", "decode_b1"], "the cases of prefill are prefill_8k, "),
+        (["decode", "--cases", "decode_b0"], "512 or 8k"),
+        (["kernels", "--cases", ","], "names no case"),
+        (["train", "--batch", "4", "--tokens", "512"], "--stage is needed"),
+        (["train", "--stage", "align"], "--tokens is needed"),
+        (["train", "--cases", "align_4x512", "--batch", "4"], "leave out --stage"),
+        (["train", "--shape", "8b"], "choose one of 7b, tiny, or a Hugging Face folder"),
+        (["train", "--layers", "0"], "--layers must be 1 or more"),
+        (["decode", "--mixer", "mamba"], "rad_rwkv6 or rad_rwkv7, not 'mamba'"),
+        (["decode", "--results", "results.json"], "leave --results out"),
+    ],
+)
+def test_mistakes_are_one_sentence(capsys, argv, message):
+    assert message in failing(capsys, *argv)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_a_sentence(capsys):
+    assert main(["bench", "decode", "--device", "cuda"]) == 2
+    assert "choose --device cpu" in capsys.readouterr().err
+
+
+def test_without_git_there_is_no_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert checkout_commit() is None
