@@ -33,7 +33,12 @@ print("\\n".join(failed) or "ok")
 
 
 # Nothing but Triton kernels and their launches; what uses them imports them where a GPU is there
-KERNELS = {"radlads.distill.loss_kernels", "radlads.inference.decode_kernels", "radlads.inference.fused_step"}
+KERNELS = {
+    "radlads.distill.loss_kernels",
+    "radlads.inference.decode_kernels",
+    "radlads.inference.fused_step",
+    "radlads.train.bf16_adamw",
+}
 
 
 def test_every_module_imports_without_the_optional_packages():

@@ -19,8 +19,7 @@ RESULTS_SHAPE = "7b"
 class Bench:
     """What to measure. shape: "7b", "tiny", a Hugging Face folder, or None for 7b on CUDA and tiny elsewhere.
 
-    layers: instead of the shape's. cases: comma-separated names or "all". compiled: torch.compile; None = in training
-    on CUDA. teacher: measure it beside the student (prefill and decode). json: the full record. results: the file of
+    layers: instead of the shape's. cases: comma-separated names or "all". compiled: torch.compile; None = on CUDA. teacher: measure it beside the student (prefill and decode). json: the full record. results: the file of
     latest results to bring up to date. commit: to record where the code lies in no checkout.
     """
 
@@ -62,17 +61,16 @@ def run_bench(bench: Bench, console: Console) -> int:
         json_path=bench.json,
         results_path=bench.results,
     )
+    compiled = device.type == "cuda" if bench.compiled is None else bench.compiled
     match bench.kind:
         case "train":
             train_cases = read_cases(train_case, names)
             ceilings = record.open(measure_ceilings(device))
-            compiled = device.type == "cuda" if bench.compiled is None else bench.compiled
             settings = TrainSettings(checkpointing=bench.checkpointing, compiled=compiled)
             bench_train(train_cases, shape, settings, device, dtype, ceilings, record)
         case "prefill":
             prefill_cases = read_cases(prefill_case, names)
             ceilings = record.open(measure_ceilings(device))
-            compiled = bool(bench.compiled)
             bench_prefill(
                 prefill_cases, shape, device, dtype, ceilings, record, teacher=bench.teacher, compiled=compiled
             )

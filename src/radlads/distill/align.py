@@ -32,7 +32,8 @@ class Align:
         count = tokens[:, 1:].numel()
         recurrent = student.config.recurrent_layers
         values: torch.Tensor | None = None
-        held, dtype = None, torch.float32
+        collected: torch.Tensor | None = None
+        held = None
         for layer, x, target, shared in _frozen(teacher.model.attention_taps(tokens[:, :-1])):
             if layer > max(recurrent, default=-1):
                 break
@@ -40,19 +41,20 @@ class Align:
                 continue
             block = student.model.layers[layer]
             assert isinstance(block, Block)
-            earlier = None if values is None else values.to(dtype)
             loss, v_first = block.compiled(_mixer_loss, x.shape[1])(
-                block.self_attn, x, target, earlier, shared, self.kind
+                block.self_attn, x, target, values, shared, self.kind
             )
             if values is None and v_first is not None:
-                # fp32, because the gradients of all layers add up in it
-                values = v_first.detach().float().requires_grad_(torch.is_grad_enabled())
-                held, dtype = (layer, loss, v_first), v_first.dtype
-            else:
-                yield LossPart(f"layer_{layer}", loss, loss.detach(), count)
+                values = v_first.detach().requires_grad_(torch.is_grad_enabled())
+                held = (layer, loss, v_first)
+                continue
+            yield LossPart(f"layer_{layer}", loss, loss.detach(), count)
+            if values is not None and values.grad is not None:
+                # Layer by layer into fp32, because the gradients of all layers add up here
+                collected = values.grad.float() if collected is None else collected.add_(values.grad)
+                values.grad = None
         if held is not None:
             layer, loss, v_first = held
-            collected = None if values is None else values.grad
             objective = loss if collected is None else loss + (v_first * collected).sum()
             yield LossPart(f"layer_{layer}", objective, loss.detach(), count)
 

@@ -142,6 +142,7 @@ class Decoder:
         self.next_draw = torch.zeros(1, dtype=torch.int64, device=device)
         self.generators: list[torch.Generator] = []
         self.logits: torch.Tensor | None = None
+        self.graph_logits: torch.Tensor | None = None
         self.num_chosen = 0
 
     @torch.inference_mode()
@@ -173,6 +174,7 @@ class Decoder:
             self._advance()
         else:
             self.graph.replay()
+            self.logits = self.graph_logits
 
     def generated(self, num_tokens: int) -> Iterator[list[int | None]]:
         """After prefill: the rows' tokens step by step, None where a row has ended; at most num_tokens of each row."""
@@ -203,7 +205,7 @@ class Decoder:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._advance()
-        self.graph = graph
+        self.graph, self.graph_logits = graph, self.logits
 
     def _advance(self) -> None:
         self._choose(self.next_step(self.tokens))

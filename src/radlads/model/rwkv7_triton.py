@@ -177,69 +177,76 @@ def _gradients(
 ):  # fmt: skip
     """The gradients of everything but v, for one chunk and BK key channels.
 
-    Tiles have two rows per token, first its removal's and then its output's, so that what a row may see is what stands
-    before it, and running sums over rows are running sums over tokens. The gradient of log w is a difference of
-    products that nearly cancel: both take X and Y as rounded for the matrix products.
+    The gradient of log w is a difference of products that nearly cancel: both take X and Y as rounded for the matrix
+    products, and the state at the end as the one at the start and what was written, not as rounded apart from them.
     """
     g, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     chunk = bh * G + g
     keys, n = tl.program_id(2) * BK + tl.arange(0, BK), tl.arange(0, N)
-    i, j = tl.arange(0, 2 * L)[:, None], tl.arange(0, 2 * L)[None, :]
+    i, j = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
     first_token = ((bh // H * T + g * L) * H + bh % H) * N
-    tokens, here = (i // 2) * (H * N) + n[None, :], (i // 2) * (H * N) + keys[None, :]
-    rows, in_state = (i // 2) * N + n[None, :], n[:, None] * N + keys[None, :]
-    removal, real = i % 2 == 0, g * L + i // 2 < T
-    output = real & (i % 2 == 1)
-    removal_here = real & removal
+    tokens, here = i * (H * N) + n[None, :], i * (H * N) + keys[None, :]
+    rows, in_state = i * N + n[None, :], n[:, None] * N + keys[None, :]
+    real = g * L + i < T
     dtype = r_ptr.dtype.element_ty
+    v = tl.load(v_ptr + first_token + tokens, mask=real, other=0.0)
+    d_out = tl.load(d_out_ptr + first_token + tokens, mask=real, other=0.0)
+    u, dq = tl.load(u_ptr + chunk * L * N + rows), tl.load(dq_ptr + chunk * L * N + rows)
+    d_rk = tl.where(i >= j, tl.dot(d_out, tl.trans(v), input_precision=PRECISION), 0.0).to(dtype)
+    d_rb = tl.where(i >= j, tl.dot(d_out, tl.trans(u), input_precision=PRECISION), 0.0).to(dtype)
+    d_kk = tl.where(i > j, tl.dot(dq, tl.trans(v), input_precision=PRECISION), 0.0).to(dtype)
+    d_kb = tl.where(i > j, tl.dot(dq, tl.trans(u), input_precision=PRECISION), 0.0).to(dtype)
     log_w = tl.load(log_w_ptr + first_token + here, mask=real, other=0.0)
-    c = tl.cumsum(tl.where(removal, log_w, 0.0), axis=0)
-    middle = tl.sum(tl.where(i == L, c, 0.0), axis=0)[None, :]
-    end = tl.sum(tl.where(i == 2 * L - 1, c, 0.0), axis=0)[None, :]
+    c = tl.cumsum(log_w, axis=0)
+    middle = tl.sum(tl.where(i == L // 2, c, 0.0), axis=0)[None, :]
+    end = tl.sum(tl.where(i == L - 1, c, 0.0), axis=0)[None, :]
     c -= middle
-    # What is needed twice is read twice: the registers do not hold it all
-    kappa = tl.load(kappa_ptr + first_token + here, mask=removal_here, other=0.0)
-    x = (kappa + tl.load(r_ptr + first_token + here, mask=output, other=0.0)).to(tl.float32)
-    x = (x * tl.exp(tl.where(removal, c - log_w, c))).to(dtype)
-    y = (kappa + tl.load(k_ptr + first_token + here, mask=output, other=0.0)).to(tl.float32)
-    y *= tl.load(a_ptr + first_token + here, mask=removal_here, other=1.0).to(tl.float32)
-    y = (y * tl.exp(-c)).to(dtype)
-    written = tl.load(v_ptr + first_token + tokens, mask=output, other=0.0)
-    written += tl.load(u_ptr + chunk * L * N + rows, mask=removal, other=0.0)
-    d_read = tl.load(d_out_ptr + first_token + tokens, mask=output, other=0.0)
-    d_read += tl.load(dq_ptr + chunk * L * N + rows, mask=removal, other=0.0)
-    dm = tl.dot(d_read, tl.trans(written), input_precision=PRECISION)
-    dm = tl.where((j < i) | ((j == i) & (i % 2 == 1)), dm, 0.0).to(dtype)
-
+    shrink = tl.exp(c)
+    before = tl.exp(c - log_w)
+    grow = tl.exp(-c)
+    kappa = tl.load(kappa_ptr + first_token + here, mask=real, other=0.0).to(tl.float32)
+    a = tl.load(a_ptr + first_token + here, mask=real, other=0.0).to(tl.float32)
+    x_k = (kappa * before).to(dtype)
+    y_b = (kappa * a * grow).to(dtype)
+    y_k = (tl.load(k_ptr + first_token + here, mask=real, other=0.0).to(tl.float32) * grow).to(dtype)
+    x_r = (tl.load(r_ptr + first_token + here, mask=real, other=0.0).to(tl.float32) * shrink).to(dtype)
     start = tl.load(states_ptr + chunk * N * N + in_state)
-    dx = tl.dot(d_read, start, input_precision=PRECISION) * tl.exp(middle)
-    dx = tl.dot(dm, y, acc=dx, input_precision=PRECISION)
-    by_reading = dx * x.to(tl.float32)
-    dx *= tl.exp(tl.where(removal, c - log_w, c))
     d_end = tl.load(d_states_ptr + chunk * N * N + in_state)
-    dy = tl.dot(written, d_end, input_precision=PRECISION) * tl.exp(end - middle)
-    # The state at the end is the one at the start and what was written: taken together, for rounding them apart from
-    # each other would leave an error in the gradient of every token's decay
-    at_end = tl.sum(dy * y.to(tl.float32), axis=0)[None, :]
+    at_middle, to_end = tl.exp(middle), tl.exp(end - middle)
+
+    dx = tl.dot(d_out, start, input_precision=PRECISION) * at_middle
+    dx = tl.dot(d_rk, y_k, acc=dx, input_precision=PRECISION)
+    dx = tl.dot(d_rb, y_b, acc=dx, input_precision=PRECISION)
+    tl.store(dr_ptr + first_token + here, (dx * shrink).to(dtype), mask=real)
+    dc = dx * x_r.to(tl.float32)
+    dx = tl.dot(dq, start, input_precision=PRECISION) * at_middle
+    dx = tl.dot(d_kk, y_k, acc=dx, input_precision=PRECISION)
+    dx = tl.dot(d_kb, y_b, acc=dx, input_precision=PRECISION)
+    by_removals = dx * x_k.to(tl.float32)
+    d_kappa = dx * before
+    dy = tl.dot(v, d_end, input_precision=PRECISION) * to_end
+    at_end = dy * y_k.to(tl.float32)
+    dy = tl.dot(tl.trans(d_rk), x_r, acc=dy, input_precision=PRECISION)
+    dy = tl.dot(tl.trans(d_kk), x_k, acc=dy, input_precision=PRECISION)
+    tl.store(dk_ptr + first_token + here, (dy * grow).to(dtype), mask=real)
+    dc -= dy * y_k.to(tl.float32)
+    dy = tl.dot(u, d_end, input_precision=PRECISION) * to_end
+    at_end += dy * y_b.to(tl.float32)
+    dy = tl.dot(tl.trans(d_rb), x_r, acc=dy, input_precision=PRECISION)
+    dy = tl.dot(tl.trans(d_kb), x_k, acc=dy, input_precision=PRECISION)
+    dc -= dy * y_b.to(tl.float32)
+    dy *= grow
+    tl.store(da_ptr + first_token + here, (dy * kappa).to(dtype), mask=real)
+    tl.store(d_kappa_ptr + first_token + here, (d_kappa + dy * a).to(dtype), mask=real)
+    # In slices, because two whole states in fp32 do not fit into the registers
     slices = tl.arange(0, 32)[:, None] * N + keys[None, :]
     kept = tl.zeros((32, BK), tl.float32)
     for first in tl.static_range(0, N, 32):
         part = tl.load(states_ptr + chunk * N * N + first * N + slices).to(tl.float32)
         kept += part * tl.load(d_states_ptr + chunk * N * N + first * N + slices).to(tl.float32)
-    at_end += tl.sum(kept, axis=0)[None, :] * tl.exp(end)
-    dy = tl.dot(tl.trans(dm), x, acc=dy, input_precision=PRECISION)
-    dc = by_reading + tl.where(i == 2 * L - 1, at_end, 0.0) - dy * y.to(tl.float32)
-    dy *= tl.exp(-c)
-    factor = tl.load(kappa_ptr + first_token + here, mask=removal_here, other=1.0).to(tl.float32)
-    by_key_or_a = (dy * factor).to(dtype)
-    tl.store(dk_ptr + first_token + here, by_key_or_a, mask=output)
-    tl.store(da_ptr + first_token + here, by_key_or_a, mask=removal_here)
-    dy *= tl.load(a_ptr + first_token + here, mask=removal_here, other=0.0).to(tl.float32)
-    by_read = (dx + dy).to(dtype)
-    tl.store(dr_ptr + first_token + here, by_read, mask=output)
-    tl.store(d_kappa_ptr + first_token + here, by_read, mask=removal_here)
-    d_log_w = tl.cumsum(dc, axis=0, reverse=True) - by_reading
-    tl.store(d_log_w_ptr + first_token + here, d_log_w, mask=removal_here)
+    at_the_end = tl.sum(at_end, axis=0)[None, :] + tl.sum(kept, axis=0)[None, :] * tl.exp(end)
+    dc += by_removals + tl.where(i == L - 1, at_the_end, 0.0)
+    tl.store(d_log_w_ptr + first_token + here, tl.cumsum(dc, axis=0, reverse=True) - by_removals, mask=real)
 
 
 class Launch(NamedTuple):
@@ -406,9 +413,10 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, d_out, d_last, *_):
-    v = ctx.saved_tensors[3]
+    saved = ctx.saved_tensors  # once: activation checkpointing hands them out a single time
+    v = saved[3]
     d_out = torch.zeros_like(v) if d_out is None else d_out
-    *gradients, d_first = _backward(d_out, d_last, *ctx.saved_tensors)
+    *gradients, d_first = _backward(d_out, d_last, *saved)
     return *gradients, d_first if ctx.has_first else None
 
 
