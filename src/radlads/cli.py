@@ -221,7 +221,9 @@ def _add_bench(commands: Any) -> None:
     prefill = _add_bench_kind(kinds, "prefill", "reading a prompt, transformers' Qwen2 beside the student")
     prefill.add_argument("--tokens", help="one case of this length, such as 8k or 128k")
     prefill.add_argument("--piece", help="tokens read at a time in that case (default: all at once)")
-    prefill.add_argument("--compile", action="store_true", help="torch.compile the student's blocks")
+    prefill.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="torch.compile the student's blocks (default: on CUDA)"
+    )
     decode = _add_bench_kind(kinds, "decode", "generating, transformers' Qwen2 beside the student")
     decode.add_argument("--batch", type=int, help="one case of this many sequences")
     decode.add_argument("--tokens", help="length of that case's prompts, such as 512 (default) or 64k")

@@ -19,8 +19,9 @@ RESULTS_SHAPE = "7b"
 class Bench:
     """What to measure. shape: "7b", "tiny", a Hugging Face folder, or None for 7b on CUDA and tiny elsewhere.
 
-    layers: instead of the shape's. cases: comma-separated names or "all". compiled: torch.compile; None = on CUDA. teacher: measure it beside the student (prefill and decode). json: the full record. results: the file of
-    latest results to bring up to date. commit: to record where the code lies in no checkout.
+    layers: instead of the shape's. cases: comma-separated names or "all". compiled: torch.compile; None = on CUDA.
+    teacher: measure it beside the student (prefill and decode). json: the full record. results: the file of latest
+    results to bring up to date. commit: to record where the code lies in no checkout.
     """
 
     kind: Kind
