@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from radlads.inference import fused_step
 from radlads.inference.fused_step import ONE_ROW, SEVERAL_ROWS, FusedStep, Launch
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
@@ -88,8 +87,8 @@ def sweep_step(model: RadladsForCausalLM, rows: int) -> Iterator[str]:
     """The whole step as it is configured, and what that makes of 28 layers."""
     tokens = torch.zeros(rows, dtype=torch.int64, device="cuda")
     for programmatic in (False, True):
-        fused_step.PROGRAMMATIC_LAUNCH = programmatic
         step = FusedStep(model, rows)
+        step.starts_early = programmatic
         whole = median_us(lambda step=step: step(tokens))
         step.layers = step.layers[:1]
         per_layer = (whole - median_us(lambda step=step: step(tokens))) / (len(model.model.layers) - 1)
@@ -98,7 +97,6 @@ def sweep_step(model: RadladsForCausalLM, rows: int) -> Iterator[str]:
             f"step, programmatic launch {programmatic!s:5}: {per_layer:7.1f} us per layer; "
             f"{LAYERS_7B} layers {all_us / 1000:.3f} ms = {rows * 1e6 / all_us:,.0f} tokens/s"
         )
-    fused_step.PROGRAMMATIC_LAUNCH = False
 
 
 def sweep_product(step: FusedStep, name: str) -> Iterator[str]:

@@ -37,7 +37,6 @@ KERNELS = {
     "radlads.distill.loss_kernels",
     "radlads.inference.decode_kernels",
     "radlads.inference.fused_step",
-    "radlads.train.bf16_adamw",
 }
 
 

@@ -19,7 +19,8 @@ from radlads.model.layers import RMSNorm
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.swiglu import SwiGLU
 
-# Kernels start while their predecessor still runs (programmatic dependent launch, Hopper and later)
+# One row's kernels start while their predecessor still runs (programmatic dependent launch, Hopper and later); several
+# rows' take longer for it
 PROGRAMMATIC_LAUNCH = True
 
 
@@ -83,6 +84,7 @@ class FusedStep:
     def __init__(self, model: RadladsForCausalLM, rows: int, launches: Launches | None = None):
         config, self.model, self.rows = model.config, model, rows
         self.layers = pack(model)
+        self.starts_early = PROGRAMMATIC_LAUNCH and rows == 1 and _is_hopper()
         self.launches = launches or (ONE_ROW if rows == 1 else SEVERAL_ROWS)
         self.padded_rows = 1 if rows == 1 else max(16, triton.next_power_of_2(rows))
         weight = model.model.embed_tokens.weight
@@ -183,7 +185,7 @@ class FusedStep:
             BLOCK_N=launch.block_n,
             BLOCK_K=block_k,
             num_warps=launch.warps,
-            **_programmatic(),
+            **self._programmatic(),
         )
 
     def project_rows(
@@ -213,7 +215,7 @@ class FusedStep:
             SPLITS=launch.splits,
             STAGES=launch.stages,
             num_warps=launch.warps,
-            **_programmatic(),
+            **self._programmatic(),
         )
 
     def add_and_norm(self, splits: int, norm: RMSNorm) -> None:
@@ -229,7 +231,7 @@ class FusedStep:
             SPLITS=splits,
             BLOCK_C=triton.next_power_of_2(C),
             num_warps=8,
-            **_programmatic(),
+            **self._programmatic(),
         )
 
     def second_low_ranks(self, layer: PackedLayer, projected: torch.Tensor) -> None:
@@ -255,7 +257,7 @@ class FusedStep:
             P=self.padded_rows,
             BLOCK_D=block,
             num_warps=4,
-            **_programmatic(),
+            **self._programmatic(),
         )
 
     def recurrence(
@@ -292,13 +294,12 @@ class FusedStep:
             BLOCK_V=min(self.launches.state_values, mixer.head_dim),
             STAGES=3,
             num_warps=self.launches.state_warps,
-            **_programmatic(),
+            **self._programmatic(),
         )
 
-
-def _programmatic() -> dict[str, bool]:
-    """PDL compiles a kernel for it, launch_pdl (an option of Triton's CUDA back end alone) launches it so."""
-    return {"PDL": True, "launch_pdl": True} if PROGRAMMATIC_LAUNCH and _is_hopper() else {"PDL": False}
+    def _programmatic(self) -> dict[str, bool]:
+        """PDL compiles a kernel for it, launch_pdl (an option of Triton's CUDA back end alone) launches it so."""
+        return {"PDL": True, "launch_pdl": True} if self.starts_early else {"PDL": False}
 
 
 def _is_hopper() -> bool:

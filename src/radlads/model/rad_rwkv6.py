@@ -53,7 +53,7 @@ class RadRwkv6(RecurrentMixer):
         """See contracts.TimeMixer."""
         last = None if state is None else state.shift
         (x_r, x_k, x_v, x_w, x_g), shift = self._mix_with_previous(x, last, shared.token_mask)
-        r, k, v = self.receptance_key_value(self.q_proj(x_r), self.k_proj(x_k), self.v_proj(x_v), shared)
+        r, k, v = self.receptance_key_value(x_r, x_k, x_v, shared)
         decay = self.time_decay.float() + (torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2).float()
         log_w = self.heads(torch.clamp(-torch.exp(decay), min=MIN_LOG_DECAY))
         if self.config.balance_state:
@@ -65,7 +65,7 @@ class RadRwkv6(RecurrentMixer):
             zero_at_padding(v, shared.token_mask),
             None if state is None else state.wkv,
         )
-        return self.output(out * self.head_dim**-0.5, self.gate_input(x_g)), RecurrentState(wkv, shift), v_first
+        return self.output(out * self.head_dim**-0.5, x_g), RecurrentState(wkv, shift), v_first
 
     def _mix_with_previous(self, x, last, token_mask):
         """x mixed with the token before, once for each of r, k, v, w, g; and the input to carry."""

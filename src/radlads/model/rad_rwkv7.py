@@ -62,15 +62,14 @@ class RadRwkv7(RecurrentMixer):
 
     def forward(self, x: torch.Tensor, state: RecurrentState | None, v_first, shared: SharedInputs):
         """See contracts.TimeMixer."""
-        q, k, v, low_w, low_a, low_v, gate = self._read(x)
-        r, k, v = self.receptance_key_value(q, k, v, shared)
-        a = self.heads(torch.sigmoid(self.a0 + low_a @ self.a2))
-        decay = self.w0.float() + (torch.tanh(low_w) @ self.w2).float()
+        r, k, v = self.receptance_key_value(x, x, x, shared)
+        a = self.heads(torch.sigmoid(self.a0 + (x @ self.a1) @ self.a2))
+        decay = self.w0.float() + (torch.tanh(x @ self.w1) @ self.w2).float()
         log_w = self.heads(MIN_LOG_DECAY * torch.sigmoid(decay))
-        if low_v is None:
+        if self.is_first_value_layer:
             v_first = v
         else:
-            v = v + (v_first - v) * self.heads(torch.sigmoid(self.v0 + low_v @ self.v2))
+            v = v + (v_first - v) * self.heads(torch.sigmoid(self.v0 + (x @ self.v1) @ self.v2))
         kappa, k = self._removal_and_key(k, a, log_w)
         mask = shared.token_mask
         out, wkv = rwkv7(
@@ -83,30 +82,7 @@ class RadRwkv7(RecurrentMixer):
             None if state is None else state.wkv,
         )
         scale = self.head_dim**-0.5 if self.config.balance_state else 1.0
-        return self.output(out * scale, gate), RecurrentState(wkv), v_first
-
-    def _read(self, x: torch.Tensor):
-        """x [B, T, C] by every matrix that reads it: q, k and v, the low ranks of decay, learning rate and value mix
-        (None in the first layer), and the gate's input (None without a gate)."""
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        mixes_values, low_gate = not self.is_first_value_layer, self.config.gate_rank_type == 2
-        if x.shape[1] > 1 and all(type(projection) is nn.Linear for projection in projections):
-            return self._read_at_once(x, mixes_values=mixes_values, low_gate=low_gate)
-        low_v = x @ self.v1 if mixes_values else None
-        return *(projection(x) for projection in projections), x @ self.w1, x @ self.a1, low_v, self.gate_input(x)
-
-    def _read_at_once(self, x: torch.Tensor, *, mixes_values: bool, low_gate: bool):
-        """_read as one matrix product: several narrow ones would each read x again, and add up x's gradient again."""
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        low_ranks = [self.w1, self.a1, *([self.v1] if mixes_values else []), *([self.g1] if low_gate else [])]
-        weights = [*(projection.weight for projection in projections), *(low_rank.mT for low_rank in low_ranks)]
-        bias = None
-        if self.config.attention_bias:
-            rest = sum(low_rank.shape[1] for low_rank in low_ranks)
-            bias = F.pad(torch.cat([projection.bias for projection in projections]), (0, rest))
-        parts = F.linear(x, torch.cat(weights), bias).split([weight.shape[0] for weight in weights], dim=-1)
-        *first, low_v = parts[:6] if mixes_values else (*parts[:5], None)
-        return *first, low_v, parts[-1] if low_gate else self.gate_input(x)
+        return self.output(out * scale, x), RecurrentState(wkv), v_first
 
     def _removal_and_key(self, k: torch.Tensor, a: torch.Tensor, log_w: torch.Tensor):
         """Unit removal keys kappa and the keys that are written, both [B, T, H, N]."""

@@ -53,27 +53,22 @@ class RecurrentMixer(nn.Module):
         """[B, T, heads * N] as [B, T, heads, N]."""
         return x_BTD.unflatten(-1, (-1, self.head_dim))
 
-    def receptance_key_value(self, r, k, v, shared: SharedInputs):
-        """Receptance, key and value [B, T, H, N] from the projections: rotated (use_rope), repeated over GQA groups."""
-        r, k, v = self.heads(r), self.heads(k), self.heads(v)
+    def receptance_key_value(self, x_r, x_k, x_v, shared: SharedInputs):
+        """Receptance, key and value [B, T, H, N]: projected, rotated (use_rope) and repeated over GQA groups."""
+        r, k, v = self.heads(self.q_proj(x_r)), self.heads(self.k_proj(x_k)), self.heads(self.v_proj(x_v))
         if self.config.use_rope:
             r, k = apply_rope(r, shared.cos, shared.sin), apply_rope(k, shared.cos, shared.sin)
         return r, repeat_heads(k, self.groups), repeat_heads(v, self.groups)
 
-    def gate_input(self, x_g: torch.Tensor) -> torch.Tensor | None:
-        """x_g [B, T, C] by the gate's first matrix (gate_rank_type), for `output`; None without a gate."""
-        if self.config.gate_rank_type == 0:
-            return None
-        return self.gate(x_g) if self.config.gate_rank_type == 1 else x_g @ self.g1
-
-    def output(self, o_BTHN: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-        """Norm (groupnorm_att), gate from its input (gate_rank_type) and project the heads' outputs."""
+    def output(self, o_BTHN: torch.Tensor, x_g: torch.Tensor) -> torch.Tensor:
+        """Norm (groupnorm_att), gate from x_g [B, T, C] (gate_rank_type) and project the heads' outputs."""
         o_BTD = o_BTHN.flatten(2)
         if self.config.groupnorm_att:
             o_BTD = self._group_norm(o_BTD)
-        if gate is not None:
-            gate = torch.sigmoid(gate)
-            o_BTD = o_BTD * (gate @ self.g2 if self.config.gate_rank_type == 2 else gate)
+        if self.config.gate_rank_type == 1:
+            o_BTD = o_BTD * torch.sigmoid(self.gate(x_g))
+        elif self.config.gate_rank_type == 2:
+            o_BTD = o_BTD * (torch.sigmoid(x_g @ self.g1) @ self.g2)
         return self.o_proj(o_BTD)
 
     def _group_norm(self, o_BTD: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,12 @@
 """Optimisers by name, their two parameter groups (mixer, rest), and the learning rate as a function of the step."""
 
 import math
-from typing import Any
 
 import torch
 
 from radlads.config.schema import TrainConfig
 from radlads.distill.stage import is_mixer_parameter
-from radlads.model.modeling import RadladsForCausalLM, has_triton
+from radlads.model.modeling import RadladsForCausalLM
 
 _MISSING = {
     "dsfusedadamw": ("DeepSpeed's fused Adam", "adamw, which is fused too"),
@@ -20,9 +19,8 @@ _MISSING = {
 def build_optimizers(student: RadladsForCausalLM, train: TrainConfig) -> list[torch.optim.Optimizer]:
     """Optimisers over the parameters that require gradients; every group has a "role", "mixer" or "rest".
 
-    adamw: AdamW for all, weight decay on matrices only; bf16 parameters on a GPU are rounded stochastically.
-    muon: Muon for the blocks' matrices (its updates scaled to AdamW's size, so that rates mean the same), AdamW for
-    embedding, head and vectors.
+    adamw: AdamW for all, weight decay on matrices only. muon: Muon for the blocks' matrices (its updates scaled to
+    AdamW's size, so that rates mean the same), AdamW for embedding, head and vectors.
     Raises ValueError if nothing trains or the optimiser named is not available.
     """
     if train.optimizer not in ("adamw", "muon"):
@@ -52,19 +50,9 @@ def build_optimizers(student: RadladsForCausalLM, train: TrainConfig) -> list[to
             {"params": parameters, "role": role, "weight_decay": train.weight_decay if decays else 0.0}
             for (role, decays), parameters in by_adam.items()
         ]
-        optimizers.append(_adamw(adam, train))
+        betas = (train.beta1, train.beta2)
+        optimizers.append(torch.optim.AdamW(adam, train.lr_init, betas, train.adam_eps, fused=True))
     return optimizers
-
-
-def _adamw(groups: list[dict[str, Any]], train: TrainConfig) -> torch.optim.Optimizer:
-    """PyTorch's fused AdamW; for bf16 parameters on a GPU with Triton, one that rounds stochastically."""
-    betas = (train.beta1, train.beta2)
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    if has_triton() and all(p.is_cuda and p.dtype == torch.bfloat16 for p in parameters):
-        from radlads.train.bf16_adamw import BFloat16AdamW
-
-        return BFloat16AdamW(groups, train.lr_init, betas, train.adam_eps, seed=train.seed_everything)
-    return torch.optim.AdamW(groups, train.lr_init, betas, train.adam_eps, fused=True)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, train: TrainConfig, step: int, num_steps: int) -> None:

@@ -6,7 +6,7 @@ finite is decided on the device: a step that is not changes no weight, however l
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import torch
 
@@ -136,9 +136,7 @@ def optimizer_step(
 
 def _update(optimizer: torch.optim.Optimizer, *, scale: torch.Tensor, finite: torch.Tensor) -> None:
     """Step with gradients times `scale`, if `finite`."""
-    if isinstance(optimizer, ScaledStep):
-        optimizer.step_scaled(scale, finite)
-    elif isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]:
+    if isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]:
         # The kernel itself divides by grad_scale, and does nothing where found_inf is 1 (both are there for GradScaler)
         optimizer.grad_scale, optimizer.found_inf = scale.reciprocal(), (~finite).float()  # type: ignore[attr-defined]
         optimizer.step()
@@ -147,13 +145,6 @@ def _update(optimizer: torch.optim.Optimizer, *, scale: torch.Tensor, finite: to
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_mul_(gradients, scale)
         optimizer.step()
-
-
-@runtime_checkable
-class ScaledStep(Protocol):
-    """An optimiser that scales gradients, and leaves a step out, on the device by itself."""
-
-    def step_scaled(self, scale: torch.Tensor, finite: torch.Tensor) -> None: ...
 
 
 class Readout:
