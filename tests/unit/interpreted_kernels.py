@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from interpreter import runtime_loops  # noqa: F401
 from test_decoder import PROMPTS, VOCAB, full_logits, logits_after, perturbed
 from tolerances import SPLIT, relative_error
 
 from radlads.inference.fused_step import FusedStep, Launch, Launches
+
+pytestmark = pytest.mark.usefixtures("runtime_loops")
 
 BALANCED = {"balance_state": True, "groupnorm_att": False, "use_rope": True, "gate_rank_type": 2}
 GROUP_NORMED = {"balance_state": False, "groupnorm_att": True, "use_rope": True, "gate_rank_type": 2}

@@ -1,0 +1,18 @@
+"""Our Triton kernels without a GPU: Triton decides at import whether it interprets, hence a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def test_kernels_in_the_interpreter():
+    pytest.importorskip("triton")
+    tests = Path(__file__).with_name("interpreted_recurrence.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert " passed" in result.stdout
