@@ -4,14 +4,18 @@ import pytest
 import triton.runtime.interpreter as interpreter
 
 
-@pytest.fixture
-def runtime_loops(monkeypatch):
-    """Loops whose bounds are kernel arguments: the interpreter makes arrays of them that newer numpy does not take for
-    numbers."""
-    patch = interpreter._patch_lang_tensor
+def with_runtime_loops(patch):
+    """The interpreter's patch of tensors, mended: loops whose bounds are kernel arguments make arrays of them, which
+    newer numpy does not take for numbers."""
 
     def patch_and_mend(tensor, scope):
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_and_mend)
+    return patch_and_mend
+
+
+@pytest.fixture
+def runtime_loops(monkeypatch):
+    """Kernels with runtime loops run."""
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", with_runtime_loops(interpreter._patch_lang_tensor))

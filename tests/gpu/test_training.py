@@ -15,7 +15,7 @@ from radlads.model import rad_rwkv7, recurrence
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.train.optim import build_optimizers
-from radlads.train.step import backward_parts, optimizer_step
+from radlads.train.step import GraphedParts, backward_parts, optimizer_step
 
 pytestmark = pytest.mark.gpu
 
@@ -181,3 +181,57 @@ def test_aligning_takes_no_more_memory_for_more_layers(device):
         return torch.cuda.max_memory_allocated(device) - held - trained
 
     assert beside_weights_and_gradients(9) < 1.1 * beside_weights_and_gradients(3)
+
+
+class Graphed(Training):
+    """Aligning as a CUDA graph, `accumulated` batches to a step."""
+
+    def __init__(self, device, dtype, *, accumulated=1, graphed=True):
+        super().__init__("align", device, dtype)
+        self.accumulated = accumulated
+        plain = functools.partial(backward_parts, self.stage, self.student, self.teacher)
+        self.run = GraphedParts(self.stage, self.student, self.teacher) if graphed else plain
+
+    def step(self, number):
+        parts = [part for each in range(self.accumulated) for part in self.run(self.batches[(number + each) % STEPS])]
+        sums, count = torch.stack([part.sum for part in parts]), sum(part.count for part in parts)
+        optimizer_step(self.optimizers, self.student.parameters(), count=count, clip_val=1.0, sums=sums)
+        return sums.sum() / count
+
+
+@needs_gpu
+@pytest.mark.parametrize("accumulated", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_graph_changes_no_curve(device, dtype, accumulated):
+    expected = Graphed(device, dtype, accumulated=accumulated, graphed=False).curve()
+    assert_same_curve(Graphed(device, dtype, accumulated=accumulated).curve(), expected, dtype)
+
+
+@needs_gpu
+def test_a_graph_bears_other_shapes_between_its_replays(device):
+    plain, graphed = (Graphed(device, torch.float32, graphed=graphed) for graphed in (False, True))
+    for training in (plain, graphed):
+        training.losses = []
+        for number in range(8):
+            training.losses.append(training.step(number))
+            if number % 2:
+                with torch.no_grad():
+                    training.teacher(training.batches[0][:, :40], use_cache=False)
+                parts = training.run(training.batches[number][:, :30])
+                count = sum(part.count for part in parts)
+                optimizer_step(training.optimizers, training.student.parameters(), count=count, clip_val=1.0)
+    torch.testing.assert_close(torch.stack(graphed.losses), torch.stack(plain.losses), rtol=1e-3, atol=0)
+
+
+@needs_gpu
+def test_a_graphed_step_that_is_not_finite_changes_nothing(device):
+    training = Graphed(device, torch.float32)
+    for number in range(4):
+        training.step(number)
+    broken = next(p for p in training.teacher.parameters() if p.ndim == 2)
+    kept, before = broken.clone(), {name: p.clone() for name, p in training.student.named_parameters()}
+    broken.data.fill_(float("nan"))
+    assert not torch.isfinite(training.step(4))
+    assert all(torch.equal(p, before[name]) for name, p in training.student.named_parameters())
+    broken.data.copy_(kept)
+    assert torch.isfinite(training.step(5))

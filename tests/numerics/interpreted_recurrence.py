@@ -8,7 +8,7 @@ from interpreter import runtime_loops  # noqa: F401
 from tolerances import DECAY_GRADIENT, RECURRENCE, relative_error
 from torch.utils.checkpoint import checkpoint
 
-from radlads.model import rwkv7_triton
+from radlads.model import recurrence, rwkv7_triton
 from radlads.model.recurrence_reference import rwkv7_reference
 
 NAMES = ("r", "log_w", "k", "v", "kappa", "a", "state")
@@ -65,3 +65,14 @@ def test_without_gradients_nothing_is_kept():
     out, last = rwkv7_triton.rwkv7(*tensors)
     assert relative_error(out, expected) < RECURRENCE and relative_error(last, state) < RECURRENCE
     assert out.grad_fn is None
+
+
+def test_half_precision_does_not_overflow(monkeypatch):
+    """fp16 ends at 65504, which keys of this size, their decay over half a chunk undone, exceed."""
+    monkeypatch.setattr(recurrence, "missing", lambda backend, v: None)
+    *tensors, state = (tensor.detach() for tensor in inputs(40, 64, decay=-0.6065))
+    tensors[2] = 20 * tensors[2]
+    half = [tensor if index == 1 else tensor.half() for index, tensor in enumerate(tensors)]
+    out, _ = recurrence.rwkv7(*half, state, backend="triton")
+    expected, _ = rwkv7_reference(*(tensor.float() for tensor in half), state)
+    assert out.dtype == torch.float16 and relative_error(out, expected) < 1e-3

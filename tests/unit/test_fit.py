@@ -268,7 +268,7 @@ def test_compiling_always_compiles_while_the_stage_runs(teacher, corpus_folder, 
 
 def test_auto_compiles_on_cuda_with_triton_alone(monkeypatch):
     for triton in (True, False):
-        monkeypatch.setattr(fit, "has_triton", lambda triton=triton: triton)
+        monkeypatch.setattr(fit, "has_triton", lambda device, triton=triton: triton)
         assert fit.compiles("auto", torch.device("cuda")) is triton
         assert not fit.compiles("auto", torch.device("cpu"))
 

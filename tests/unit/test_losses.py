@@ -136,6 +136,9 @@ def test_under_autocast_products_are_bf16_and_the_heads_gradient_fp32(monkeypatc
 
 KERNEL_IN_THE_INTERPRETER = """
 import torch
+import triton.runtime.interpreter
+from interpreter import with_runtime_loops
+triton.runtime.interpreter._patch_lang_tensor = with_runtime_loops(triton.runtime.interpreter._patch_lang_tensor)
 from radlads.distill import loss_kernels, losses
 loss_kernels.BLOCK_VOCAB = 16
 torch.manual_seed(0)
@@ -161,7 +164,7 @@ print("equal")
 
 def test_the_kernel_computes_what_torch_does():
     pytest.importorskip("triton")
-    interpreted = os.environ | {"TRITON_INTERPRET": "1"}
+    interpreted = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run(
         [sys.executable, "-c", KERNEL_IN_THE_INTERPRETER], env=interpreted, capture_output=True, text=True
     )

@@ -63,14 +63,15 @@ def bench_train(
 
 
 def _work(case: TrainCase, settings: TrainSettings, *, on_gpu: bool) -> dict:
-    automatic = settings.checkpointing == "auto"
+    # Aligning holds one layer's graph at a time and has nothing to recompute
+    automatic, is_align = settings.checkpointing == "auto", case.stage == "align"
     return {
         "stage": case.stage,
         "batch": case.batch,
         "tokens": case.tokens,
-        "checkpointing": _DEFAULT_CHECKPOINTING[case.stage] if automatic else settings.checkpointing,
+        "checkpointing": _DEFAULT_CHECKPOINTING[case.stage] if automatic or is_align else settings.checkpointing,
         "compiled": settings.compiled,
-        "graphed": settings.compiled and on_gpu and case.stage == "align",
+        "graphed": settings.compiled and on_gpu and is_align,
     }
 
 

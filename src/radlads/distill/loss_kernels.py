@@ -84,15 +84,12 @@ def _logit_loss(
             t_largest, t_total = _grow(t_largest, t_total, t)
     s_norm = _log_sum_exp(s_largest, s_total)
     t_norm = _log_sum_exp(t_largest, t_total)
-    loss = s_norm * 0.0
     label = -1
     label_weight = 0.0
     if HAS_LABELS:
         label = tl.load(labels_ptr + row)
         label_weight = tl.where(label >= 0, ce_weight, 0.0)
-        at_label = tl.load(student_ptr + tl.maximum(label, 0)).to(tl.float32)
-        loss += label_weight * (s_norm - at_label)
-    kl = tl.zeros([BLOCK], tl.float32)
+    losses = tl.zeros([BLOCK], tl.float32)
     for start in range(0, vocab_size, BLOCK):
         inside = start + lanes < vocab_size
         log_p = tl.load(student_ptr + start + lanes, mask=inside, other=0.0).to(tl.float32) - s_norm
@@ -101,11 +98,11 @@ def _logit_loss(
             log_q = tl.load(teacher_ptr + start + lanes, mask=inside, other=0.0).to(tl.float32) - t_norm
             q = tl.exp(log_q)
             # A token the teacher excludes (q = 0) adds nothing, though its log is -inf
-            kl += tl.where(inside & (q > 0), q * (log_q - log_p), 0.0)
+            losses += kl_weight * tl.where(inside & (q > 0), q * (log_q - log_p), 0.0)
             gradient += kl_weight * (tl.exp(log_p) - q)
         if HAS_LABELS:
-            gradient -= tl.where(start + lanes == label, label_weight, 0.0)
+            is_label = start + lanes == label
+            losses -= tl.where(is_label, label_weight * log_p, 0.0)
+            gradient -= tl.where(is_label, label_weight, 0.0)
         tl.store(student_ptr + start + lanes, gradient.to(student_ptr.dtype.element_ty), mask=inside)
-    if HAS_TEACHER:
-        loss += kl_weight * tl.sum(kl, axis=0)
-    tl.store(loss_ptr + row, loss)
+    tl.store(loss_ptr + row, tl.sum(losses, axis=0))

@@ -133,12 +133,12 @@ def logit_loss_(
 
 @functools.cache
 def kernels_are_importable() -> bool:
-    """True where triton imports."""
+    """True where triton imports, and knows the GPU."""
     try:
         import triton  # noqa: F401
     except ImportError:
         return False
-    return True
+    return torch.cuda.get_device_capability() >= (7, 0)
 
 
 def _logit_loss_in_torch_(student, teacher, labels, *, kl_weight, ce_weight):

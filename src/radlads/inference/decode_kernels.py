@@ -5,8 +5,8 @@ the norms, at several. Which kernel does what to which buffer stands in fused_st
 model/rad_rwkv7.py. All sums are fp32.
 
 Shape letters: B rows, P rows padded for the tensor cores, N output rows, K input columns, D = heads * head size.
-PDL: the kernel is started while the one before it still runs (programmatic dependent launch). Until gdc_wait() it may
-read weights only, and nothing but what earlier kernels left untouched for two launches.
+PDL: the kernel is started while those before it still run (programmatic dependent launch). Until gdc_wait() it reads
+weights and the states of the step before only, which ordinary kernels lie between.
 """
 
 # mypy: disallow-untyped-defs=False

@@ -84,7 +84,7 @@ class FusedStep:
     def __init__(self, model: RadladsForCausalLM, rows: int, launches: Launches | None = None):
         config, self.model, self.rows = model.config, model, rows
         self.layers = pack(model)
-        self.starts_early = PROGRAMMATIC_LAUNCH and rows == 1 and _is_hopper()
+        self.starts_early = PROGRAMMATIC_LAUNCH and rows == 1 and _can_start_early(model.device)
         self.launches = launches or (ONE_ROW if rows == 1 else SEVERAL_ROWS)
         self.padded_rows = 1 if rows == 1 else max(16, triton.next_power_of_2(rows))
         weight = model.model.embed_tokens.weight
@@ -302,6 +302,6 @@ class FusedStep:
         return {"PDL": True, "launch_pdl": True} if self.starts_early else {"PDL": False}
 
 
-def _is_hopper() -> bool:
-    """Whether the GPU in use knows programmatic launches: compute capability 9.0 or newer."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+def _can_start_early(device: torch.device) -> bool:
+    """Whether the device knows programmatic launches: a GPU of compute capability 9.0 or newer."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

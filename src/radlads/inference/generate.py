@@ -115,7 +115,8 @@ def check_memory(config: RadladsConfig, context_tokens: int, device: torch.devic
 def available_bytes(device: torch.device) -> int:
     """Free memory of a device, in bytes."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():  # Linux: what is free and what could be freed
         fields = dict(line.split(":") for line in meminfo.read_text().splitlines())

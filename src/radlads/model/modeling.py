@@ -72,17 +72,17 @@ class Block(GradientCheckpointingLayer):
         # A softmax layer's state is a view of the cache itself, which no graph can hold
         run = self.compiled(Block.run, hidden.shape[1]) if state is None or isinstance(state, tuple) else Block.run
         num_tokens = hidden.shape[1]
-        hidden, v_first, state, _, _ = run(self, hidden, v_first, state, shared)
+        hidden, v_first, state = run(self, hidden, v_first, state, shared)
         past_key_values.store(self.layer_idx, state, num_tokens)
         return hidden, v_first
 
     def run(self, hidden, v_first, state, shared: SharedInputs):
-        """The whole block: hidden, v_first and the mixer's state after it, and the mixer's input and output."""
-        hidden, v_first, state, x, y = self.mix(hidden, v_first, state, shared)
-        return self.feed(hidden), v_first, state, x, y
+        """The whole block: hidden, v_first and the mixer's state after it."""
+        hidden, v_first, state, _, _ = self.mix(hidden, v_first, state, shared)
+        return self.feed(hidden), v_first, state
 
     def mix(self, hidden, v_first, state, shared: SharedInputs):
-        """The first half, norm and time mixer: returns what run does."""
+        """The first half, norm and time mixer: what run returns, and the mixer's input and output."""
         x = self.input_layernorm(hidden)
         if shared.token_mask is not None:
             x = x * shared.token_mask.unsqueeze(-1).to(x.dtype)
@@ -141,7 +141,7 @@ class RadladsModel(RadladsPreTrainedModel):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
-        self._whole_sequences: tuple[tuple[int, torch.device], SharedInputs] | None = None
+        self.whole_sequences: tuple[tuple[int, torch.device], SharedInputs] | None = None
         self.post_init()
 
     def forward(
@@ -196,7 +196,7 @@ class RadladsModel(RadladsPreTrainedModel):
         Layers share graphs; the first call with new shapes takes seconds to minutes. For training and for prompts of
         many tokens. ValueError if inductor is asked for on a GPU without Triton.
         """
-        if enabled and backend == "inductor" and self.device.type == "cuda" and not has_triton():
+        if enabled and backend == "inductor" and self.device.type == "cuda" and not has_triton(self.device):
             raise ValueError("compiling for a GPU needs Triton: pip install 'radlads[gpu]', or run without compiling")
         if enabled:
             import torch._dynamo
@@ -242,13 +242,13 @@ class RadladsModel(RadladsPreTrainedModel):
 
     def _shared_by_whole_sequences(self, T: int, device: torch.device) -> SharedInputs:
         """What sequences of T tokens from their start share. Kept, since making it waits for the GPU every time."""
-        if self._whole_sequences is not None and self._whole_sequences[0] == (T, device):
-            return self._whole_sequences[1]
+        if self.whole_sequences is not None and self.whole_sequences[0] == (T, device):
+            return self.whole_sequences[1]
         with torch.no_grad():
             shared = SharedInputs(*rope_tables(self.config, torch.arange(T, device=device).unsqueeze(0)))
         # Tensors made in inference mode are of no use to a later training step
         if not torch.is_inference_mode_enabled():
-            self._whole_sequences = (T, device), shared
+            self.whole_sequences = (T, device), shared
         return shared
 
     def _padding_mask(self, attention_mask, earlier, past: int, hidden) -> torch.Tensor | None:
@@ -351,9 +351,9 @@ class RadladsForCausalLM(RadladsPreTrainedModel, GenerationMixin):
         model_kwargs["past_key_values"] = RadladsCache(self.config)
 
 
-def has_triton() -> bool:
-    """True where triton is installed, which torch.compile needs on a GPU."""
-    return importlib.util.find_spec("triton") is not None
+def has_triton(device: torch.device) -> bool:
+    """True where Triton, which torch.compile needs on a GPU, is installed and knows this CUDA device."""
+    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 def check_cache(cache, batch: int) -> None:

@@ -33,9 +33,12 @@ def rwkv7(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK, state_BHVK=Non
     """
     choice = choose_backend(backend, v_BTHV, ("triton", "fla"))
     if choice == "triton":
-        dtype = kernel_dtype(v_BTHV)
+        wanted, dtype = v_BTHV.dtype, kernel_dtype(v_BTHV)
+        if dtype not in (torch.bfloat16, torch.float32):
+            dtype = torch.float32  # fp16 does not hold what decays undone over a chunk grow to
         r_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK = (x.to(dtype) for x in (r_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK))
-        return rwkv7_triton(r_BTHK, log_w_BTHK.float(), k_BTHK, v_BTHV, kappa_BTHK, a_BTHK, state_BHVK)
+        out_BTHV, state_BHVK = rwkv7_triton(r_BTHK, log_w_BTHK.float(), k_BTHK, v_BTHV, kappa_BTHK, a_BTHK, state_BHVK)
+        return out_BTHV.to(wanted) if wanted == torch.float16 else out_BTHV, state_BHVK
     if choice == "fla":
         return _rwkv7_fla(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK, state_BHVK)
     run = rwkv7_reference if choice == "reference" else rwkv7_chunked
@@ -114,7 +117,7 @@ def fla_is_importable() -> bool:
 
 
 def kernel_dtype(v_BTHV: torch.Tensor) -> torch.dtype:
-    """What fla's kernels multiply in: autocast's dtype where autocast is on, else v's. Decay and state stay fp32."""
+    """What the GPU's kernels multiply in: autocast's dtype where that is on, else v's. Decay and state stay fp32."""
     kind = v_BTHV.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else v_BTHV.dtype
 

@@ -389,21 +389,26 @@ _backward = torch.library.custom_op(
 )
 
 
+def _like(x: torch.Tensor) -> torch.Tensor:
+    """What stands for a result shaped as x: contiguous, as the kernels' results are."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 @_forward.register_fake
 def _(r, log_w, k, v, kappa, a, first):
-    return torch.empty_like(v), _Chunks(v).last_state()
+    return _like(v), _Chunks(v).last_state()
 
 
 @_forward_keeping.register_fake
 def _(r, log_w, k, v, kappa, a, first):
     chunks = _Chunks(v)
     top, states, end = chunks.scratch(chunks.L, chunks.N), chunks.scratch(chunks.N, chunks.N), chunks.scratch(chunks.N)
-    return torch.empty_like(v), chunks.last_state(), top, states, end.float(), *chunks.matrices()
+    return _like(v), chunks.last_state(), top, states, end.float(), *chunks.matrices()
 
 
 @_backward.register_fake
 def _(d_out, d_last, r, log_w, k, v, kappa, a, u, states, end, reads, mixes, writes):
-    return *(torch.empty_like(x) for x in (r, log_w, k, v, kappa, a)), _Chunks(v).last_state()
+    return *(_like(x) for x in (r, log_w, k, v, kappa, a)), _Chunks(v).last_state()
 
 
 def _save(ctx, inputs, output):

@@ -22,10 +22,16 @@ class SwiGLU(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, T, C] to the same shape."""
         gate, up = self.gate_proj(x), self.up_proj(x)
-        # A layer that stands in for down_proj (quantised, adapted) has its own product
-        if not torch.is_grad_enabled() or type(self.down_proj) is not nn.Linear:
+        if not torch.is_grad_enabled() or not _is_plain(self.down_proj):
             return self.down_proj(F.silu(gate) * up)
         return _GatedDown.apply(gate, up, self.down_proj.weight.to(gate.dtype))
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether calling the layer does no more than multiply: not if it is another class (quantised, adapted), is hooked,
+    or has been given another forward (weights kept elsewhere)."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return type(layer) is nn.Linear and not hooks and "forward" not in vars(layer)
 
 
 class _GatedDown(torch.autograd.Function):

@@ -24,6 +24,7 @@ from radlads.data.loader import HeldoutWindows, TokenSamples, check_vocabulary
 from radlads.distill.heldout import Heldout
 from radlads.distill.logits import build_stage
 from radlads.model.modeling import RadladsForCausalLM, has_triton
+from radlads.model.registry import is_registered
 from radlads.train.callbacks import Console, HeldoutCallback, Progress
 from radlads.train.lightning_module import StageModule
 
@@ -137,11 +138,14 @@ def _train(trainer: L.Trainer, module: StageModule, batches: DataLoader, config:
             model.compile_blocks(compiles(train.compile, device))
         # Later stages' steps are long enough for the host, and their gradients too large to be kept between steps
         is_align = module.stage.name == "align"
-        module.graphed = is_align and device.type == "cuda" and compiles(train.compile, device)
+        compiled_on_gpu = device.type == "cuda" and compiles(train.compile, device)
+        # A user's own mixer may wait for the device, which a graph cannot record
+        module.graphed = is_align and compiled_on_gpu and is_registered(module.student.config)
         _fit(trainer, module, batches)
     except torch.OutOfMemoryError as error:
         raise ValueError(out_of_memory(config, device)) from error
     finally:
+        module.forget_graph()
         for model in models:
             model.compile_blocks(False)
         module.student.set_activation_checkpointing("none")
@@ -158,8 +162,8 @@ def _parameter_dtype(trainer: L.Trainer, train: TrainConfig, model: RadladsForCa
 
 
 def compiles(setting: str, device: torch.device) -> bool:
-    """Whether train.compile means to compile on `device`; "auto" is on CUDA with Triton."""
-    return setting == "always" or (setting == "auto" and device.type == "cuda" and has_triton())
+    """Whether train.compile means to compile on `device`; "auto" is on CUDA where Triton runs."""
+    return setting == "always" or (setting == "auto" and device.type == "cuda" and has_triton(device))
 
 
 def out_of_memory(config: Config, device: torch.device) -> str:

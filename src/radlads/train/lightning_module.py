@@ -106,6 +106,10 @@ class StageModule(L.LightningModule):
             self._graphed_parts = GraphedParts(self.stage, self.student, self.teacher)
         return self._graphed_parts(tokens)
 
+    def forget_graph(self) -> None:
+        """Let the recorded graph and its memory go."""
+        self._graphed_parts = None
+
     def _optimizer_step(self) -> None:
         # Not Lightning's wrappers: automatic precision scaling is not used, and stepping through them costs time
         optimizers = self.trainer.optimizers

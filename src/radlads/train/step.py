@@ -52,6 +52,8 @@ class GraphedParts:
 
     def __init__(self, stage: Stage, student: RadladsForCausalLM, teacher: RadladsForCausalLM | None):
         self._run = functools.partial(backward_parts, stage, student, teacher)
+        self._models = [student] if teacher is None else [student, teacher]
+        self._read_by_graph: list[object] = []
         self._parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
         self._calls = 0
         self._stream = torch.cuda.Stream()
@@ -100,10 +102,17 @@ class GraphedParts:
     def _record(self) -> None:
         self._graph = torch.cuda.CUDAGraph()
         torch.clear_autocast_cache()  # weights cast earlier would be replayed as they were then
-        with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
-            assert self._tokens is not None
-            self._sums = self._run(self._tokens)
+        try:
+            with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
+                assert self._tokens is not None
+                self._sums = self._run(self._tokens)
+        except RuntimeError as error:  # ending a recording that failed fails too, and hides why
+            if isinstance(error.__context__, torch.OutOfMemoryError):
+                raise error.__context__ from None
+            raise
         torch.clear_autocast_cache()
+        # Another sequence length would make the models forget the tables that the graph reads
+        self._read_by_graph = [model.model.whole_sequences for model in self._models]
         self._gradients = [parameter.grad for parameter in self._parameters]
 
 
@@ -136,7 +145,7 @@ def optimizer_step(
 
 def _update(optimizer: torch.optim.Optimizer, *, scale: torch.Tensor, finite: torch.Tensor) -> None:
     """Step with gradients times `scale`, if `finite`."""
-    if isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]:
+    if isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"] and scale.device.type != "mps":
         # The kernel itself divides by grad_scale, and does nothing where found_inf is 1 (both are there for GradScaler)
         optimizer.grad_scale, optimizer.found_inf = scale.reciprocal(), (~finite).float()  # type: ignore[attr-defined]
         optimizer.step()
@@ -151,7 +160,7 @@ class Readout:
     """A tensor of numbers on its way to the host. Making one costs no wait; `values` waits until it has arrived."""
 
     def __init__(self, numbers: torch.Tensor):
-        self._numbers = numbers.detach().to("cpu", non_blocking=True)
+        self._numbers = numbers.detach().to("cpu", non_blocking=numbers.is_cuda)
         self._arrived = torch.cuda.Event() if numbers.is_cuda else None
         if self._arrived is not None:
             self._arrived.record()
