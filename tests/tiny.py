@@ -1,11 +1,12 @@
 """Tiny teachers, corpora and configurations for tests of conversion and training."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen2ForCausalLM, Qwen3Config
 
 from radlads.config.load import load_config
 from radlads.config.schema import Config
@@ -34,6 +35,12 @@ def teacher_folder(folder: Path, *, tied: bool = False, vocab_size: int = VOCAB)
     for parameter in model.parameters():
         parameter.data.add_(0.05 * torch.randn_like(parameter))
     model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer's files; 256 ends a document."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {character: index for index, character in enumerate(alphabet)} | {"<|end|>": 256}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -43,7 +50,6 @@ def teacher_folder(folder: Path, *, tied: bool = False, vocab_size: int = VOCAB)
     (folder / "tokenizer_config.json").write_text(
         '{"eos_token": "<|end|>", "tokenizer_class": "PreTrainedTokenizerFast"}'
     )
-    return folder
 
 
 def corpus(stem: Path, *, num_tokens: int = 20_000, seed: int = 0) -> Path:
@@ -74,6 +80,55 @@ def stage_config(folder: Path, stage: str, **overrides: object) -> Config:
         "train.proj_dir": str(folder),
     }
     return load_config([], keys | overrides)
+
+
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 256,
+    "eos_token_id": 256,
+    "pad_token_id": 256,
+}
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e6}
+# Contexts of a few tokens, so that the scalings change what tests of a few dozen tokens see
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 128}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1e6, "factor": 3.0}
+# GQA 4:2 all; Qwen3 with heads * head_dim = 96, not 64
+FAMILIES = {
+    "qwen3": Qwen3Config(**SIZES, head_dim=24, rope_parameters=PLAIN_ROPE),
+    "qwen3-yarn": Qwen3Config(**SIZES, head_dim=24, rope_parameters=YARN_ROPE),
+    "llama3": LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE),
+    "llama-plain": LlamaConfig(**SIZES, rope_parameters=PLAIN_ROPE),
+    "qwen2-yarn": Qwen2Config(**SIZES, rope_parameters=YARN_ROPE),
+    "qwen2-linear": Qwen2Config(**SIZES, rope_parameters=LINEAR_ROPE),
+}
+
+
+def family_folder(folder: Path, family: str, *, tied: bool = False) -> Path:
+    """A random model of one of FAMILIES, its norms and biases moved, with a tokenizer, as a Hugging Face folder."""
+    torch.manual_seed(7)
+    config = copy.deepcopy(FAMILIES[family])
+    config.tie_word_embeddings = tied
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
 
 
 class Silent:

@@ -6,7 +6,12 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from radlads.config.schema import Config
 
 FAILED = 1
 USER_ERROR = 2
@@ -29,6 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"radlads: {_sentence(error)}", file=sys.stderr)
         return USER_ERROR
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for its name alone
+            raise
+        print(
+            "radlads: the GPU's memory is full: give shorter prompts, fewer at a time, or --device cpu", file=sys.stderr
+        )
+        return USER_ERROR
     except KeyboardInterrupt:
         print("radlads: interrupted; start the same command again to go on", file=sys.stderr)
         return INTERRUPTED
@@ -36,9 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def demo(arguments: argparse.Namespace) -> int:
     """Convert a teacher through all stages and print what came of it."""
+    from radlads.config.load import load_config
     from radlads.recipes.conversion import BUNDLED_TEACHER, Conversion, run_conversion
 
     out = arguments.out or Path("out") / ("demo" if arguments.teacher is None else "conversion")
+    overrides = dict(_override(text) for text in arguments.set)
+    _warn_of_idle_keys(load_config([], overrides))
     conversion = Conversion(
         teacher=arguments.teacher or BUNDLED_TEACHER,
         mixer=arguments.mixer,
@@ -46,7 +61,8 @@ def demo(arguments: argparse.Namespace) -> int:
         out=out,
         data=arguments.data,
         heldout_data=arguments.heldout_data,
-        overrides=dict(_override(text) for text in arguments.set),
+        overrides=overrides,
+        retie=arguments.retie,
     )
     summary = run_conversion(conversion, Terminal())
     _print_summary(summary, out)
@@ -58,6 +74,7 @@ def train(argv: Sequence[str]) -> int:
     from radlads.config.load import parse_config
 
     config = parse_config(argv, write=print)
+    _warn_of_idle_keys(config)
     from radlads.recipes.single_stage import train_stage
 
     result = train_stage(config, Terminal())
@@ -65,6 +82,112 @@ def train(argv: Sequence[str]) -> int:
     if result.heldout is not None:
         kl = "" if result.heldout.kl is None else f", KL {result.heldout.kl:.4f}, top-1 {result.heldout.top1:.1%}"
         print(f"held-out loss {result.heldout.loss:.4f}{kl}")
+    return 0
+
+
+def config_from_hf(arguments: argparse.Namespace) -> int:
+    """Print the model section that has the sizes of a Hugging Face model."""
+    from radlads.config.sizes import sizes_from_hf
+
+    print(sizes_from_hf(arguments.folder), end="")
+    return 0
+
+
+def data_info(arguments: argparse.Namespace) -> int:
+    """Say what a token corpus holds."""
+    from radlads.data.binidx import BinIdxReader
+    from radlads.data.inspect_corpus import USUAL_CONTEXTS, describe, length_histogram
+
+    reader = BinIdxReader(arguments.file)
+    decode = _decoder(_tokenizer(arguments.tokenizer)[0]) if arguments.tokenizer else None
+    print(*describe(reader, USUAL_CONTEXTS, decode), sep="\n")
+    histogram = length_histogram(reader)
+    widest = max(each.num_documents for each in histogram)
+    print("documents by tokens")
+    for each in histogram:
+        bar = "#" * -(-40 * each.num_documents // widest)
+        print(f"{each.first:>12,} to {each.last:>12,} {each.num_documents:>12,} {bar}")
+    return 0
+
+
+def data_build(arguments: argparse.Namespace) -> int:
+    """Tokenise a dataset into NAME.bin and NAME.idx, and say what came of it."""
+    import signal
+    import time
+
+    from radlads.data.binidx import BinIdxReader
+    from radlads.data.build import BuiltCorpus, build_binidx
+    from radlads.data.datasets_source import open_documents
+    from radlads.data.inspect_corpus import describe
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill removes temporary files, as Ctrl-C does
+    limits = {"--ctxlen": (arguments.ctxlen, 1), "--processes": (arguments.processes, 1)}
+    for option, (value, least) in (limits | {"--max_tokens": (arguments.max_tokens, 2)}).items():
+        if value is not None and value < least:
+            raise ValueError(f"{option} must be {least} or more, not {value}")
+    tokenizer, eos, vocab_size = _tokenizer(arguments.tokenizer)
+    source = open_documents(
+        arguments.dataset,
+        column=arguments.column_name,
+        split=arguments.split,
+        subset=arguments.subset,
+        text_unit=arguments.text_unit,
+    )
+    terminal, began = Terminal(), time.monotonic()
+
+    def show(so_far: BuiltCorpus) -> None:
+        done = max(
+            so_far.num_documents / source.num_rows if source.num_rows else 0.0,
+            so_far.num_tokens / arguments.max_tokens if arguments.max_tokens else 0.0,
+        )
+        terminal.progress(_build_progress(so_far.num_documents, so_far.num_tokens, done, time.monotonic() - began))
+
+    stem = _corpus_stem(arguments)
+    built = build_binidx(
+        source.documents,
+        tokenizer,
+        stem,
+        vocab_size=vocab_size,
+        eos_token_id=eos,
+        max_tokens=arguments.max_tokens,
+        processes=arguments.processes,
+        on_progress=show,
+    )
+    terminal.line(_build_progress(built.num_documents, built.num_tokens, 0.0, time.monotonic() - began))
+    print(*describe(BinIdxReader(stem), (arguments.ctxlen,), _decoder(tokenizer)), sep="\n")
+    return 0
+
+
+def data_check(arguments: argparse.Namespace) -> int:
+    """Read a built corpus as a whole, and refuse one that its tokenizer cannot have made."""
+    from radlads.data.binidx import BinIdxReader
+    from radlads.data.inspect_corpus import describe, documents_ending_in
+    from radlads.data.loader import check_vocabulary
+
+    tokenizer, eos, vocab_size = _tokenizer(arguments.tokenizer)
+    stem = _corpus_stem(arguments)
+    reader = BinIdxReader(stem)
+    check_vocabulary(reader, vocab_size, f"{stem}.bin")
+    print(*describe(reader, (arguments.ctxlen,), _decoder(tokenizer)), sep="\n")
+    ended = documents_ending_in(reader, eos)
+    if ended < reader.num_documents:
+        raise ValueError(
+            f"{stem}.bin: {reader.num_documents - ended:,} of {reader.num_documents:,} documents do not end in the "
+            f"tokenizer's EOS, {eos}: run fixeos if they end in 0, else build it again"
+        )
+    return 0
+
+
+def data_fixeos(arguments: argparse.Namespace) -> int:
+    """Replace the token 0 at the end of documents by the tokenizer's EOS."""
+    from radlads.data.binidx import BinIdxReader
+    from radlads.data.inspect_corpus import replace_trailing
+
+    _, eos, _ = _tokenizer(arguments.tokenizer)
+    stem = _corpus_stem(arguments)
+    reader = BinIdxReader(stem)
+    changed = replace_trailing(reader, old=0, new=eos)
+    print(f"{stem}.bin: {changed:,} of {reader.num_documents:,} documents ended in 0 and now end in {eos}")
     return 0
 
 
@@ -151,6 +274,8 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "train", help="run one stage: -c FILE ... --train.KEY VALUE (radlads train --help)", add_help=False
     )
+    _add_config(commands)
+    _add_data(commands)
     _add_generate(commands)
     _add_bench(commands)
     return parser
@@ -180,7 +305,54 @@ def _add_demo(commands: Any) -> None:
         metavar="KEY=VALUE",
         help="a configuration key of all stages, e.g. train.micro_bsz=4",
     )
+    command.add_argument(
+        "--retie", action="store_true", help="end with the embedding as the head again (teachers whose head is tied)"
+    )
     command.set_defaults(run=demo)
+
+
+def _add_config(commands: Any) -> None:
+    command = commands.add_parser("config", help="write configuration files")
+    kinds = command.add_subparsers(title="what to write", required=True, metavar="KIND")
+    from_hf = kinds.add_parser("from-hf", help="print the sizes of a Hugging Face model, as a file for -c")
+    from_hf.add_argument("folder", type=Path, metavar="DIR", help="a folder with a config.json: Qwen2, Qwen3, Llama...")
+    from_hf.set_defaults(run=config_from_hf)
+
+
+def _add_data(commands: Any) -> None:
+    command = commands.add_parser("data", help="build, check and describe token corpora")
+    kinds = command.add_subparsers(title="what to do", required=True, metavar="KIND")
+    info = kinds.add_parser("info", help="documents, tokens, lengths and magic primes of a corpus")
+    info.add_argument("file", type=Path, metavar="FILE", help="a .bin/.idx pair, with or without the extension")
+    info.add_argument("--tokenizer", help="folder or hub name, to show the first and last document as text")
+    info.set_defaults(run=data_info)
+    for name, run, what in (
+        ("build", data_build, "tokenise a dataset into NAME.bin and NAME.idx"),
+        ("check", data_check, "read a built corpus as a whole"),
+        ("fixeos", data_fixeos, "replace a trailing token 0 by the tokenizer's EOS in every document"),
+    ):
+        kind = kinds.add_parser(name, help=what)
+        add_corpus_options(kind)
+        kind.set_defaults(run=run)
+
+
+def add_corpus_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `radlads data build`, `check` and `fixeos`, for a command of another name."""
+    parser.add_argument("--dataset", required=True, help="a jsonl, csv, parquet or text file, a folder, or a hub name")
+    parser.add_argument("--tokenizer", required=True, help="a folder with tokenizer.json, or a hub name")
+    parser.add_argument("--ctxlen", type=int, default=512, help="tokens a sample, for the magic prime (default 512)")
+    parser.add_argument("--column_name", default="text", help="where the dataset's text is (default text)")
+    parser.add_argument("--max_tokens", type=int, help="stop there, cutting the last document short")
+    parser.add_argument("--out", type=Path, help="the corpus, without extension (default: the dataset's name, here)")
+    parser.add_argument("--split", default="train", help="of a dataset that has several (default train)")
+    parser.add_argument("--subset", help="the configuration of a hub dataset that has several")
+    parser.add_argument("--processes", type=int, default=1, help="that tokenise (default 1, with tokenizers' threads)")
+    parser.add_argument(
+        "--text_unit",
+        default="document",
+        choices=["document", "paragraph", "line"],
+        help="what of a plain text file is one document (default: all of it)",
+    )
 
 
 def _add_generate(commands: Any) -> None:
@@ -273,6 +445,51 @@ def _bench_cases(arguments: argparse.Namespace) -> str:
     return f"{arguments.stage}_{batch}x{tokens}"
 
 
+def _warn_of_idle_keys(config: "Config") -> None:
+    from radlads.config.schema import without_effect
+
+    if keys := without_effect(config):
+        print(f"radlads: warning: no effect here: {', '.join(keys)}", file=sys.stderr)
+
+
+def _tokenizer(path_or_name: str) -> "tuple[Tokenizer, int, int]":
+    """A tokenizer, the id that ends its documents, and how many ids there are; of a hub name no weights are fetched."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    from radlads.convert.hf_source import end_of_text_id, load_tokenizer
+
+    folder = Path(path_or_name).expanduser()
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(path_or_name, allow_patterns=["*.json"]))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(
+                f"{path_or_name} is neither a folder nor a tokenizer that the hub hands out: {reason}"
+            ) from error
+    tokenizer = load_tokenizer(folder, 2**31)
+    eos = end_of_text_id(folder, tokenizer)
+    return tokenizer, eos, max(eos, *tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def _decoder(tokenizer: "Tokenizer") -> Callable[[list[int]], str]:
+    return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False))
+
+
+def _corpus_stem(arguments: argparse.Namespace) -> Path:
+    """--out, or the dataset's name less its suffixes, in the working folder."""
+    return arguments.out or Path(Path(arguments.dataset).expanduser().resolve().name.split(".")[0])
+
+
+def _build_progress(num_documents: int, num_tokens: int, done: float, seconds: float) -> str:
+    """`done`: the share of the work that lies behind, 0 if it is not known."""
+    text = f"{num_documents:,} documents ({num_documents / seconds:,.0f}/s), "
+    text += f"{num_tokens:,} tokens ({num_tokens / seconds:,.0f}/s)"
+    left_s = seconds / done - seconds if 0 < done <= 1 else None
+    return text if left_s is None else f"{text}, {left_s // 60:.0f} min {left_s % 60:.0f} s left"
+
+
 def _override(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals:
@@ -288,7 +505,7 @@ def _sentence(error: Exception) -> str:
 
 def _print_summary(summary: dict[str, Any], out: Path) -> None:
     print(f"\n{'held out':12}{'loss':>9}{'KL':>9}{'top-1':>8}{'tokens':>12}{'seconds':>9}")
-    for row in ("teacher", "setup", "align", "distill", "extend"):
+    for row in ("teacher", "setup", "align", "distill", "extend", *(["retied"] if "retied" in summary else [])):
         values = summary[row]
         cost = f"{values['tokens']:12,}{values['seconds']:9.0f}" if "tokens" in values else ""
         print(f"{row:12}{values['loss']:9.4f}{values['kl']:9.4f}{values['top1']:8.1%}{cost}")

@@ -15,7 +15,7 @@ ORDER = [
     *("bench", "cli"),
 ]
 MODEL_MAY_IMPORT = {"torch", "transformers", "triton", *sys.stdlib_module_names}
-ONE_DOOR = {"fla": "radlads.model.recurrence", "lightning": "radlads.train"}
+ONE_DOOR = {"datasets": "radlads.data.datasets_source", "fla": "radlads.model.recurrence", "lightning": "radlads.train"}
 
 
 class Import(NamedTuple):

@@ -117,7 +117,12 @@ def test_truncated_weights_are_refused(teacher, tmp_path):
         ({"architectures": None}, "no architecture"),
         ({"use_sliding_window": True}, "sliding-window"),
         ({"hidden_act": "gelu"}, "activation 'gelu'"),
-        ({"rope_scaling": {"type": "yarn"}, "rope_parameters": None, "rope_theta": 1e6}, "scales RoPE by 'yarn'"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "copy/config.json .* RoPE scaling 'dynamic' is not supp",
+        ),
+        ({"rope_scaling": {"type": "yarn"}, "rope_parameters": None}, "type 'yarn' needs a positive factor, not None"),
+        ({"mlp_bias": True}, "sets mlp_bias, which is not supported"),
         ({"hidden_size": None}, "lacks hidden_size"),
     ],
 )

@@ -118,7 +118,16 @@ def test_tied_models_share_one_tensor():
     assert ours.lm_head.weight is ours.model.embed_tokens.weight
 
 
-def test_scaled_rope_is_refused():
-    config = RadladsConfig(**SHARED, rope_parameters={"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0})
-    with pytest.raises(ValueError, match="RoPE scaling 'yarn' is not supported"):
-        RadladsForCausalLM(config)(torch.zeros(1, 2, dtype=torch.long))
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        ({"rope_type": "dynamic", "factor": 4.0}, "RoPE scaling 'dynamic' is not supported: use one of default"),
+        ({"rope_type": "linear"}, "'linear' needs a positive factor, not None"),
+        ({"rope_type": "yarn", "factor": "4"}, "'yarn' needs a positive factor, not '4'"),
+        ({"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0}, "needs a positive low_freq_factor"),
+        ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1"),
+    ],
+)
+def test_a_rope_we_lack_is_refused(rope, message):
+    with pytest.raises(ValueError, match=message):
+        RadladsConfig(**SHARED, rope_parameters={"rope_theta": 1e6, **rope})

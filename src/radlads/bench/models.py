@@ -85,8 +85,8 @@ def _teacher(name: str) -> RadladsConfig:
 def _with_layers(teacher: RadladsConfig, layers: int | None) -> RadladsConfig:
     if layers is None:
         return teacher
-    sizes = {name: getattr(teacher, name) for name in SIZES_TINY} | {"num_hidden_layers": layers}
-    return _softmax_config(sizes, tied=teacher.tie_word_embeddings)
+    per_layer = {"time_mixers": ["qwen2"] * layers, "channel_mixers": [], "layer_types": []}
+    return RadladsConfig.from_dict(teacher.to_dict() | {"num_hidden_layers": layers} | per_layer)
 
 
 def _softmax_config(sizes: dict[str, Any], *, tied: bool) -> RadladsConfig:

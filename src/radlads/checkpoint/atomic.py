@@ -63,6 +63,33 @@ def unfinished_folder(target: Path) -> Iterator[Path]:
     _sync(target.parent)
 
 
+@contextmanager
+def unfinished_file(target: Path) -> Iterator[Path]:
+    """Give the name `NAME.partial` to write a file under; at the end sync it and rename it to `target`.
+
+    After an exception nothing is left. Raises ValueError if `target` exists or its folder does not, and OSError that
+    names the file if it cannot be written.
+    """
+    if target.exists():
+        raise ValueError(f"{target} exists already: remove it or choose another name")
+    if not target.parent.is_dir():
+        raise ValueError(f"{target.parent} is not a folder: make it first, or choose another one for {target.name}")
+    partial = partial_name(target)
+    try:
+        yield partial
+        _sync(partial)
+        os.replace(partial, target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, os.strerror(error.errno), str(target)) from error
+        raise
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    _sync(target.parent)
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,13 +1,15 @@
 """A Hugging Face folder that anybody can load: weights, configuration, tokenizer and the model's own code."""
 
+import json
 import shutil
 from pathlib import Path
 
 import torch
 
 import radlads.model
-from radlads.checkpoint.atomic import unfinished_folder
+from radlads.checkpoint.atomic import read_json, unfinished_folder, write_text
 from radlads.checkpoint.model_folder import save_model
+from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.registry import is_registered
 
@@ -41,10 +43,27 @@ def export(model: RadladsForCausalLM, teacher_folder: Path, target: Path, *, dty
     model.config.auto_map = _AUTO_MAP
     with unfinished_folder(target) as partial:
         save_model(model, partial, dtype=dtype)
-        for source in Path(radlads.model.__file__).parent.glob("*.py"):
-            if source.name != "__init__.py":
-                shutil.copyfile(source, partial / source.name)
+        _copy_code(partial)
         copy_tokenizer(teacher_folder, partial)
+
+
+def copy_all_but_weights(folder: Path, target: Path) -> None:
+    """Copy what makes weights a model: config.json if there is one, tokenizer, and our code for a model of ours."""
+    copy_tokenizer(folder, target)
+    if not (folder / "config.json").is_file():
+        return
+    values = read_json(folder / "config.json")
+    ours = RadladsForCausalLM.__name__ in (values.get("architectures") or ())
+    if ours and is_registered(RadladsConfig.from_dict(dict(values))):
+        values["auto_map"] = _AUTO_MAP
+        _copy_code(target)
+    write_text(target / "config.json", json.dumps(values, indent=2) + "\n")
+
+
+def _copy_code(folder: Path) -> None:
+    for source in Path(radlads.model.__file__).parent.glob("*.py"):
+        if source.name != "__init__.py":
+            shutil.copyfile(source, folder / source.name)
 
 
 def copy_tokenizer(teacher_folder: Path, folder: Path) -> None:

@@ -6,7 +6,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from radlads.checkpoint.weights import WEIGHTS_FILE, SafetensorsFolder, load_strict
+from radlads.checkpoint.published import (
+    ARCHITECTURES,
+    UsedWeights,
+    published_config,
+    published_kind,
+    untie_if_head_differs,
+)
+from radlads.checkpoint.weights import WEIGHTS_FILE, SafetensorsFolder, StoredWeights, load_strict
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 
@@ -21,13 +28,20 @@ def save_model(model: RadladsForCausalLM, folder: Path, *, dtype: torch.dtype | 
 
 
 def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> RadladsForCausalLM:
-    """The model of a folder that save_model or an export wrote, in evaluation mode.
+    """The model of a folder that save_model or an export wrote, or of a published checkpoint, in evaluation mode.
 
     Raises ValueError for a folder that is none, another architecture, and weights that do not fit (load_strict).
     """
-    config = RadladsConfig.from_dict(read_config(folder, RadladsForCausalLM.__name__))
+    values = read_config(folder, RadladsForCausalLM.__name__, *ARCHITECTURES)
+    weights: StoredWeights = SafetensorsFolder(folder)
+    if published_kind(values):
+        config = published_config(values, folder)
+        untie_if_head_differs(config, weights)
+        weights = UsedWeights(weights, config)
+    else:
+        config = RadladsConfig.from_dict(values)
     model = RadladsForCausalLM(config).to(dtype)  # type: ignore[arg-type]
-    load_strict(model, SafetensorsFolder(folder), folder)
+    load_strict(model, weights, folder)
     return model.eval()
 
 

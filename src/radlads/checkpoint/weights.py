@@ -1,8 +1,10 @@
-"""Weights of a model folder: safetensors, single or sharded, read tensor by tensor."""
+"""Weights by name: safetensors, a folder's or a file's, read tensor by tensor; and filling a model with them."""
 
 import json
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,8 +13,45 @@ WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
 
-class SafetensorsFolder(Mapping[str, torch.Tensor]):
-    """The tensors of a folder's safetensors files by name; each is read from disk when asked for.
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""What safetensors calls the types of numbers."""
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+class TensorInfo(NamedTuple):
+    """What is known of a stored tensor without reading it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class StoredWeights(Mapping[str, torch.Tensor]):
+    """Tensors on disk by name; each is read when asked for, and may be a view of the file: do not keep many."""
+
+    @abstractmethod
+    def info(self, name: str) -> TensorInfo:
+        """Shape and type of a tensor, which is not read."""
+
+
+class SafetensorsFolder(StoredWeights):
+    """The tensors of a folder's safetensors files, or of one such file, by name.
 
     Raises ValueError if the folder holds no weights, a shard is missing, or a file is truncated or not safetensors.
     """
@@ -23,7 +62,12 @@ class SafetensorsFolder(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         with _opened(self._file_of[name]) as file:
-            return file.get_tensor(name)
+            return _present(file, name, self._file_of[name]).get_tensor(name)
+
+    def info(self, name: str) -> TensorInfo:
+        with _opened(self._file_of[name]) as file:
+            stored = _present(file, name, self._file_of[name]).get_slice(name)
+            return TensorInfo(tuple(stored.get_shape()), _DTYPES[stored.get_dtype()])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
@@ -62,6 +106,9 @@ def copy_checked(parameter: torch.nn.Parameter, tensor: torch.Tensor, name: str,
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
+    if folder.is_file():
+        with _opened(folder) as file:
+            return dict.fromkeys(file.keys(), folder)
     index = folder / WEIGHTS_INDEX
     if index.is_file():
         try:
@@ -79,6 +126,12 @@ def _existing(path: Path) -> Path:
     if not path.is_file():
         raise ValueError(f"{path} is missing: copy all shards that {WEIGHTS_INDEX} names")
     return path
+
+
+def _present(file, name: str, path: Path):
+    if name not in set(file.keys()):
+        raise ValueError(f"{path} lacks {name}, which {WEIGHTS_INDEX} says it holds: copy the folder anew")
+    return file
 
 
 def _opened(path: Path):

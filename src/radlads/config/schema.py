@@ -39,7 +39,7 @@ class RopeConfig:
     """Rotary position embedding."""
 
     base: float = 10000.0
-    """Accepted so that released files load; no effect: the base is always the teacher's."""
+    """Base of the frequencies: used for weights without a config.json, else checked against it; 10000 = not checked."""
     rescale: float = 1.0
     """Not available yet: must be 1."""
     rebase: float = 1.0
@@ -48,10 +48,10 @@ class RopeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder: which mixers its layers use. Its sizes are always the teacher's, or those of the model it loads."""
+    """A decoder: which mixers its layers use, and sizes, which are checked against those of the model it comes from."""
 
     hf_path: str = ""
-    """Hugging Face folder or hub name whose config.json gives the sizes below; '' = the sizes are given here."""
+    """Hugging Face folder or hub name to set the student up from, where it is not the teacher; '' = the teacher."""
     classname: str = ""
     """Accepted so that released files load; no effect: sizes are always the teacher's."""
     tmix: str = "rad_rwkv7"
@@ -65,23 +65,23 @@ class ModelConfig:
     ctx_len: int = 1024
     """Tokens in one training sequence."""
     vocab_size: int = 0
-    """Accepted so that released files load; no effect: sizes are always the teacher's."""
+    """Tokens in the vocabulary: checked against the model, whose own value is used; 0 = not checked."""
     vocab_padding_idx: int = -1
-    """Not available yet: must be -1."""
+    """Accepted so that released files load; no effect: every token's embedding trains."""
     n_layer: int = 6
-    """Accepted so that released files load; no effect: sizes are always the teacher's."""
+    """Layers: checked against the model, whose own value is used; 6 = not checked."""
     n_embd: int = 512
-    """Accepted so that released files load; no effect: sizes are always the teacher's."""
+    """Channels of the residual stream: checked against the model, whose own value is used; 512 = not checked."""
     dim_att: int = 0
-    """Accepted so that released files load; no effect: sizes are always the teacher's."""
+    """Channels of all query heads together: checked against the model, whose own value is used; 0 = not checked."""
     dim_ffn: int = 0
-    """Accepted so that released files load; no effect: sizes are always the teacher's."""
+    """Channels inside the gated MLP: checked against the model, whose own value is used; 0 = not checked."""
     head_size: int = 64
-    """Accepted so that released files load; no effect: sizes are always the teacher's."""
+    """Channels of a head: used for weights without a config.json, else checked against it; 64 = not checked."""
     num_key_value_heads: int = 0
-    """Accepted so that released files load; no effect: sizes are always the teacher's."""
+    """Heads of keys and values: checked against the model, whose own value is used; 0 = not checked."""
     rms_norm_eps: float = 1e-6
-    """Accepted so that released files load; no effect: sizes are always the teacher's."""
+    """Epsilon of the norms: used for weights without a config.json, else checked against it; 1e-6 = not checked."""
     dropout: float = 0.0
     """Not available yet: must be 0."""
     inv_other_layer_ratio: float = 1.0
@@ -91,7 +91,7 @@ class ModelConfig:
     rope: RopeConfig = field(default_factory=RopeConfig)
     """Rotary position embedding."""
     attention_type: str = ""
-    """Not available yet: must be ''. The kernel is the best for the device."""
+    """Accepted so that released files load; no effect: the kernel is the best one for the device."""
     reinit_att: Switch = 0
     """1 = start from random attention projections, not the teacher's: an ablation, clearly worse."""
     gate_rank_type: Literal[0, 1, 2] = 1
@@ -129,7 +129,7 @@ class TeacherConfig:
     ce_weight: float = 0.5
     """Weight of cross-entropy on the labels. Extend stage only; without a teacher it counts as 1."""
     model: ModelConfig = field(default_factory=lambda: ModelConfig(tmix="qwen2"))
-    """Accepted so that released files load; no effect: the shape is that of the folder."""
+    """Sizes of the teacher, checked as the student's are; the other keys have no effect."""
 
     def __post_init__(self) -> None:
         _check_model(self.model, "train.teacher.model")
@@ -145,9 +145,11 @@ class TrainConfig:
     """One training stage."""
 
     load_model: str = ""
-    """Model folder of an earlier stage to start from; '' = set the student up from the teacher (align stage only)."""
+    """Model folder or weights file (.pth, .safetensors) to start from; '' = set the student up from the teacher (align
+    stage only)."""
     load_partial: Switch = 0
-    """Not available yet: must be 0."""
+    """Accepted so that released files load; no effect: the align stage always sets up what the teacher's weights lack,
+    and an earlier stage's must be whole."""
     attention_distillation_stage: int = -1
     """1 = align the mixers with the teacher's attention, 2 = distil the logits, -1 = extend the context."""
     train_stage: int = 0
@@ -214,13 +216,15 @@ class TrainConfig:
     weight_decay_final: float = -1.0
     """Not available yet: must be -1."""
     data_file: str = ""
-    """Training tokens: path of a .bin/.idx pair, without the extension."""
+    """Training tokens: path of a .bin/.idx pair, without the extension; several with weights, as in a:0.9,b:0.1."""
     validation_data_file: str = ""
     """Held-out tokens: path of a .bin/.idx pair, without the extension; '' = no held-out evaluation."""
     data_type: Literal["binidx"] = "binidx"
     """Format of the data files."""
-    magic_prime: int = 0
-    """Prime that orders the samples; 0 = the largest one = 2 (mod 3) below the number of sequences."""
+    heldout_tail_tokens: int = 0
+    """Tokens at the end of data_file to hold out instead of a validation_data_file; 0 = none."""
+    magic_prime: int | Literal["auto"] = 0
+    """Prime that orders the samples; auto or 0 = the largest one = 2 (mod 3) below the number of sequences."""
     my_exit_tokens: int = 0
     """The stage's token budget; 0 = one pass of the data."""
     heldout_tokens: int = 65536
@@ -239,7 +243,7 @@ class TrainConfig:
     accelerator: Literal["gpu", "cuda", "cpu", "mps", "auto"] = "gpu"
     """Hardware to train on."""
     strategy: str = "auto"
-    """Not available yet: must be auto."""
+    """Accepted so that released files load; no effect on one device."""
     devices: int = 1
     """Not available yet: must be 1."""
     num_nodes: int = 1
@@ -251,8 +255,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_choices(self, "train")
+        if self.magic_prime != "auto":
+            _check_ranges(self, "train", NOT_NEGATIVE, ["magic_prime"])
         for limits, names in _TRAIN_RANGES.items():
             _check_ranges(self, "train", limits, names)
+        if self.validation_data_file and self.heldout_tail_tokens:
+            raise ValueError(
+                "train.validation_data_file and train.heldout_tail_tokens both name held-out text: set one of them"
+            )
         if self.lr_wait > self.lr_endpoint:
             raise ValueError(
                 f"train.lr_wait must be at most train.lr_endpoint, which is {self.lr_endpoint}, not {self.lr_wait}"
@@ -272,7 +282,7 @@ _TRAIN_RANGES: dict[Range, list[str]] = {
     BELOW_ONE: ["beta1", "beta2"],
     NOT_NEGATIVE: [
         *("seed_everything", "gradient_clip_val", "weight_decay", "epoch_begin", "epoch_save"),
-        *("my_exit_tokens", "magic_prime", "heldout_every_steps"),
+        *("my_exit_tokens", "heldout_tail_tokens", "heldout_every_steps"),
     ],
     NOT_NEGATIVE_OR_UNSET: ["warmup_steps", "weight_decay_final"],
     AT_LEAST_ONE: [
@@ -306,16 +316,45 @@ def unavailable(config: Config) -> str | None:
     return next((key for key, value, default in wanted if value != default), None)
 
 
-_UNAVAILABLE_MODEL_KEYS = ("dropout", "vocab_padding_idx", "attention_type")
+_UNAVAILABLE_MODEL_KEYS = ("dropout",)
 _UNAVAILABLE_TRAIN_KEYS = (
-    "load_partial",
     "weight_decay_final",
     "epoch_begin",
     "wandb",
-    "strategy",
     "devices",
     "num_nodes",
 )
+
+
+def without_effect(config: Config) -> list[str]:
+    """The dotted keys that are set to something but can change nothing, in the schema's order."""
+    model, teacher, train = config.model, config.train.teacher.model, config.train
+    return [
+        *_set_to_something(model, ModelConfig(), "model", _IDLE_MODEL_KEYS),
+        *_set_to_something(train, TrainConfig(), "train", _IDLE_TRAIN_KEYS),
+        *_set_to_something(teacher, TeacherConfig().model, "train.teacher.model", _idle_teacher_model_keys()),
+    ]
+
+
+def _set_to_something(part: object, default: object, prefix: str, names: Iterable[str]) -> list[str]:
+    return [f"{prefix}.{name}" for name in names if getattr(part, name) != getattr(default, name)]
+
+
+_IDLE_MODEL_KEYS = ("classname", "vocab_padding_idx", "attention_type")
+_IDLE_TRAIN_KEYS = (
+    *("load_partial", "train_stage", "epoch_save", "val_check_interval", "check_val_every_n_epoch", "strategy"),
+    "ds_bucket_mb",
+)
+SIZE_KEYS = (
+    *("vocab_size", "n_layer", "n_embd", "dim_att", "dim_ffn", "head_size", "num_key_value_heads", "rms_norm_eps"),
+    "rope",
+)
+"""Keys of a model section that say how large it is."""
+
+
+def _idle_teacher_model_keys() -> list[str]:
+    """All but sizes and mixer: a teacher's section has the student's keys, but it is a finished model."""
+    return [entry.name for entry in fields(ModelConfig) if entry.name not in (*SIZE_KEYS, "tmix")]
 
 
 def stage_of(train: TrainConfig) -> Stage:

@@ -12,7 +12,22 @@ from radlads.checkpoint.model_folder import read_config
 from radlads.checkpoint.weights import SafetensorsFolder
 from radlads.model.configuration import RadladsConfig
 
-SUPPORTED_ARCHITECTURES = ("Qwen2ForCausalLM",)
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What an architecture implies. attention_bias: of q, k and v. head_dim: if config.json has none; 0 = C / heads."""
+
+    attention_bias: bool
+    qk_norm: bool
+    head_dim: int = 0
+
+
+FAMILIES = {
+    "Qwen2ForCausalLM": Family(attention_bias=True, qk_norm=False),
+    "Qwen3ForCausalLM": Family(attention_bias=False, qk_norm=True, head_dim=128),
+    "LlamaForCausalLM": Family(attention_bias=False, qk_norm=False),
+}
+SUPPORTED_ARCHITECTURES = tuple(FAMILIES)
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -42,7 +57,7 @@ def open_teacher(path_or_name: str | Path) -> TeacherSource:
     """Open a teacher's folder, or fetch one by hub name (`owner/name`).
 
     Raises ValueError if there is no such folder or hub entry, it is of another architecture, uses a feature we lack
-    (sliding windows, scaled RoPE, another activation), or has no readable safetensors weights.
+    (sliding windows, another RoPE scaling or activation, more biases), or has no readable safetensors weights.
     """
     folder = locate(path_or_name)
     config = teacher_config(read_config(folder, *SUPPORTED_ARCHITECTURES), folder)
@@ -70,30 +85,48 @@ def locate(path_or_name: str | Path) -> Path:
 
 
 def teacher_config(values: dict, folder: Path) -> RadladsConfig:
-    """A Qwen2 config.json as our configuration with softmax mixers everywhere."""
-    if values.get("use_sliding_window"):
+    """The config.json of a supported architecture as our configuration with softmax mixers everywhere."""
+    family = FAMILIES[next(name for name in values["architectures"] if name in FAMILIES)]
+    _refuse_what_we_lack(values, family, folder)
+    sizes = {name: values[name] for name in SIZES if values.get(name) is not None}
+    missing = [name for name in SIZES[:5] if name not in sizes]
+    if missing:
+        raise ValueError(f"{folder}/config.json lacks {', '.join(missing)}")
+    sizes.setdefault("head_dim", family.head_dim)
+    try:
+        return RadladsConfig(
+            **sizes,
+            tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
+            attention_bias=family.attention_bias,
+            qk_norm=family.qk_norm,
+            rope_parameters=rope_parameters(values),
+            time_mixers=["qwen2"] * sizes["num_hidden_layers"],
+        )
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json describes no teacher we can read: {error}") from error
+
+
+def _refuse_what_we_lack(values: dict, family: Family, folder: Path) -> None:
+    if values.get("use_sliding_window") or "sliding_attention" in (values.get("layer_types") or ()):
         raise ValueError(
             f"{folder} uses sliding-window attention, which is not supported: choose a full-attention teacher"
         )
     if values.get("hidden_act", "silu") != "silu":
         raise ValueError(f"{folder} uses the activation {values['hidden_act']!r}: only silu is supported")
-    rope = values.get("rope_parameters") or {"rope_theta": values.get("rope_theta", 10000.0)}
-    scaling = values.get("rope_scaling") or {}
-    kind = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind != "default":
-        raise ValueError(
-            f"{folder} scales RoPE by {kind!r}, which is not supported: remove rope_scaling from config.json"
-        )
-    sizes = {name: values[name] for name in SIZES if values.get(name) is not None}
-    missing = [name for name in SIZES[:5] if name not in sizes]
-    if missing:
-        raise ValueError(f"{folder}/config.json lacks {', '.join(missing)}")
-    return RadladsConfig(
-        **sizes,
-        tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
-        rope_parameters={"rope_type": "default", "rope_theta": float(rope["rope_theta"])},
-        time_mixers=["qwen2"] * sizes["num_hidden_layers"],
-    )
+    for name in ("attention_bias", "mlp_bias"):
+        if values.get(name) and not (name == "attention_bias" and family.attention_bias):
+            raise ValueError(f"{folder} sets {name}, which is not supported for its architecture: choose one without")
+
+
+def rope_parameters(values: dict) -> dict:
+    """config.json's RoPE in transformers 5's form, also from the rope_theta and rope_scaling of transformers 4."""
+    scaling = dict(values.get("rope_scaling") or {})
+    if kind := scaling.pop("type", None):
+        scaling.setdefault("rope_type", kind)
+    rope = {"rope_type": "default", "rope_theta": values.get("rope_theta")} | (values.get("rope_parameters") or {})
+    rope = {key: value for key, value in (rope | scaling).items() if value is not None}
+    rope.setdefault("rope_theta", 10000.0)  # of all these families
+    return rope
 
 
 def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:

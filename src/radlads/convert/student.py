@@ -29,6 +29,18 @@ def build_student(source: TeacherSource, model: ModelConfig) -> tuple[RadladsFor
     return student, transfer(source.weights, student, source.folder, tied=tied, reinit_att=reinit_att)
 
 
+def retie(student: RadladsForCausalLM, source: TeacherSource) -> None:
+    """Drop the student's updated head and use its embedding as the head again, as its teacher does.
+
+    For the finished student: training and files after this know one tensor. Raises ValueError if the teacher's head is
+    its own, for then the embedding is no head.
+    """
+    if not source.config.tie_word_embeddings:
+        raise ValueError(f"{source.folder} has a head of its own, not its embedding: export its student without retie")
+    student.config.tie_word_embeddings = True
+    student.lm_head.weight = student.model.embed_tokens.weight
+
+
 def student_config(teacher: RadladsConfig, model: ModelConfig) -> RadladsConfig:
     """The teacher's configuration with the mixers and switches that `model` names.
 
@@ -41,7 +53,7 @@ def student_config(teacher: RadladsConfig, model: ModelConfig) -> RadladsConfig:
             f"model.preserve_last_n_layers is {model.preserve_last_n_layers}, but there are {layers} layers"
         )
     return RadladsConfig(
-        **{name: getattr(teacher, name) for name in (*SIZES, "attention_bias")},
+        **{name: getattr(teacher, name) for name in (*SIZES, "attention_bias", "qk_norm")},
         tie_word_embeddings=False,
         rope_parameters=dict(teacher.rope_parameters),
         time_mixers=layer_mixers(model, layers),

@@ -14,7 +14,7 @@ from radlads.model.modeling import RadladsForCausalLM
 
 Action = Literal["copy", "transform", "fresh", "drop"]
 
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_FROM_TEACHER = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 FRESH_PARAMETERS = {
     "qwen2": (),
     "rad_rwkv6": ("time_maa_*", "time_decay*", "gate.weight", "g1", "g2", "ln_x.*"),
@@ -40,7 +40,8 @@ def table(
     """The rows for these names; every name of either side stands in exactly one row (as a copy's or fresh target, or
     as a copy's or drop's source). Raises ValueError that names what has no row.
 
-    tied: the teacher's head is its embedding. reinit_att: recurrent mixers keep their random projections (an ablation).
+    tied: the teacher's head is its embedding. reinit_att: recurrent mixers keep their own initial projections and norms
+    of queries and keys (an ablation).
     """
     rows = [_row(name, teacher_names, config, tied=tied, reinit_att=reinit_att) for name in sorted(student_names)]
     used = {row.teacher for row in rows}
@@ -76,9 +77,9 @@ def _row(name: str, teacher_names: set[str], config: RadladsConfig, *, tied: boo
     layer, part = _split_mixer_name(name)
     if layer is not None:
         mixer = config.time_mixers[layer]
-        projection = part.split(".")[0] in _PROJECTIONS
-        own = not projection and (mixer not in FRESH_PARAMETERS or _matches(part, FRESH_PARAMETERS[mixer]))
-        if own or (projection and reinit_att and mixer != "qwen2"):
+        shared = part.split(".")[0] in _FROM_TEACHER
+        own = not shared and (mixer not in FRESH_PARAMETERS or _matches(part, FRESH_PARAMETERS[mixer]))
+        if own or (shared and reinit_att and mixer != "qwen2"):
             return Row("fresh", None, name)
     if name in teacher_names:
         return Row("copy", name, name)
@@ -91,7 +92,7 @@ def _may_drop(name: str, tied: bool, reinit_att: bool) -> bool:
     layer, part = _split_mixer_name(name)
     if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
         return True
-    return reinit_att and layer is not None and part.split(".")[0] in _PROJECTIONS
+    return reinit_att and layer is not None and part.split(".")[0] in _FROM_TEACHER
 
 
 def _split_mixer_name(name: str) -> tuple[int | None, str]:

@@ -7,7 +7,8 @@ tokens a training sample takes to `sampling.py` and `loader.py`.
 import os
 import struct
 from array import array
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple, Self
@@ -62,10 +63,28 @@ class BinIdxReader:
         first, last = self._document_indices[i : i + 2]
         return self.tokens[self._token_position(first) : self._token_position(last)]
 
+    def document_starts(self) -> NDArray[np.int64]:
+        """Return the position of every document's first token, and of the corpus's end: `[num_documents + 1]`."""
+        bounds = np.append(self._pointers // self.dtype.itemsize, self.num_tokens)
+        return bounds[self._document_indices]
+
     def _token_position(self, sequence: int) -> int:
         if sequence == len(self._pointers):
             return self.num_tokens
         return int(self._pointers[sequence]) // self.dtype.itemsize
+
+
+class TokenSpan:
+    """The tokens `first` .. `last` - 1 of a corpus, for what needs no documents. Pickles as its corpus's path."""
+
+    def __init__(self, reader: BinIdxReader, first: int, last: int) -> None:
+        assert 0 <= first < last <= reader.num_tokens
+        self._reader, self._first = reader, first
+        self.path_stem, self.num_tokens = reader.path_stem, last - first
+
+    @property
+    def tokens(self) -> NDArray[Any]:
+        return self._reader.tokens[self._first : self._first + self.num_tokens]
 
 
 class BinIdxWriter:
@@ -102,7 +121,7 @@ class BinIdxWriter:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        with self._cleanup:
+        with self._named_errors(), self._cleanup:
             if exc_type is None:
                 self._publish()
 
@@ -121,9 +140,20 @@ class BinIdxWriter:
                 f"{self.path_stem}: token {position} of document {self.num_documents} is {ids[position]}, outside the "
                 f"vocabulary of {self.vocab_size}: use the tokenizer that belongs to the model"
             )
-        self._bin_file.write(ids.astype(_DTYPES[self._dtype_code]).tobytes())
+        with self._named_errors():
+            self._bin_file.write(ids.astype(_DTYPES[self._dtype_code]).tobytes())
         self._sizes.append(ids.size)
         self.num_tokens += ids.size
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        # A full disk is reported by write and close, which do not know the file's name
+        try:
+            yield
+        except OSError as error:
+            if error.filename is not None or error.errno is None:
+                raise
+            raise OSError(error.errno, error.strerror, str(_pair(self.path_stem)[0])) from error
 
     def _publish(self) -> None:
         if self.num_tokens == 0:
@@ -199,6 +229,8 @@ def _read_index(path: Path) -> _Index:
     document_indices = raw[12 * num_sizes :].view("<i8")
     if num_document_indices == 0 or document_indices[0] != 0 or document_indices[-1] != num_sizes:
         raise ValueError(f"{path} has documents that do not cover its {num_sizes} sequences: build the corpus again")
+    if num_sizes and sizes.min() < 0:
+        raise ValueError(f"{path} has a document of less than 0 tokens: build the corpus again")
     return _Index(_DTYPES[dtype_code], sizes, pointers, document_indices)
 
 

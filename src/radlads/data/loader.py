@@ -3,6 +3,8 @@
 Owns which tokens an item holds. Leaves batching, workers and devices to `torch.utils.data.DataLoader` and `train/`.
 """
 
+from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from radlads.data import sampling
-from radlads.data.binidx import BinIdxReader
+from radlads.data.binidx import BinIdxReader, TokenSpan
+from radlads.data.mixture import locate
 
 _BLOCK_TOKENS = 2**24
 
@@ -27,7 +30,7 @@ class TokenSamples(Dataset[Tensor]):
 
     def __init__(
         self,
-        reader: BinIdxReader,
+        reader: BinIdxReader | TokenSpan,
         context_tokens: int,
         *,
         num_samples: int,
@@ -55,6 +58,42 @@ class TokenSamples(Dataset[Tensor]):
         return _window(self._reader, start, self.context_tokens)
 
 
+class MixedSamples(Dataset[Tensor]):
+    """One rank's samples from several corpora, each in its own published order, interleaved by exact shares.
+
+    `corpora` are readers with shares that add up to 1. Items, `num_samples`, `rank` and `world` are as in TokenSamples:
+    an item depends on nothing but its number. Every corpus is ordered by its own magic prime.
+    """
+
+    def __init__(
+        self,
+        corpora: Sequence[tuple[BinIdxReader, Fraction]],
+        context_tokens: int,
+        *,
+        num_samples: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        assert 0 <= rank < world
+        self._corpora = [
+            # A corpus's share of all ranks' samples is its length at most
+            TokenSamples(reader, context_tokens, num_samples=num_samples * world)
+            for reader, _ in corpora
+        ]
+        self._shares = [share for _, share in corpora]
+        self._num_samples = num_samples
+        self._rank = rank
+        self._world = world
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def __getitem__(self, i: int) -> Tensor:
+        i = range(self._num_samples)[i]
+        corpus, index = locate(i * self._world + self._rank, self._shares)
+        return self._corpora[corpus][index]
+
+
 class HeldoutWindows(Dataset[Tensor]):
     """Consecutive windows from the start of a corpus: item i is int64 `[context_tokens + 1]`, from i * context_tokens.
 
@@ -62,7 +101,7 @@ class HeldoutWindows(Dataset[Tensor]):
     At most `max_tokens` are predicted (None: no limit). Raises ValueError if not even one window results.
     """
 
-    def __init__(self, reader: BinIdxReader, context_tokens: int, max_tokens: int | None = None) -> None:
+    def __init__(self, reader: BinIdxReader | TokenSpan, context_tokens: int, max_tokens: int | None = None) -> None:
         if reader.num_tokens < context_tokens + 1:
             raise ValueError(
                 f"{reader.path_stem}.bin holds {reader.num_tokens} tokens, less than one held-out window of "
@@ -99,5 +138,5 @@ def check_vocabulary(reader: BinIdxReader, vocab_size: int, path: str | Path) ->
             )
 
 
-def _window(reader: BinIdxReader, start: int, context_tokens: int) -> Tensor:
+def _window(reader: BinIdxReader | TokenSpan, start: int, context_tokens: int) -> Tensor:
     return torch.from_numpy(reader.tokens[start : start + context_tokens + 1].astype(np.int64))

@@ -14,7 +14,7 @@ import torch
 
 from radlads.inference.sampling import Sampling, choose, row_generators
 from radlads.model.cache import RadladsCache, RecurrentCacheLayer
-from radlads.model.configuration import rope_inverse_frequencies
+from radlads.model.configuration import rope_attention_factor, rope_inverse_frequencies
 from radlads.model.contracts import SharedInputs
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.rad_rwkv7 import RadRwkv7
@@ -203,8 +203,10 @@ class Decoder:
                 self._advance()
         torch.cuda.current_stream(self.model.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        torch.clear_autocast_cache()  # weights cast earlier would be let go, and replayed all the same
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._advance()
+        torch.clear_autocast_cache()
         self.graph, self.graph_logits = graph, self.logits
 
     def _advance(self) -> None:
@@ -256,13 +258,16 @@ def build_step(model: RadladsForCausalLM, rows: int, *, fused: bool = True) -> S
 
 
 def can_be_fused(model: RadladsForCausalLM, rows: int) -> bool:
-    """True if the fused kernels cover the model: RAD-RWKV7 and SwiGLU layers, head size 64 or 128, one dtype."""
+    """True if the fused kernels cover the model: RAD-RWKV7 and SwiGLU layers, head size 64 or 128, one dtype, queries
+    and keys that are neither normed nor scaled (yarn)."""
     blocks = model.model.layers
     return (
         rows <= FUSED_ROWS
         and model.config.head_dim in (64, 128)
+        and not model.config.qk_norm
+        and rope_attention_factor(model.config) == 1.0
         and all(type(block.self_attn) is RadRwkv7 and type(block.mlp) is SwiGLU for block in blocks)
-        and len({parameter.dtype for parameter in model.parameters()}) == 1
+        and len({(parameter.dtype, parameter.device) for parameter in model.parameters()}) == 1
     )
 
 

@@ -28,18 +28,19 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(config: RadladsConfig, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, fp32 [B, T, N], for positions [B, T]. Raises ValueError for an unknown RoPE scaling."""
+    """cos and sin, fp32 [B, T, N], for positions [B, T]; yarn's factor is apply_rope's."""
     frequencies = torch.tensor(rope_inverse_frequencies(config), device=position_ids.device)
     angles = position_ids[..., None].float() * frequencies
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
 
-def apply_rope(x_BTHN: torch.Tensor, cos_BTN: torch.Tensor, sin_BTN: torch.Tensor) -> torch.Tensor:
-    """Rotate each head's channel pairs (n, n + N/2) by the position's angle."""
+def apply_rope(x_BTHN: torch.Tensor, cos_BTN: torch.Tensor, sin_BTN: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+    """Rotate each head's channel pairs (n, n + N/2) by the position's angle; multiply by rope_attention_factor()."""
     first, second = x_BTHN.chunk(2, dim=-1)
     rotated = torch.cat([-second, first], dim=-1)
-    return (x_BTHN * cos_BTN.unsqueeze(2) + rotated * sin_BTN.unsqueeze(2)).to(x_BTHN.dtype)
+    turned = x_BTHN * cos_BTN.unsqueeze(2) + rotated * sin_BTN.unsqueeze(2)
+    return (turned if factor == 1.0 else turned * factor).to(x_BTHN.dtype)
 
 
 def repeat_heads(x_BTHN: torch.Tensor, groups: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What RAD-RWKV6 and RAD-RWKV7 have in common: the teacher's four projections, the gate, the output norm.
+"""What RAD-RWKV6 and RAD-RWKV7 have in common: the teacher's four projections and norms, the gate, the output norm.
 
 Shape letters: B batch, T tokens, C hidden size, D = H * N, H heads, N head size.
 """
@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
-from .configuration import RadladsConfig
+from .configuration import RadladsConfig, rope_attention_factor
 from .contracts import SharedInputs
-from .layers import apply_rope, repeat_heads
+from .layers import RMSNorm, apply_rope, repeat_heads
 
 
 class RecurrentMixer(nn.Module):
@@ -21,12 +21,15 @@ class RecurrentMixer(nn.Module):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.rope_factor = rope_attention_factor(config)
         self.groups = config.num_attention_heads // config.num_key_value_heads
         C, D, D_kv = config.hidden_size, self.num_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(C, D, bias=config.attention_bias)
         self.k_proj = nn.Linear(C, D_kv, bias=config.attention_bias)
         self.v_proj = nn.Linear(C, D_kv, bias=config.attention_bias)
         self.o_proj = nn.Linear(D, C, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
         if config.gate_rank_type == 1:
             self.gate = nn.Linear(C, D, bias=False)
         elif config.gate_rank_type == 2:
@@ -54,10 +57,14 @@ class RecurrentMixer(nn.Module):
         return x_BTD.unflatten(-1, (-1, self.head_dim))
 
     def receptance_key_value(self, x_r, x_k, x_v, shared: SharedInputs):
-        """Receptance, key and value [B, T, H, N]: projected, rotated (use_rope) and repeated over GQA groups."""
+        """Receptance, key and value [B, T, H, N]: projected, normed (qk_norm), rotated (use_rope) and repeated
+        over GQA groups."""
         r, k, v = self.heads(self.q_proj(x_r)), self.heads(self.k_proj(x_k)), self.heads(self.v_proj(x_v))
+        if self.q_norm is not None and self.k_norm is not None:
+            r, k = self.q_norm(r), self.k_norm(k)
         if self.config.use_rope:
-            r, k = apply_rope(r, shared.cos, shared.sin), apply_rope(k, shared.cos, shared.sin)
+            r = apply_rope(r, shared.cos, shared.sin, self.rope_factor)
+            k = apply_rope(k, shared.cos, shared.sin, self.rope_factor)
         return r, repeat_heads(k, self.groups), repeat_heads(v, self.groups)
 
     def output(self, o_BTHN: torch.Tensor, x_g: torch.Tensor) -> torch.Tensor:

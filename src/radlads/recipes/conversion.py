@@ -24,7 +24,7 @@ from radlads.checkpoint.model_folder import load_model
 from radlads.config.load import dump_config, load_config
 from radlads.config.schema import Config
 from radlads.convert.hf_source import TeacherSource, end_of_text_id, load_tokenizer, open_teacher
-from radlads.convert.student import build_student, build_teacher
+from radlads.convert.student import build_student, build_teacher, retie
 from radlads.data.binidx import BinIdxReader
 from radlads.data.build import build_binidx
 from radlads.data.loader import HeldoutWindows
@@ -58,7 +58,8 @@ class Conversion:
     """What to convert into what, and where.
 
     data, heldout_data: .bin/.idx pairs without the extension; None = the text of the running Python, tokenised into
-    `out/data`. overrides: dotted configuration keys for all stages.
+    `out/data`. overrides: dotted configuration keys for all stages. retie: end with the embedding as the head again, as
+    a tied teacher has it.
     """
 
     teacher: str | Path = BUNDLED_TEACHER
@@ -68,6 +69,7 @@ class Conversion:
     data: Path | None = None
     heldout_data: Path | None = None
     overrides: Mapping[str, object] | None = None
+    retie: bool = False
 
     def __post_init__(self) -> None:
         if (self.data is None) != (self.heldout_data is None):
@@ -87,6 +89,8 @@ def run_conversion(conversion: Conversion, console: Console) -> dict[str, Any]:
     that do not fit.
     """
     source = open_teacher(conversion.teacher)
+    if conversion.retie and not source.config.tie_word_embeddings:
+        raise ValueError(f"{source.folder} has a head of its own, not its embedding: convert it without --retie")
     tokenizer = load_tokenizer(source.folder, source.config.vocab_size)
     configs = stage_configs(conversion)
     claim_folder(conversion.out, _identity(conversion, source, configs), console)
@@ -128,6 +132,9 @@ def _convert(
     console.progress("measuring decoding and the export ...")
     if (out / "hf").exists():
         shutil.rmtree(out / "hf")  # whatever it holds may be older than the last stage
+    if conversion.retie:
+        retie(student, source)
+        summary["retied"] = _measured(measure(student, teacher, heldout))
     export(student, source.folder, out / "hf")
     prompt_ids = torch.from_numpy(heldout_reader.tokens[: max(DECODE_POSITIONS)].astype("int64"))
     summary |= _measure_use(student, teacher, source, tokenizer, prompt_ids)
@@ -300,6 +307,7 @@ def _identity(conversion: Conversion, source: TeacherSource, configs: dict[str, 
         "data": data,
         "mixer": recipe_hash(configs["align"].model),
         "stages": recipe_hash(*(_without_paths(config) for config in configs.values())),
+        "retie": str(conversion.retie),
     }
 
 

@@ -2,15 +2,21 @@
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from radlads.checkpoint.manifest import weights_hash
-from radlads.checkpoint.model_folder import load_model
-from radlads.config.schema import Config, stage_of
-from radlads.convert.hf_source import open_teacher
+from radlads.checkpoint.manifest import sha256, weights_hash
+from radlads.checkpoint.model_folder import load_model, read_config
+from radlads.checkpoint.weight_files import is_weights_file, open_weights
+from radlads.checkpoint.weights import StoredWeights
+from radlads.config.schema import Config, ModelConfig, stage_of
+from radlads.config.sizes import check_sizes
+from radlads.convert.bare_weights import is_teachers, shape_of, student_from_teacher, student_of, teacher_of
+from radlads.convert.hf_source import SUPPORTED_ARCHITECTURES, locate, open_teacher, teacher_config
 from radlads.convert.student import build_student, build_teacher, layer_mixers
+from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.train.callbacks import Console
 from radlads.train.fit import StageResult, run_stage
@@ -25,7 +31,7 @@ def train_stage(config: Config, console: Console) -> StageResult:
     train = config.train
     teacher_path = train.teacher.path or train.teacher.hf_path
     torch.manual_seed(train.seed_everything)
-    teacher = build_teacher(open_teacher(teacher_path)) if teacher_path else None
+    teacher = _teacher(config, teacher_path) if teacher_path else None
     student, parent = _starting_student(config, teacher_path)
     check_student(config, student, teacher)
     folder = run_folder(config, student)
@@ -34,7 +40,10 @@ def train_stage(config: Config, console: Console) -> StageResult:
 
 
 def check_student(config: Config, student: RadladsForCausalLM, teacher: RadladsForCausalLM | None) -> None:
-    """Raise ValueError if the student has other mixers than the configuration names, or does not fit the teacher."""
+    """Raise ValueError if the models are not of the sizes and mixers that are configured, or do not fit each other."""
+    check_sizes(config.model, "model", student.config.to_dict())
+    if teacher is not None:
+        check_sizes(config.train.teacher.model, "train.teacher.model", teacher.config.to_dict())
     wanted = layer_mixers(config.model, student.config.num_hidden_layers)
     if student.config.time_mixers != wanted:
         raise ValueError(
@@ -66,8 +75,10 @@ def run_folder(config: Config, student: RadladsForCausalLM) -> Path:
 def _starting_student(config: Config, teacher_path: str) -> tuple[RadladsForCausalLM, str]:
     train = config.train
     if train.load_model:
-        folder = Path(train.load_model)
-        return load_model(folder), f"{folder} sha256:{weights_hash(folder)[:16]}"
+        path = Path(train.load_model)
+        if path.is_file() or is_weights_file(path) or (path.is_dir() and not (path / "config.json").exists()):
+            return _student_without_config(config, path, teacher_path)
+        return load_model(path), f"{path} sha256:{weights_hash(path)[:16]}"
     if stage_of(train) != "align":
         raise ValueError(
             f"the {stage_of(train)} stage starts from an earlier stage's model: "
@@ -76,7 +87,41 @@ def _starting_student(config: Config, teacher_path: str) -> tuple[RadladsForCaus
     origin = config.model.hf_path or teacher_path
     if not origin:
         raise ValueError("the align stage needs a teacher: name its folder or hub name with --train.teacher.hf_path")
+    if is_weights_file(Path(origin)):
+        return _student_without_config(config, Path(origin), teacher_path)
     source = open_teacher(origin)
     student, rows = build_student(source, config.model)
-    counts = ", ".join(f"{count} {action}" for action, count in rows.items())
-    return student, f"setup of {source.folder} ({counts})"
+    return student, f"setup of {source.folder} ({_listed(rows)})"
+
+
+def _student_without_config(config: Config, path: Path, teacher_path: str) -> tuple[RadladsForCausalLM, str]:
+    """The student of a weights file: an earlier stage's, or set up in the align stage if it is the teacher's."""
+    weights = open_weights(path)
+    described = [config.model.hf_path, teacher_path, config.train.teacher.hf_path]
+    shape = _shape(weights, path, described, config.model)
+    origin = f"{path} sha256:{(weights_hash(path) if path.is_dir() else sha256(path))[:16]}"
+    if stage_of(config.train) == "align" and is_teachers(weights):
+        student, rows = student_from_teacher(weights, shape, config.model, path)
+        return student, f"setup of {origin} ({_listed(rows)})"
+    return student_of(weights, shape, config.model, path), origin
+
+
+def _teacher(config: Config, path: str) -> RadladsForCausalLM:
+    """The frozen teacher of a folder, hub name or weights file."""
+    if not is_weights_file(Path(path)):
+        return build_teacher(open_teacher(path))
+    weights, described = open_weights(Path(path)), [config.train.teacher.hf_path, config.model.hf_path]
+    return teacher_of(weights, _shape(weights, Path(path), described, config.train.teacher.model), Path(path))
+
+
+def _shape(weights: StoredWeights, path: Path, described: list[str], model: ModelConfig) -> RadladsConfig:
+    """The softmax model's configuration: by the first of `described` that is a folder, else by tensors and `model`."""
+    for name in described:
+        if name and not is_weights_file(Path(name)):
+            folder = locate(name)
+            return teacher_config(read_config(folder, *SUPPORTED_ARCHITECTURES), folder)
+    return shape_of(weights, model, path)
+
+
+def _listed(rows: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {action}" for action, count in rows.items())

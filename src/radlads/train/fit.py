@@ -19,8 +19,9 @@ from radlads.checkpoint.manifest import write_manifest
 from radlads.checkpoint.model_folder import save_model
 from radlads.config.load import dump_config
 from radlads.config.schema import Config, TrainConfig, checkpointing_of, stage_of, unavailable
-from radlads.data.binidx import BinIdxReader
-from radlads.data.loader import HeldoutWindows, TokenSamples, check_vocabulary
+from radlads.data.binidx import BinIdxReader, TokenSpan
+from radlads.data.loader import HeldoutWindows, MixedSamples, TokenSamples, check_vocabulary
+from radlads.data.mixture import parse_mixture
 from radlads.distill.heldout import Heldout
 from radlads.distill.logits import build_stage
 from radlads.model.modeling import RadladsForCausalLM, has_triton
@@ -101,28 +102,52 @@ def run_stage(
     return StageResult(folder, module.tokens_done, seconds, last)
 
 
-def training_samples(config: Config, vocab_size: int) -> tuple[TokenSamples, int]:
+def training_samples(config: Config, vocab_size: int) -> tuple[TokenSamples | MixedSamples, int]:
     """The stage's samples, whole accumulation windows of them, and its number of optimiser steps."""
     train, context = config.train, config.model.ctx_len
     if not train.data_file:
         raise ValueError("train.data_file is not set: name the .bin/.idx pair to train on, without the extension")
-    reader = BinIdxReader(train.data_file)
-    check_vocabulary(reader, vocab_size, train.data_file)
+    corpora = [(BinIdxReader(path), share) for path, share in parse_mixture(train.data_file)]
+    for reader, _ in corpora:
+        check_vocabulary(reader, vocab_size, f"{reader.path_stem}.bin")
+    num_tokens = sum(reader.num_tokens for reader, _ in corpora) - train.heldout_tail_tokens
     tokens_per_step = train.micro_bsz * train.accumulate_grad_batches * context
-    num_steps = max(1, round((train.my_exit_tokens or reader.num_tokens) / tokens_per_step))
+    num_steps = max(1, round((train.my_exit_tokens or num_tokens) / tokens_per_step))
     num_samples = num_steps * train.micro_bsz * train.accumulate_grad_batches
-    return TokenSamples(reader, context, num_samples=num_samples, magic_prime=train.magic_prime), num_steps
+    prime = 0 if train.magic_prime == "auto" else train.magic_prime
+    if len(corpora) == 1:
+        reader = corpora[0][0]
+        kept = TokenSpan(reader, 0, _tail_start(reader, train.heldout_tail_tokens))
+        return TokenSamples(kept, context, num_samples=num_samples, magic_prime=prime), num_steps
+    if prime:
+        raise ValueError("train.magic_prime belongs to one corpus: set it to auto where train.data_file names several")
+    return MixedSamples(corpora, context, num_samples=num_samples), num_steps
 
 
 def heldout_batches(config: Config, vocab_size: int) -> Iterable[torch.Tensor] | None:
-    """Batches of held-out windows, or None if the configuration names no held-out file."""
-    train = config.train
-    if not train.validation_data_file:
+    """Batches of held-out windows, or None if the configuration names no held-out tokens."""
+    train, context = config.train, config.model.ctx_len
+    if not train.validation_data_file and not train.heldout_tail_tokens:
         return None
-    reader = BinIdxReader(train.validation_data_file)
-    check_vocabulary(reader, vocab_size, train.validation_data_file)
-    windows = HeldoutWindows(reader, config.model.ctx_len, max(train.heldout_tokens, config.model.ctx_len))
+    corpora = parse_mixture(train.validation_data_file or train.data_file)
+    if len(corpora) > 1:
+        raise ValueError("held-out tokens come from one corpus: name it as train.validation_data_file")
+    reader = BinIdxReader(corpora[0][0])
+    check_vocabulary(reader, vocab_size, f"{reader.path_stem}.bin")
+    first = _tail_start(reader, train.heldout_tail_tokens) if train.heldout_tail_tokens else 0
+    heldout = TokenSpan(reader, first, reader.num_tokens)
+    windows = HeldoutWindows(heldout, context, max(train.heldout_tokens, context))
     return DataLoader(windows, batch_size=train.micro_bsz)
+
+
+def _tail_start(reader: BinIdxReader, tail_tokens: int) -> int:
+    """Where the held-out tokens at the end begin."""
+    if tail_tokens >= reader.num_tokens:
+        raise ValueError(
+            f"train.heldout_tail_tokens {tail_tokens} takes all {reader.num_tokens} tokens of {reader.path_stem}.bin: "
+            "hold out fewer"
+        )
+    return reader.num_tokens - tail_tokens
 
 
 def _train(trainer: L.Trainer, module: StageModule, batches: DataLoader, config: Config) -> None:

@@ -1,0 +1,82 @@
+"""Weights without a config.json: what their shapes say of the model, and setting models up from them."""
+
+from collections import Counter
+from pathlib import Path
+
+from radlads.checkpoint.published import EMBEDDING, HEAD, UsedWeights
+from radlads.checkpoint.weights import StoredWeights, load_strict
+from radlads.config.schema import ModelConfig
+from radlads.convert.student import student_config
+from radlads.convert.weight_map import transfer
+from radlads.model.configuration import RadladsConfig
+from radlads.model.modeling import RadladsForCausalLM
+
+_LAYER = "model.layers.{}.self_attn.q_proj.weight"
+_MLP = "model.layers.0.mlp.gate_proj.weight"
+
+
+def shape_of(weights: StoredWeights, model: ModelConfig, origin: Path) -> RadladsConfig:
+    """The softmax decoder whose sizes these weights have, with the head size, RoPE base and norm epsilon of `model`.
+
+    Raises ValueError if the weights are no decoder's, or `model` names other sizes: its head size, which no tensor
+    tells, would then not be theirs either.
+    """
+    needed = (EMBEDDING, _LAYER.format(0), _LAYER.format(0).replace("q_proj", "k_proj"), _MLP)
+    if lacking := [name for name in needed if name not in weights]:
+        raise ValueError(f"{origin} lacks {lacking[0]}: it holds no model that can be read here")
+    vocabulary, width = weights.info(EMBEDDING).shape
+    layers = sum(_LAYER.format(layer) in weights for layer in range(len(weights)))
+    if (layers, width) != (model.n_layer, model.n_embd):
+        raise ValueError(
+            f"{origin} has {layers} layers of width {width}, but the configuration says {model.n_layer} of width "
+            f"{model.n_embd}: pass the file of the model's sizes with -c, or its folder with --model.hf_path"
+        )
+    queries, keys = (weights.info(name).shape[0] for name in needed[1:3])
+    if queries % model.head_size or keys % model.head_size:
+        raise ValueError(
+            f"model.head_size is {model.head_size}, which the queries of {origin} are no multiple of: set it"
+        )
+    return RadladsConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=weights.info(_MLP).shape[0],
+        num_hidden_layers=layers,
+        num_attention_heads=queries // model.head_size,
+        num_key_value_heads=keys // model.head_size,
+        head_dim=model.head_size,
+        rms_norm_eps=model.rms_norm_eps,
+        attention_bias=_LAYER.format(0).replace("weight", "bias") in weights,
+        qk_norm="model.layers.0.self_attn.q_norm.weight" in weights,
+        tie_word_embeddings=HEAD not in weights,
+        rope_parameters={"rope_type": "default", "rope_theta": model.rope.base},
+        time_mixers=["qwen2"] * layers,
+    )
+
+
+def teacher_of(weights: StoredWeights, shape: RadladsConfig, origin: Path) -> RadladsForCausalLM:
+    """The frozen teacher with these weights, in evaluation mode. Raises ValueError for weights that do not fit."""
+    teacher = RadladsForCausalLM(shape)
+    transfer(weights, teacher, origin, tied=shape.tie_word_embeddings)
+    return teacher.eval().requires_grad_(False)
+
+
+def student_of(weights: StoredWeights, shape: RadladsConfig, model: ModelConfig, origin: Path) -> RadladsForCausalLM:
+    """The student that an earlier stage left as these weights. Raises ValueError for weights that do not fit."""
+    student = RadladsForCausalLM(student_config(shape, model))
+    load_strict(student, UsedWeights(weights, student.config), origin)
+    return student
+
+
+def student_from_teacher(
+    weights: StoredWeights, shape: RadladsConfig, model: ModelConfig, origin: Path
+) -> tuple[RadladsForCausalLM, Counter]:
+    """The student set up from a teacher's weights, and the transfer's row counts (see student.build_student)."""
+    student = RadladsForCausalLM(student_config(shape, model))
+    tied, reinit_att = shape.tie_word_embeddings, bool(model.reinit_att)
+    return student, transfer(weights, student, origin, tied=tied, reinit_att=reinit_att)
+
+
+def is_teachers(weights: StoredWeights) -> bool:
+    """Whether no recurrent mixer has left anything in these weights."""
+    marks = ("time_decay", "w0")
+    return not any(name.split(".")[-1] in marks for name in weights)

@@ -1,0 +1,369 @@
+"""Published checkpoints: read as our models, written from them, and weights files that stages start from."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from radlads.checkpoint.model_folder import load_model
+from radlads.checkpoint.pth import PthFile
+from radlads.checkpoint.published import published_config
+from radlads.checkpoint.published_export import export_published
+from radlads.checkpoint.weight_files import convert_to_pth, open_weights
+from radlads.config.schema import ModelConfig
+from radlads.convert.bare_weights import shape_of
+from radlads.convert.hf_source import open_teacher
+from radlads.convert.student import build_student
+from radlads.model.configuration import RadladsConfig
+from radlads.model.modeling import RadladsForCausalLM
+from radlads.recipes.single_stage import train_stage
+
+# As transformers 4 wrote them; the code that auto_map points at must never be asked for
+QRWKV = {
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "auto_map": {"AutoModelForCausalLM": "modeling_evil.Evil"},
+    "bos_token_id": 256,
+    "eos_token_id": 256,
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "initializer_range": 0.02,
+    "intermediate_size": 96,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 3,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 54321.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.49.0",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 260,
+}
+QRWKV6 = QRWKV | {"architectures": ["RWKV6Qwen2ForCausalLM"], "model_type": "rwkv6qwen2"}
+QRWKV7 = QRWKV | {"architectures": ["RWKV7Qwen2ForCausalLM"], "model_type": "rwkv7qwen2"}
+KINDS = {"6": QRWKV6, "7": QRWKV7}
+
+STUDENTS = {
+    "6": ModelConfig(tmix="rad_rwkv6", use_pos_emb=0, groupnorm_att=0),
+    "6 as its ablations": ModelConfig(tmix="rad_rwkv6", gate_rank_type=2, use_tokenshift=0, balance_state=0),
+    "6 without a gate": ModelConfig(tmix="rad_rwkv6", gate_rank_type=0, groupnorm_att=0),
+    "7 balanced": ModelConfig(gate_rank_type=2, groupnorm_att=0),
+    "7 group-normed": ModelConfig(gate_rank_type=2, balance_state=0),
+    "7 with softmax": ModelConfig(gate_rank_type=2, balance_state=0, preserve_last_n_layers=1),
+}
+
+
+def random_student(teacher, model):
+    student, _ = build_student(open_teacher(teacher), model)
+    torch.manual_seed(11)
+    for parameter in student.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return student.eval()
+
+
+def write_folder(folder, values, weights):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(values))
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def change(folder, config=(), weights=lambda weights: None):
+    path = folder / "config.json"
+    values = json.loads(path.read_text()) | dict(config)
+    tensors = load_file(folder / "model.safetensors")
+    weights(tensors)
+    path.unlink()
+    (folder / "model.safetensors").unlink()
+    return write_folder(folder, values, tensors)
+
+
+TOKENS = torch.arange(40).view(2, 20) * 5 % 260
+
+
+@pytest.mark.parametrize("kind", STUDENTS)
+def test_a_published_export_comes_back_with_the_same_logits(teacher, tmp_path, kind):
+    student = random_student(teacher, STUDENTS[kind])
+    export_published(student, tmp_path / "out", tokenizer_folder=teacher, shard_bytes=50_000)
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    loaded = load_model(tmp_path / "out")
+    assert torch.equal(loaded(TOKENS).logits, student(TOKENS).logits)
+    assert loaded.config.time_mixers == student.config.time_mixers
+
+
+def mixer_shapes(folder, layer):
+    prefix = f"model.layers.{layer}.self_attn."
+    weights = open_weights(folder)
+    return {name.removeprefix(prefix): weights.info(name).shape for name in weights if name.startswith(prefix)}
+
+
+PROJECTIONS = {
+    **{f"{name}_proj.weight": (rows, 64) for name, rows in [("q", 64), ("k", 32), ("v", 32), ("o", 64)]},
+    **{f"{name}_proj.bias": (rows,) for name, rows in [("q", 64), ("k", 32), ("v", 32)]},
+}
+RWKV7_TENSORS = {
+    **PROJECTIONS,
+    **{f"{name}0": (1, 1, 64) for name in "wav"},
+    **{f"{name}1": (64, 32) for name in "wavg"},
+    **{f"{name}2": (32, 64) for name in "wavg"},
+    **{"k_k": (1, 1, 64), "k_a": (1, 1, 64), "r_k": (4, 16)},
+}
+RWKV6_TENSORS = {
+    **PROJECTIONS,
+    **{f"time_maa_{name}": (1, 1, 64) for name in "xrkvwg"},
+    **{"time_maa_w1": (64, 160), "time_maa_w2": (5, 32, 64)},
+    **{"time_decay": (1, 1, 64), "time_decay_w1": (64, 32), "time_decay_w2": (32, 64)},
+}
+GROUP_NORM = {"ln_x.weight": (64,), "ln_x.bias": (64,)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("6", RWKV6_TENSORS | {"gate.weight": (64, 64)}),
+        ("6 as its ablations", RWKV6_TENSORS | GROUP_NORM | {"g1": (64, 32), "g2": (32, 64)}),
+        ("6 without a gate", RWKV6_TENSORS),
+        ("7 balanced", RWKV7_TENSORS),
+        ("7 group-normed", RWKV7_TENSORS | GROUP_NORM),
+    ],
+)
+def test_an_export_holds_every_tensor_of_the_format_in_every_layer(teacher, tmp_path, kind, expected):
+    export_published(random_student(teacher, STUDENTS[kind]), tmp_path / "out")
+    for layer in range(3):
+        assert mixer_shapes(tmp_path / "out", layer) == expected
+    assert "lm_head.weight" in open_weights(tmp_path / "out")
+
+
+def test_an_exported_configuration_speaks_the_formats_words(teacher, tmp_path):
+    export_published(random_student(teacher, STUDENTS["7 with softmax"]), tmp_path / "out", dtype=torch.bfloat16)
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    expected = {
+        "architectures": ["RWKV7Qwen2ForCausalLM"],
+        "model_type": "rwkv7qwen2",
+        "num_attention_layers": 1,
+        "rope_theta": 1e6,
+        "rope_scaling": None,
+        "use_rope": True,
+        "gate_rank_type": 2,
+        "balance_state": False,
+        "groupnorm_att": True,
+        "use_tokenshift": False,
+        "attention_bias": True,
+        "attention_output_bias": False,
+        "lora_rank_decay": 32,
+        "lora_rank_iclr": 32,
+        "lora_rank_value_residual_mix": 32,
+        "lora_rank_gate": 32,
+        "torch_dtype": "bfloat16",
+    }
+    assert {name: values[name] for name in expected} == expected
+    assert open_weights(tmp_path / "out").info("model.norm.weight").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("6", {"use_rope": False, "gate_rank_type": 1, "balance_state": True, "use_tokenshift": True}),
+        ("6", {"groupnorm_att": False, "lora_rank_tokenshift": 32, "lora_rank_decay": 64}),
+        ("7", {"use_rope": False, "gate_rank_type": 2, "balance_state": True, "use_tokenshift": False}),
+        ("7", {"groupnorm_att": False, "attention_bias": True, "time_mixers": ["rad_rwkv7"] * 3}),
+    ],
+)
+def test_missing_keys_have_the_formats_defaults(tmp_path, kind, expected):
+    config = published_config(KINDS[kind], tmp_path)
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert config.rope_parameters["rope_theta"] == 54321.0
+
+
+def test_wide_models_have_wider_ranks_by_default(tmp_path):
+    config = published_config(QRWKV6 | {"hidden_size": 4096}, tmp_path)
+    assert (config.lora_rank_tokenshift, config.lora_rank_decay) == (64, 128)
+
+
+def test_ranks_and_switches_that_are_named_count(tmp_path):
+    named = {"lora_rank_decay": 96, "lora_rank_gate": 416, "use_rope": True, "num_attention_layers": 2}
+    config = published_config(QRWKV7 | named, tmp_path)
+    assert (config.lora_rank_decay, config.lora_rank_gate, config.use_rope) == (96, 416, True)
+    assert config.time_mixers == ["rad_rwkv7", "qwen2", "qwen2"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_transformers_4_folder_with_foreign_code_loads(tmp_path, kind):
+    model = RadladsForCausalLM(published_config(KINDS[kind], tmp_path)).eval()
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    folder = write_folder(tmp_path / "hf", KINDS[kind], weights)
+    (folder / "modeling_evil.py").write_text("raise SystemExit('executed')")
+    assert torch.equal(load_model(folder)(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_stored_only_tensors_may_be_absent(teacher, tmp_path):
+    student = random_student(teacher, STUDENTS["7 balanced"])
+    export_published(student, tmp_path / "out")
+
+    def remove(weights):
+        for name in list(weights):
+            if name.endswith(("r_k", "k_k", "k_a")) or (".0.self_attn.v" in name and "proj" not in name):
+                del weights[name]
+
+    folder = change(tmp_path / "out", weights=remove)
+    assert "v0" not in mixer_shapes(folder, 0)
+    assert torch.equal(load_model(folder)(TOKENS).logits, student(TOKENS).logits)
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.v1", "model.layers.1.self_attn.a0", "lm_head.weight"])
+def test_tensors_that_are_used_may_not_be_absent(teacher, tmp_path, name):
+    export_published(random_student(teacher, STUDENTS["7 balanced"]), tmp_path / "out")
+    folder = change(tmp_path / "out", weights=lambda weights: weights.pop(name))
+    with pytest.raises(ValueError, match=f"lacks {name}"):
+        load_model(folder)
+
+
+def test_tensors_of_another_variant_are_not_ignored(teacher, tmp_path):
+    export_published(random_student(teacher, STUDENTS["7 group-normed"]), tmp_path / "out")
+    folder = change(tmp_path / "out", {"groupnorm_att": False})
+    with pytest.raises(ValueError, match=r"holds .*ln_x\.bias"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(("head", "tied"), [("absent", True), ("equal", True), ("its own", False)])
+def test_tied_heads(teacher, tmp_path, head, tied):
+    student = random_student(teacher, STUDENTS["6"])
+    if tied:
+        student.lm_head.weight = student.model.embed_tokens.weight
+        student.config.tie_word_embeddings = True
+    export_published(student, tmp_path / "out")
+    keep = (lambda weights: weights.pop("lm_head.weight")) if head == "absent" else (lambda weights: None)
+    loaded = load_model(change(tmp_path / "out", {"tie_word_embeddings": True}, keep))
+    assert loaded.config.tie_word_embeddings == tied
+    assert torch.equal(loaded(TOKENS).logits, student(TOKENS).logits)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        ("7", {"hidden_size": None}, "lacks hidden_size"),
+        ("7", {"hidden_act": "gelu"}, "activation 'gelu'"),
+        ("7", {"attention_output_bias": True}, "bias on its attention output"),
+        ("7", {"use_tokenshift": True}, "asks for token shift"),
+        ("7", {"num_attention_layers": 4}, "4 softmax layers among 3"),
+        ("7", {"num_attention_layers": 1, "use_sliding_window": True}, "sliding-window"),
+        ("6", {"rope_scaling": {"type": "longrope"}}, "longrope"),
+    ],
+)
+def test_what_our_mixers_do_not_do_is_refused(tmp_path, kind, values, message):
+    with pytest.raises(ValueError, match=message):
+        published_config(KINDS[kind] | values, tmp_path)
+
+
+SIZES = {
+    "vocab_size": 260,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"time_mixers": ["qwen2"] * 3}, "not of softmax alone"),
+        ({"time_mixers": ["rad_rwkv6", "rad_rwkv7", "rad_rwkv7"]}, "not of rad_rwkv6 and rad_rwkv7"),
+        ({"time_mixers": ["qwen2", "rad_rwkv7", "rad_rwkv7"]}, "at the end of the stack only"),
+        ({"time_mixers": ["rad_rwkv6", "rad_rwkv6", "qwen2"]}, "no softmax layers beside RAD-RWKV6"),
+        ({"head_dim": 32}, "share the hidden size evenly"),
+        ({"qk_norm": True}, r"no model\.layers\.0\.self_attn\.q_norm"),
+    ],
+)
+def test_models_the_format_has_no_words_for_are_refused(tmp_path, values, message):
+    model = RadladsForCausalLM(RadladsConfig(**SIZES, **values))
+    with pytest.raises(ValueError, match=message):
+        export_published(model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def stage(corpus_folder, out, kind, **overrides):
+    keys = {f"train.{key}": value for key, value in overrides.items() if not key.startswith("model_")}
+    keys |= {f"model.{key.removeprefix('model_')}": value for key, value in overrides.items() if key[:6] == "model_"}
+    keys |= {"train.proj_dir": str(out), "train.proj_name": kind}
+    return train_stage(tiny.stage_config(corpus_folder, kind, **keys), tiny.Silent()).folder
+
+
+def test_three_stages_start_from_weights_files(teacher, corpus_folder, tmp_path):
+    sizes = {"model_n_layer": 3, "model_n_embd": 64, "model_head_size": 16}
+    convert_to_pth(teacher, tmp_path / "teacher.pth")
+    start, hf = str(tmp_path / "teacher.pth"), {"teacher.hf_path": str(teacher)}
+    aligned = stage(corpus_folder, tmp_path, "align", load_model=start, **hf)
+    assert "setup of" in json.loads((aligned / "manifest.json").read_text())["parent"]
+    projection = "model.layers.1.self_attn.o_proj.weight"
+    convert_to_pth(aligned, tmp_path / "1.pth")
+    as_teacher = {"teacher.path": start, "teacher.hf_path": str(teacher)}
+    distilled = stage(corpus_folder, tmp_path, "distill", load_model=str(tmp_path / "1.pth"), **as_teacher)
+    assert not torch.equal(PthFile(tmp_path / "1.pth")[projection], PthFile(tmp_path / "teacher.pth")[projection])
+    extended = stage(corpus_folder, tmp_path, "extend", load_model=str(distilled / "model.safetensors"), **sizes)
+    assert load_model(extended).config.time_mixers == ["rad_rwkv7"] * 3
+
+
+def test_a_published_checkpoint_is_a_stages_start_in_every_form(teacher, corpus_folder, tmp_path):
+    export_published(random_student(teacher, STUDENTS["7 balanced"]), tmp_path / "hf")
+    convert_to_pth(tmp_path / "hf", tmp_path / "x.pth")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "model.safetensors").symlink_to(tmp_path / "hf" / "model.safetensors")
+    weights = []
+    for number, source in enumerate(["hf", "x.pth", "bare", "hf/model.safetensors"]):
+        start = {"load_model": str(tmp_path / source), "teacher.hf_path": str(teacher), "my_exit_tokens": 64}
+        folder = stage(corpus_folder, tmp_path / str(number), "distill", **start)
+        weights.append((folder / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1] == weights[2] == weights[3]
+
+
+def test_a_teachers_weights_are_no_start_for_distilling(teacher, corpus_folder, tmp_path):
+    convert_to_pth(teacher, tmp_path / "teacher.pth")
+    with pytest.raises(ValueError, match=r"lacks .*a0"):
+        stage(
+            corpus_folder,
+            tmp_path,
+            "distill",
+            load_model=str(tmp_path / "teacher.pth"),
+            **{"teacher.hf_path": str(teacher)},
+        )
+
+
+def test_the_shape_of_weights_is_the_teachers(teacher):
+    found = shape_of(open_weights(teacher), ModelConfig(n_layer=3, n_embd=64, head_size=16), teacher)
+    expected = open_teacher(teacher).config
+    for name in (*SIZES, "num_key_value_heads", "head_dim", "attention_bias", "tie_word_embeddings", "time_mixers"):
+        assert getattr(found, name) == getattr(expected, name), name
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({}, "3 layers of width 64, but the configuration says 6 of width 512"),
+        ({"n_layer": 3, "n_embd": 64, "head_size": 48}, "head_size is 48"),
+    ],
+)
+def test_a_shape_that_is_not_configured_is_refused(teacher, keys, message):
+    with pytest.raises(ValueError, match=message):
+        shape_of(open_weights(teacher), ModelConfig(**keys), teacher)
+
+
+def test_weights_of_something_else_have_no_shape(tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"lacks model\.embed_tokens"):
+        shape_of(open_weights(tmp_path / "x.safetensors"), ModelConfig(), tmp_path / "x.safetensors")
+
+
+def test_a_start_of_other_sizes_than_configured_is_refused(teacher, corpus_folder, tmp_path):
+    convert_to_pth(teacher, tmp_path / "teacher.pth")
+    start = {"load_model": str(tmp_path / "teacher.pth"), "teacher.hf_path": str(teacher)}
+    with pytest.raises(ValueError, match=r"model\.n_layer .*4"):
+        stage(corpus_folder, tmp_path, "align", model_n_layer=4, **start)

@@ -1,0 +1,246 @@
+"""Weights between file formats: the same numbers, little memory, and refusals that leave nothing behind."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from radlads.checkpoint import pth
+from radlads.checkpoint.hf_export import export
+from radlads.checkpoint.model_folder import load_model
+from radlads.checkpoint.pth import PthFile
+from radlads.checkpoint.weight_files import (
+    convert_to_pth,
+    convert_to_safetensors,
+    open_weights,
+    parse_size,
+    write_safetensors,
+)
+from radlads.config.schema import ModelConfig
+from radlads.convert.hf_source import open_teacher
+from radlads.convert.student import build_student
+
+ROOT = Path(__file__).parents[2]
+
+
+def state_dict():
+    torch.manual_seed(3)
+    return {
+        "scalar": torch.tensor(1.5),
+        "half": torch.randn(7, 3).bfloat16(),
+        "wide": torch.randn(5, 11, dtype=torch.float64),
+        "flags": torch.tensor([True, False, True]),
+        "empty": torch.empty(0, 4),
+        "transposed": torch.randn(6, 9).t(),
+        "slice": torch.randn(100)[10:13],
+        "count": torch.arange(3),
+    }
+
+
+def assert_same(found, expected):
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    torch.save(state_dict(), tmp_path / "in.pth")
+    return tmp_path / "in.pth"
+
+
+def test_pth_to_safetensors_and_back_is_bit_equal(checkpoint, tmp_path):
+    convert_to_safetensors(checkpoint, tmp_path / "out.safetensors")
+    assert_same(load_file(tmp_path / "out.safetensors"), state_dict())
+    convert_to_pth(tmp_path / "out.safetensors", tmp_path / "back.pth")
+    assert_same(torch.load(tmp_path / "back.pth", weights_only=True), state_dict())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back.pth", "in.pth", "out.safetensors"]
+
+
+def test_a_safetensors_file_says_that_it_is_pytorchs(checkpoint, tmp_path):
+    convert_to_safetensors(checkpoint, tmp_path / "out.safetensors")
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_tensors_are_found_again_after_the_mapping_was_made_anew(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(pth, "REMAP_BYTES", 20)
+    weights = PthFile(checkpoint)
+    assert_same({name: weights[name].clone() for name in weights}, state_dict())
+    convert_to_pth(checkpoint, tmp_path / "out.pth")
+    assert_same(torch.load(tmp_path / "out.pth", weights_only=True), state_dict())
+
+
+def test_shards_hold_what_they_may_and_the_index_names_them(tmp_path):
+    weights = {f"layer.{number}": torch.full((100,), float(number)) for number in range(5)}
+    torch.save(weights, tmp_path / "in.pth")
+    convert_to_safetensors(tmp_path / "in.pth", tmp_path / "out", shard_bytes=900)
+    names = [f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [*names, "model.safetensors.index.json"]
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 2000
+    assert index["weight_map"]["layer.2"] == names[1]
+    assert_same(open_weights(tmp_path / "out"), weights)
+
+
+def test_a_tensor_larger_than_a_shard_has_one_to_itself(tmp_path):
+    torch.save({"small": torch.ones(1), "large": torch.ones(1000), "last": torch.ones(1)}, tmp_path / "in.pth")
+    convert_to_safetensors(tmp_path / "in.pth", tmp_path / "out", shard_bytes=100)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 3
+
+
+def test_a_shard_that_lacks_a_tensor_of_its_index_is_named(tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"b": "x.safetensors"}}')
+    with pytest.raises(ValueError, match=r"x\.safetensors lacks b"):
+        open_weights(tmp_path)["b"]
+
+
+def test_a_converted_model_folder_loads_with_transformers(teacher, tmp_path):
+    student, _ = build_student(open_teacher(teacher), ModelConfig(groupnorm_att=0))
+    export(student.eval(), teacher, tmp_path / "stage")
+    for code in (tmp_path / "stage").glob("*.py"):
+        code.unlink()
+    convert_to_safetensors(tmp_path / "stage", tmp_path / "out", shard_bytes=100_000)
+    tokens = torch.randint(256, (2, 9))
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True, dtype=torch.float32)
+    assert torch.equal(found(tokens).logits, student(tokens).logits)
+    assert torch.equal(load_model(tmp_path / "out")(tokens).logits, student(tokens).logits)
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("/tmp/never-made-by-a-checkpoint",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"a": Malicious()}, "holds more than weights, such as code to be run"),
+        ([torch.ones(1)], "holds no tensors by name"),
+        ({}, "holds no tensors by name"),
+        ({"model": {"a": torch.ones(1)}}, "holds 'model', which is no tensor"),
+    ],
+)
+def test_a_pth_file_of_something_else_is_refused(tmp_path, content, message):
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=message):
+        PthFile(tmp_path / "x.pth")
+    assert not Path("/tmp/never-made-by-a-checkpoint").exists()
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 100, 2000, -10])
+def test_a_truncated_pth_file_is_refused(checkpoint, kept_bytes):
+    checkpoint.write_bytes(checkpoint.read_bytes()[:kept_bytes])
+    with pytest.raises(ValueError, match=r"is truncated, or not a \.pth file"):
+        PthFile(checkpoint)
+
+
+def test_names_that_lead_nowhere_are_refused(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        open_weights(tmp_path / "nothing.pth")
+    with pytest.raises(ValueError, match=r"in\.pth exists already"):
+        convert_to_pth(checkpoint, checkpoint)
+    with pytest.raises(ValueError, match="is not a folder: make it first"):
+        convert_to_pth(checkpoint, tmp_path / "no" / "x.pth")
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"), [("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), ("700", 700), ("2KB", 2000)]
+)
+def test_sizes_of_shards(text, num_bytes):
+    assert parse_size(text) == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "GB", "0", "-1GB", "5 TB"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(ValueError, match="a shard's size is given as"):
+        parse_size(text)
+
+
+def run(script, *arguments, limit_bytes=None):
+    def limit():
+        if limit_bytes:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+
+    command = [sys.executable, ROOT / script, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limit)
+
+
+def test_the_commands_convert_there_and_back(teacher, tmp_path):
+    done = run("convert_hf_to_pth.py", teacher, tmp_path / "x.pth")
+    assert done.returncode == 0, done.stderr
+    assert_same(torch.load(tmp_path / "x.pth", weights_only=True), load_file(teacher / "model.safetensors"))
+    done = run("convert_to_safetensors.py", tmp_path / "x.pth", tmp_path / "out", "--shard-size", "100KB")
+    assert done.returncode == 0, done.stderr
+    assert_same(open_weights(tmp_path / "out"), load_file(teacher / "model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("script", "target"), [("convert_hf_to_pth.py", "x.pth"), ("convert_to_safetensors.py", "x.safetensors")]
+)
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(teacher, tmp_path, script, target):
+    done = run(script, teacher, tmp_path / target, limit_bytes=100_000)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert str(tmp_path / target) in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("script", ["convert_hf_to_pth.py", "convert_to_safetensors.py"])
+def test_errors_are_sentences(tmp_path, script):
+    done = run(script, tmp_path / "nowhere", tmp_path / "out.pth")
+    assert done.returncode == 2
+    assert done.stderr.startswith(script)
+    assert done.stderr.count("\n") == 1
+
+
+_PEAK = """
+import resource, runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    assert not end.code, end.code
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif("RADLADS_CHECKPOINT_GB" not in os.environ, reason="set RADLADS_CHECKPOINT_GB, e.g. to 2, to run")
+def test_memory_is_bounded_whatever_the_checkpoints_size(tmp_path):
+    num_tensors = round(float(os.environ["RADLADS_CHECKPOINT_GB"]) * 10**9 / 2**27)
+    weights = {f"layer.{number}": torch.full((2**26,), float(number), dtype=torch.bfloat16) for number in range(2)}
+    weights |= {f"layer.{number}": weights["layer.1"] for number in range(2, num_tensors)}
+    write_safetensors(InMemory(weights), list(weights), tmp_path / "in.safetensors")
+    ways = [
+        ("convert_hf_to_pth.py", "in.safetensors", "x.pth"),
+        ("convert_to_safetensors.py", "x.pth", "x.safetensors"),
+        ("convert_to_safetensors.py", "x.pth", "shards"),
+        ("convert_hf_to_pth.py", "shards", "y.pth"),
+    ]
+    for script, source, target in ways:
+        command = [sys.executable, "-c", _PEAK, ROOT / script, tmp_path / source, tmp_path / target]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peak_gb = int(done.stdout.split()[-1]) * 1024 / 1e9
+        print(f"{script} {source} {target}: {peak_gb:.2f} GB at most")
+        assert peak_gb < 2
+    assert torch.equal(PthFile(tmp_path / "y.pth")["layer.0"][-5:], weights["layer.0"][-5:])
+    assert torch.equal(PthFile(tmp_path / "y.pth")[f"layer.{num_tensors - 1}"], weights["layer.1"])
+
+
+class InMemory(dict):
+    """Tensors in memory with the interface of stored ones."""
+
+    def info(self, name):
+        return pth.TensorInfo(tuple(self[name].shape), self[name].dtype)
