@@ -20,7 +20,7 @@ from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.swiglu import SwiGLU
 
 # One row's kernels start while their predecessor still runs (programmatic dependent launch, Hopper and later); several
-# rows' take longer for it
+# rows' steps looked slower with it (docs/log.md)
 PROGRAMMATIC_LAUNCH = True
 
 

@@ -266,7 +266,7 @@ class Launch(NamedTuple):
 
 
 # Measured on an H200 at 28 heads of 128. fp32's products are exact rather than fast: it is there to be compared with.
-# Not less than 64 keys in bf16: at 32, Triton 3.6 makes a `_gradients` that is wrong.
+# 64 keys in bf16: 32 were several times slower, and wrong with Triton 3.6 in an earlier form of `_gradients`.
 BFLOAT16 = Launch(32, 64, 64, "tf32", (2, 4), 4, 2, 4, (32, 3))
 FLOAT32 = Launch(32, 32, 32, "ieee", (8, 8), 4, 1, 8, (32, 1))
 # Programs of `_scan` below which a smaller share of the state for each is quicker
