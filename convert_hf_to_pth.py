@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from radlads.checkpoint.weight_files import convert_to_pth
-from radlads.cli import USER_ERROR
+from radlads.cli import INTERRUPTED, USER_ERROR
 
 
 def main() -> int:
@@ -17,8 +17,9 @@ def main() -> int:
     try:
         convert_to_pth(arguments.source, arguments.target)
     except (ValueError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return USER_ERROR
+        parser.exit(USER_ERROR, f"{parser.prog}: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(INTERRUPTED, f"{parser.prog}: interrupted; nothing was written\n")
     print(f"wrote {arguments.target} ({arguments.target.stat().st_size:,} bytes)")
     return 0
 

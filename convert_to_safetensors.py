@@ -1,12 +1,21 @@
 #!/usr/bin/env python3
-"""Write the weights of a .pth file as safetensors: one file, or a folder of shards with their index."""
+"""Write the weights of a .pth file or model folder as safetensors: one file, or a folder of shards with their index.
+
+A model folder's configuration, tokenizer and code come along. With --published the folder is a checkpoint in the
+published format, RWKV6Qwen2ForCausalLM or RWKV7Qwen2ForCausalLM, without code.
+"""
 
 import argparse
 import sys
 from pathlib import Path
 
+import torch
+
+from radlads.checkpoint.published_export import convert_to_published
 from radlads.checkpoint.weight_files import convert_to_safetensors, parse_size
-from radlads.cli import USER_ERROR
+from radlads.cli import INTERRUPTED, USER_ERROR
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def main() -> int:
@@ -15,14 +24,24 @@ def main() -> int:
     parser.add_argument(
         "target", type=Path, metavar="OUT", help="a name that ends in .safetensors, or else a folder; new in both cases"
     )
+    parser.add_argument("--published", action="store_true", help="write the published format; IN is a model folder")
+    parser.add_argument("--dtype", choices=DTYPES, help="what the weights are cast to (default: as they are)")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="whose tokenizer files OUT gets (default: IN's)")
     parser.add_argument("--shard-size", default="5GB", help="largest shard of a folder, such as 5GB (default) or 500MB")
     arguments = parser.parse_args()
+    convert = convert_to_published if arguments.published else convert_to_safetensors
     try:
-        shard_bytes = parse_size(arguments.shard_size)
-        convert_to_safetensors(arguments.source, arguments.target, shard_bytes=shard_bytes)
+        convert(
+            arguments.source,
+            arguments.target,
+            tokenizer_folder=arguments.tokenizer,
+            dtype=DTYPES.get(arguments.dtype),
+            shard_bytes=parse_size(arguments.shard_size),
+        )
     except (ValueError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return USER_ERROR
+        parser.exit(USER_ERROR, f"{parser.prog}: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(INTERRUPTED, f"{parser.prog}: interrupted; nothing was written\n")
     print(f"wrote {arguments.target}")
     return 0
 

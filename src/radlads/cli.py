@@ -214,6 +214,16 @@ def generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Run lm-eval's tasks on models and print their scores side by side."""
+    from radlads.evaluation.command import evaluate as evaluate_models
+    from radlads.evaluation.command import evaluation_of
+
+    if lines := evaluate_models(evaluation_of(arguments), Terminal()):
+        print(*lines, sep="\n")
+    return 0
+
+
 def bench(arguments: argparse.Namespace) -> int:
     """Measure speed and memory on this machine; 1 if a case failed."""
     from radlads.bench.run import Bench, run_bench
@@ -227,6 +237,7 @@ def bench(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         cases=_bench_cases(arguments),
         checkpointing=arguments.checkpointing,
+        teacher_precision=arguments.teacher_precision,
         compiled=arguments.compile,
         teacher=arguments.teacher,
         json=arguments.json,
@@ -277,6 +288,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(commands)
     _add_data(commands)
     _add_generate(commands)
+    _add_eval(commands)
     _add_bench(commands)
     return parser
 
@@ -372,6 +384,14 @@ def _add_generate(commands: Any) -> None:
     command.set_defaults(run=generate)
 
 
+def _add_eval(commands: Any) -> None:
+    from radlads.evaluation.command import add_options
+
+    command = commands.add_parser("eval", help="score models on lm-eval's tasks, beside their teacher")
+    add_options(command)
+    command.set_defaults(run=evaluate)
+
+
 def _add_bench(commands: Any) -> None:
     command = commands.add_parser("bench", help="measure speed and memory on this machine, random weights")
     kinds = command.add_subparsers(title="what to measure", required=True, metavar="KIND", dest="kind")
@@ -386,6 +406,12 @@ def _add_bench(commands: Any) -> None:
         default="auto",
         choices=["auto", "none", "selective", "full"],
         help="what is recomputed in the backward pass (default: selective when extending)",
+    )
+    train.add_argument(
+        "--teacher-precision",
+        default="same",
+        choices=["same", "fp8"],
+        help="fp8: the frozen teacher's matrices in 8 bits (Hopper and newer)",
     )
     train.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks (default: on CUDA)"
@@ -422,7 +448,8 @@ def _add_bench_kind(kinds: Any, name: str, what: str) -> argparse.ArgumentParser
     kind.add_argument("--json", type=Path, metavar="FILE", help="write the full record, case by case")
     kind.add_argument("--results", type=Path, metavar="FILE", help="bring this file of latest results up to date")
     kind.add_argument("--commit", help="commit to record where the code lies in no checkout")
-    kind.set_defaults(checkpointing="auto", compile=None, teacher=True, stage=None, batch=None, tokens=None, piece=None)
+    kind.set_defaults(checkpointing="auto", teacher_precision="same", compile=None, teacher=True)
+    kind.set_defaults(stage=None, batch=None, tokens=None, piece=None)
     return kind
 
 

@@ -7,15 +7,22 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[2] / "src"
 OPTIONAL = ("fla", "triton", "wandb", "deepspeed", "lm_eval")
-PROBE = """
-import importlib, importlib.abc, sys
+PROBE = '''
+import importlib, sys
 
-class Absent(importlib.abc.MetaPathFinder):
+class Hiding:
+    """A finder that does not find the optional packages: neither import nor importlib.util.find_spec."""
+
+    def __init__(self, finder):
+        self.finder = finder
+
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in OPTIONAL:
-            raise ModuleNotFoundError(f"No module named {name!r} (blocked)", name=name)
+        return None if name.partition(".")[0] in OPTIONAL else self.finder.find_spec(name, path, target)
 
-sys.meta_path.insert(0, Absent())
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = [Hiding(finder) for finder in sys.meta_path]
 for name in OPTIONAL:
     try:
         importlib.import_module(name)
@@ -29,7 +36,7 @@ for module in MODULES:
     except Exception as error:
         failed.append(f"{module}: {type(error).__name__}: {error}")
 print("\\n".join(failed) or "ok")
-"""
+'''
 
 
 # Nothing but Triton kernels and their launches; what uses them imports them where a GPU is there

@@ -34,7 +34,7 @@ DECAYS = ("hardly any decay", "random decays", "decay limit")  # of the rows of 
 NUM_HEADS = 2
 LENGTHS = (1, 63, 64, 65) if DRY_RUN else (1, 63, 64, 65, 512, 2048)
 BOUNDS = {"d kappa": "KERNEL_REMOVAL", "d a": "KERNEL_REMOVAL"}
-BOUNDS |= {"d log_w": "KERNEL_DECAY", "d log_w summed": "KERNEL_DECAY"}
+BOUNDS |= {"d log_w": "KERNEL_DECAY", "d log_w summed": "KERNEL_DECAY_SUM"}
 PRECISIONS = ("exact", "tf32", "bf16")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # fla compiles about 15 kernels for every head size and dtype, so it gets fewer

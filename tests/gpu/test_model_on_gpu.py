@@ -145,13 +145,13 @@ def test_left_padded_rows_are_single_rows(stack, dtype):
 
 
 def loss_and_gradients(model: RadladsForCausalLM, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Logits and the next-token loss's gradient of every parameter, where they are compared: on the GPU."""
+    """Logits and the next-token loss's gradient of every parameter, copied to where they are compared: the GPU."""
     model.zero_grad()
     outputs = model(ids, labels=ids, use_cache=False)
     outputs.loss.backward()
     found = {"logits": outputs.logits.detach()}
     found |= {f"d {name}": parameter.grad for name, parameter in model.named_parameters()}
-    return {name: x.to(DEVICE, torch.float32) for name, x in found.items()}
+    return {name: x.to(DEVICE, torch.float32, copy=True) for name, x in found.items()}
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,17 @@ import functools
 import pytest
 import torch
 from gpu_comparison import DRY_RUN
-from tolerances import TRAJECTORY_GPU
+from tolerances import FP8, TRAJECTORY_GPU, relative_error
 
 from radlads.config.schema import TrainConfig
 from radlads.distill import losses
+from radlads.distill.fp8_teacher import Fp8Linear, fp8_copy
 from radlads.distill.logits import build_stage
 from radlads.distill.stage import is_trainable
 from radlads.model import rad_rwkv7, recurrence
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
+from radlads.train.adamw import AdamW
 from radlads.train.optim import build_optimizers
 from radlads.train.step import GraphedParts, backward_parts, optimizer_step
 
@@ -121,6 +123,55 @@ def test_compiling_changes_no_curve(device, stage, checkpointing, dtype):
     assert_same_curve(
         Training(stage, device, dtype, checkpointing=checkpointing, compiled=True).curve(), expected, dtype
     )
+
+
+@needs_gpu
+@pytest.mark.parametrize("stage", ["align", "distill"])
+def test_a_teacher_in_8_bits_changes_curves_by_its_rounding(device, stage):
+    expected = Training(stage, device, torch.bfloat16).curve()
+    training = Training(stage, device, torch.bfloat16)
+    training.teacher = fp8_copy(training.teacher, device, torch.bfloat16)
+    drift = (training.curve() / expected - 1).abs()
+    assert 0 < drift.max() < FP8
+    assert drift.mean() < FP8 / 3
+
+
+@needs_gpu
+def test_8_bit_products_are_those_of_the_rounded_numbers(device):
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(3584, 512, device=device), torch.randn(2, 33, 3584, device=device).bfloat16()
+    found = Fp8Linear(linear, device, torch.bfloat16)(x)
+    expected = Fp8Linear(linear.cpu(), torch.device("cpu"), torch.bfloat16)(x.cpu())
+    assert relative_error(found.cpu().float(), expected.float()) < 1e-2  # the tensor cores' sums, and bf16 results
+
+
+@needs_gpu
+def test_large_matrices_are_updated_as_by_torch(device):
+    torch.manual_seed(0)
+    start = [torch.randn(shape, device=device).bfloat16() for shape in ((1024, 1024), (1536, 1024), (300,))]
+    ours, torchs = ([torch.nn.Parameter(x.clone()) for x in start] for _ in range(2))
+    keys = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "fused": True}
+    optimizers = AdamW(ours, **keys), torch.optim.AdamW(torchs, **keys)
+    for step in range(4):
+        for pair in zip(ours, torchs, strict=True):
+            gradient = torch.randn_like(pair[0])
+            for parameter in pair:
+                parameter.grad = gradient * (float("nan") if step == 2 else 1.0)
+        norms = [
+            optimizer_step([optimizer], parameters, count=3, clip_val=1.0)
+            for optimizer, parameters in zip(optimizers, (ours, torchs), strict=True)
+        ]
+        assert torch.equal(*norms) or step == 2
+    for our, their in zip(ours, torchs, strict=True):
+        state, torch_state = optimizers[0].state[our], optimizers[1].state[their]
+        assert state["step"] == torch_state["step"] == 3
+        for found, expected in (
+            (our, their),
+            *((state[name], torch_state[name]) for name in ("exp_avg", "exp_avg_sq")),
+        ):
+            # A unit or two of bf16's last bit after three steps, and rarely
+            torch.testing.assert_close(found, expected, rtol=2**-6, atol=1e-5)
+            assert (found != expected).float().mean() < 0.01
 
 
 @needs_gpu

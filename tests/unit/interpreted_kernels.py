@@ -7,6 +7,7 @@ from test_decoder import PROMPTS, VOCAB, full_logits, logits_after, perturbed
 from tolerances import SPLIT, relative_error
 
 from radlads.inference.fused_step import FusedStep, Launch, Launches
+from radlads.train.adamw import BLOCK, update_
 
 pytestmark = pytest.mark.usefixtures("runtime_loops")
 
@@ -37,3 +38,23 @@ def test_fused_kernels_are_the_models_forward(variant, rows):
     expected = full_logits(model, prompts, continuation)
     actual = logits_after(FusedStep(model, rows, launches(rows)), model, prompts, continuation)
     assert relative_error(actual, expected) < SPLIT
+
+
+def test_the_adamw_kernel_does_what_torch_does():
+    torch.manual_seed(0)
+    parameter, gradient = torch.randn(2 * BLOCK).bfloat16(), torch.randn(2 * BLOCK).bfloat16()
+    state = {"exp_avg": torch.randn(2 * BLOCK).bfloat16(), "exp_avg_sq": torch.rand(2 * BLOCK).bfloat16()}
+    expected = torch.nn.Parameter(parameter.float())
+    expected.grad = gradient.float() / 4
+    keys = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+    optimizer = torch.optim.AdamW([expected], **keys)
+    optimizer.state[expected] = {"step": torch.tensor(6.0), **{name: x.float() for name, x in state.items()}}
+    optimizer.step()
+    state["step"] = torch.tensor(7.0)
+    update_(parameter, gradient, state, keys, grad_scale=torch.tensor(4.0), found_inf=torch.tensor(1.0))
+    assert not torch.allclose(parameter.float(), expected, rtol=2**-7)
+    update_(parameter, gradient, state, keys, grad_scale=torch.tensor(4.0), found_inf=torch.tensor(0.0))
+    moments = optimizer.state[expected]
+    for found, wanted in [(parameter, expected), *((state[name], moments[name]) for name in ("exp_avg", "exp_avg_sq"))]:
+        # The interpreter cuts bf16 off where a GPU rounds
+        torch.testing.assert_close(found.float(), wanted.detach(), rtol=2**-7, atol=1e-6)

@@ -69,6 +69,8 @@ def test_written_bytes_are_the_published_format(tmp_path):
 def test_every_integer_type_is_read(stem, code, dtype):
     tokens_of(stem).write_bytes(np.arange(8, dtype=dtype).tobytes())
     patch_index(stem, 17, "<B", code)
+    for sequence, first_token in enumerate(np.cumsum([0, *map(len, DOCUMENTS[:-1])])):
+        patch_index(stem, 46 + 8 * sequence, "<q", first_token * np.dtype(dtype).itemsize)
     assert BinIdxReader(stem).tokens.tolist() == list(range(8))
 
 
@@ -132,6 +134,9 @@ def test_folder_of_the_same_name_does_no_harm(stem):
         (26, "<Q", 0, "has documents that do not cover its 3 sequences"),
         (70, "<q", 1, "has documents that do not cover its 3 sequences"),
         (94, "<q", 2, "has documents that do not cover its 3 sequences"),
+        (78, "<q", 3, "has documents that are out of order"),
+        (46, "<q", 2, "has sequences that do not lie back to back"),
+        (62, "<q", 10**9, "has sequences that do not lie back to back"),
     ],
 )
 def test_damaged_index_is_refused(stem, offset, layout, value, message):

@@ -155,6 +155,7 @@ BAD_FILES = {
     "train: {lr_init: .nan}": "train.lr_init in {file} must be greater than 0, not nan",
     "train: {val_check_interval: a}": "train.val_check_interval in {file} must be a number or null, not 'a'",
     "train: {wandb: off}": "train.wandb in {file} must be text (in quotes where YAML reads it otherwise), not False",
+    "train: {magic_prime: 2.5}": "train.magic_prime in {file} must be an integer or one of 'auto', not 2.5",
     "train: {grad_cp: 2}": "train.grad_cp in {file} must be one of 0, 1, not 2",
     "train: {trainable: some}": "train.trainable in {file} must be one of 'auto', 'mixer', 'decay', 'all', not 'some'",
     "train:\n  lr_init: 1\n  lr_init: 2": "cannot read {file} line 3: key 'lr_init' is given twice; correct it there",

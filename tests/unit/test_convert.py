@@ -137,7 +137,7 @@ def test_teachers_we_cannot_read_are_refused_by_name(teacher, tmp_path, values, 
 def test_a_config_that_is_none_is_refused(teacher, tmp_path, content):
     folder = copy_of(teacher, tmp_path)
     (folder / "config.json").write_text(content)
-    with pytest.raises(ValueError, match="is not a model's configuration"):
+    with pytest.raises(ValueError, match="config.json is damaged"):
         open_teacher(folder)
 
 

@@ -1,15 +1,14 @@
 """From a dataset to a corpus: every format, every fault in it as one sentence, and the commands around it."""
 
+import gzip
 import json
-import resource
-import subprocess
+import lzma
 import sys
-from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
+from root_scripts import largest_file, run_script
 
 from radlads.cli import main
 from radlads.data.binidx import BinIdxReader, BinIdxWriter
@@ -18,8 +17,8 @@ datasets = pytest.importorskip("datasets")
 
 from radlads.data.datasets_source import open_documents  # noqa: E402
 
-SCRIPT = Path(__file__).parents[2] / "make_data_hf.py"
 EOS = 256
+ROWS = b'{"text": "a"}\n' * 99
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +41,6 @@ def run(capsys, *argv):
 
 def build(capsys, dataset, tokenizer, out, *options):
     return run(capsys, "data", "build", "--dataset", dataset, "--tokenizer", tokenizer, "--out", out, *options)
-
-
-@contextmanager
-def largest_file(num_bytes):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def as_jsonl(folder):
@@ -117,6 +106,8 @@ def test_rows_are_counted_where_that_is_cheap(tmp_path, form):
         ("x.parquet", b"PAR1 and no more", "does not open as a dataset: "),
         ("x.txt", b"caf\xe9 x", "does not read as a dataset: 'utf-8' codec can't decode byte 0xe9"),
         ("x.jsonl", b'{"text": ""}\n', "would hold no tokens: add at least one document"),
+        ("x.jsonl.gz", gzip.compress(ROWS)[:-9], "does not open as a dataset: Compressed file ended"),
+        ("x.jsonl.xz", lzma.compress(ROWS)[:-9], "does not open as a dataset: Compressed file ended"),
         ("x.weird", b"a", "its suffix is none of .json"),
         ("x/y/z", None, "neither a file or folder nor a hub name"),
     ],
@@ -169,15 +160,16 @@ def test_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, tokenizer, capsy
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_script_builds_checks_and_describes(tmp_path, tokenizer, capsys):
+def test_script_builds_checks_and_describes(tmp_path, tokenizer, capsys, monkeypatch):
     write_rows(tmp_path / "my.data.jsonl", ["first text " * 9, "x", "last text"])
-    command = [sys.executable, SCRIPT, "--dataset", "my.data.jsonl", "--tokenizer", tokenizer, "--ctxlen", "8"]
+    monkeypatch.chdir(tmp_path)
+    options = ["--dataset", "my.data.jsonl", "--tokenizer", tokenizer, "--ctxlen", "8"]
     for action in ("build", "check"):
-        done = subprocess.run([*command, "--action", action], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert "my: 112 tokens in 3 documents, uint16" in done.stdout
-        assert "magic prime 11 at ctx_len 8" in done.stdout
-        assert "last document, 10 tokens: 'last text<|end|>'" in done.stdout
+        assert run_script(monkeypatch, "make_data_hf.py", *options, "--action", action) == 0
+        said = capsys.readouterr().out
+        assert "my: 112 tokens in 3 documents, uint16" in said
+        assert "magic prime 11 at ctx_len 8" in said
+        assert "last document, 10 tokens: 'last text<|end|>'" in said
     code, out, _ = run(capsys, "data", "info", tmp_path / "my.bin")
     assert code == 0 and "magic prime none, the corpus is too short at ctx_len 256" in out
     assert "64 to          127            1 #" in out and "first document, 100 tokens: " in out

@@ -5,13 +5,15 @@ import json
 import pytest
 import tiny
 import torch
+from root_scripts import run_script
 from safetensors.torch import load_file, save_file
 
-from radlads.checkpoint.model_folder import load_model
+from radlads.checkpoint.model_folder import load_model, save_model
 from radlads.checkpoint.pth import PthFile
 from radlads.checkpoint.published import published_config
-from radlads.checkpoint.published_export import export_published
+from radlads.checkpoint.published_export import convert_to_published, write_published
 from radlads.checkpoint.weight_files import convert_to_pth, open_weights
+from radlads.checkpoint.weights import ModelWeights
 from radlads.config.schema import ModelConfig
 from radlads.convert.bare_weights import shape_of
 from radlads.convert.hf_source import open_teacher
@@ -86,14 +88,18 @@ def change(folder, config=(), weights=lambda weights: None):
     return write_folder(folder, values, tensors)
 
 
+def export_published(student, folder, **options):
+    folder.mkdir()
+    write_published(student.config, ModelWeights(student), folder, **options)
+
+
 TOKENS = torch.arange(40).view(2, 20) * 5 % 260
 
 
 @pytest.mark.parametrize("kind", STUDENTS)
 def test_a_published_export_comes_back_with_the_same_logits(teacher, tmp_path, kind):
     student = random_student(teacher, STUDENTS[kind])
-    export_published(student, tmp_path / "out", tokenizer_folder=teacher, shard_bytes=50_000)
-    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    export_published(student, tmp_path / "out", shard_bytes=50_000)
     loaded = load_model(tmp_path / "out")
     assert torch.equal(loaded(TOKENS).logits, student(TOKENS).logits)
     assert loaded.config.time_mixers == student.config.time_mixers
@@ -280,14 +286,83 @@ SIZES = {
         ({"time_mixers": ["qwen2", "rad_rwkv7", "rad_rwkv7"]}, "at the end of the stack only"),
         ({"time_mixers": ["rad_rwkv6", "rad_rwkv6", "qwen2"]}, "no softmax layers beside RAD-RWKV6"),
         ({"head_dim": 32}, "share the hidden size evenly"),
-        ({"qk_norm": True}, r"no model\.layers\.0\.self_attn\.q_norm"),
+        ({"qk_norm": True}, "no norms of queries and keys"),
     ],
 )
 def test_models_the_format_has_no_words_for_are_refused(tmp_path, values, message):
-    model = RadladsForCausalLM(RadladsConfig(**SIZES, **values))
+    save_model(RadladsForCausalLM(RadladsConfig(**SIZES, **values)), tmp_path)
     with pytest.raises(ValueError, match=message):
-        export_published(model, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
+        convert_to_published(tmp_path, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def command(monkeypatch, capsys, *arguments):
+    """Run convert_to_safetensors.py; its exit code and what it wrote to stderr."""
+    return run_script(monkeypatch, "convert_to_safetensors.py", *arguments), capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", STUDENTS)
+def test_the_command_writes_a_stage_folder_as_a_published_checkpoint(teacher, tmp_path, monkeypatch, capsys, kind):
+    student, stage = random_student(teacher, STUDENTS[kind]), tmp_path / "stage"
+    stage.mkdir()
+    save_model(student, stage)
+    options = ["--published", "--tokenizer", teacher, "--shard-size", "50KB"]
+    assert command(monkeypatch, capsys, stage, tmp_path / "out", *options) == (0, "")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == f"rwkv{kind[0]}qwen2"
+    assert not list((tmp_path / "out").glob("*.py")) and (tmp_path / "out" / "tokenizer.json").is_file()
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["suppress_tokens"] == [257, 258, 259]
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
+    assert torch.equal(load_model(tmp_path / "out")(TOKENS).logits, student(TOKENS).logits)
+
+
+def test_a_published_checkpoint_keeps_what_it_only_stores(teacher, tmp_path, monkeypatch, capsys):
+    student = random_student(teacher, STUDENTS["7 balanced"])
+    export_published(student, tmp_path / "hf")
+    mixer = "model.layers.{}.self_attn.{}"
+    names = [mixer.format(2, "r_k"), mixer.format(0, "v1"), mixer.format(1, "k_a")]
+
+    def fill(weights):
+        for number, name in enumerate(names, start=2):
+            weights[name].fill_(number)
+
+    change(tmp_path / "hf", weights=fill)
+    options = ["--published", "--dtype", "bfloat16"]
+    assert command(monkeypatch, capsys, tmp_path / "hf", tmp_path / "out", *options) == (0, "")
+    weights = open_weights(tmp_path / "out")
+    assert [weights[name].unique().tolist() for name in names] == [[2.0], [3.0], [4.0]]
+    assert {weights.info(name).dtype for name in weights} == {torch.bfloat16}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert torch.equal(load_model(tmp_path / "out")(TOKENS).logits, student.bfloat16().float()(TOKENS).logits)
+
+
+def wrong_shape(weights):
+    weights["model.norm.weight"] = torch.ones(63)
+
+
+@pytest.mark.parametrize(
+    ("broken", "arguments", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), ["out"], "has no config.json"),
+        (lambda folder: change(folder, weights=lambda w: w.pop("model.norm.weight")), ["out"], "lacks model.norm"),
+        (lambda folder: change(folder, weights=wrong_shape), ["out"], "has shape (63,)"),
+        (lambda folder: change(folder, {"hidden_size": "64"}), ["out"], "config.json describes no model"),
+        (lambda folder: change(folder, {"gate_rank_type": 7}), ["out"], "gate_rank_type must be"),
+        (lambda folder: change(folder, {"rope_parameters": {"rope_type": "warp"}}), ["out"], "'warp'"),
+        (lambda folder: (folder.parent / "out").mkdir(), ["out"], "out exists already"),
+        (lambda folder: None, ["out.safetensors"], "a published checkpoint is a folder"),
+        (lambda folder: None, ["out", "--tokenizer", "nowhere"], "nowhere has no tokenizer.json"),
+        (lambda folder: None, ["out", "--shard-size", "5 TB"], "a shard's size"),
+    ],
+)
+def test_what_cannot_be_published_is_one_sentence(teacher, tmp_path, monkeypatch, capsys, broken, arguments, message):
+    (tmp_path / "stage").mkdir()
+    save_model(random_student(teacher, STUDENTS["7 balanced"]), tmp_path / "stage")
+    broken(tmp_path / "stage")
+    monkeypatch.chdir(tmp_path)
+    code, said = command(monkeypatch, capsys, "stage", *arguments, "--published")
+    assert (code, said.count("\n")) == (2, 1)
+    assert said.startswith("convert_to_safetensors.py: ") and message in said
+    assert not list(tmp_path.glob("out*/*")) and not list(tmp_path.glob("*.partial"))
 
 
 def stage(corpus_folder, out, kind, **overrides):
@@ -358,7 +433,7 @@ def test_a_shape_that_is_not_configured_is_refused(teacher, keys, message):
 
 def test_weights_of_something_else_have_no_shape(tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match=r"lacks model\.embed_tokens"):
+    with pytest.raises(ValueError, match=r"lacks the matrix model\.embed_tokens"):
         shape_of(open_weights(tmp_path / "x.safetensors"), ModelConfig(), tmp_path / "x.safetensors")
 
 

@@ -2,33 +2,33 @@
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from root_scripts import ROOT, largest_file, run_script
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from radlads.checkpoint import pth
+from radlads.checkpoint.atomic import unfinished_folder
 from radlads.checkpoint.hf_export import export
-from radlads.checkpoint.model_folder import load_model
+from radlads.checkpoint.model_folder import load_model, save_model
 from radlads.checkpoint.pth import PthFile
+from radlads.checkpoint.safetensors_writer import write_safetensors
 from radlads.checkpoint.weight_files import (
     convert_to_pth,
     convert_to_safetensors,
     open_weights,
     parse_size,
-    write_safetensors,
+    starting_point,
 )
 from radlads.config.schema import ModelConfig
 from radlads.convert.hf_source import open_teacher
 from radlads.convert.student import build_student
-
-ROOT = Path(__file__).parents[2]
 
 
 def state_dict():
@@ -141,8 +141,55 @@ def test_a_pth_file_of_something_else_is_refused(tmp_path, content, message):
 @pytest.mark.parametrize("kept_bytes", [0, 100, 2000, -10])
 def test_a_truncated_pth_file_is_refused(checkpoint, kept_bytes):
     checkpoint.write_bytes(checkpoint.read_bytes()[:kept_bytes])
-    with pytest.raises(ValueError, match=r"is truncated, or not a \.pth file"):
+    with pytest.raises(ValueError, match=r"is truncated or damaged, or not a \.pth file"):
         PthFile(checkpoint)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_damaged_pth_file_is_a_sentence(tmp_path):
+    torch.save({f"layer.{number}": torch.ones(3) for number in range(4)}, tmp_path / "in.pth")
+    whole, sentences = (tmp_path / "in.pth").read_bytes(), []
+    for position in range(60, 460, 2):  # where its names and sizes are
+        damaged = bytearray(whole)
+        damaged[position] ^= 0x24
+        (tmp_path / "x.pth").write_bytes(damaged)
+        try:
+            PthFile(tmp_path / "x.pth")
+        except ValueError as error:
+            sentences.append(str(error))
+    assert len(sentences) > 50
+    assert all("x.pth" in sentence and "\n" not in sentence for sentence in sentences)
+
+
+def safetensors_file(header, data=b"", num_bytes=None):
+    text = header.encode()
+    return (len(text) if num_bytes is None else num_bytes).to_bytes(8, "little") + text + data
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is truncated or not a safetensors file"),
+        (safetensors_file("{nonsense"), "is truncated or not a safetensors file"),
+        (safetensors_file("{}", num_bytes=2**60), "is truncated or not a safetensors file"),
+        (safetensors_file('{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}'), "is truncated or not"),
+        (safetensors_file('{"a":{"dtype":"U16","shape":[1],"data_offsets":[0,2]}}', b"ab"), "a in .* holds U16"),
+        (safetensors_file("{}"), "holds no weights"),
+    ],
+)
+def test_a_damaged_safetensors_file_is_a_sentence(tmp_path, content, message):
+    (tmp_path / "in.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=message) as refused:
+        convert_to_safetensors(tmp_path / "in.safetensors", tmp_path / "out")
+    assert "\n" not in str(refused.value)
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "in.safetensors"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": ["a"]}', '{"weight_map": {"a": 3}}'])
+def test_a_damaged_index_is_a_sentence(tmp_path, content):
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"index\.json is (damaged|not an index)"):
+        open_weights(tmp_path)
 
 
 def test_names_that_lead_nowhere_are_refused(checkpoint, tmp_path):
@@ -152,6 +199,25 @@ def test_names_that_lead_nowhere_are_refused(checkpoint, tmp_path):
         convert_to_pth(checkpoint, checkpoint)
     with pytest.raises(ValueError, match="is not a folder: make it first"):
         convert_to_pth(checkpoint, tmp_path / "no" / "x.pth")
+
+
+def test_where_a_stage_starts(tmp_path):
+    final = tmp_path / "rwkv-final.pth"
+    assert [starting_point(named) for named in ("", "auto", "x.pth", str(final))] == [None, None, Path("x.pth"), final]
+    (tmp_path / "manifest.json").touch()
+    assert starting_point(str(final)) == tmp_path
+    assert starting_point(str(tmp_path / "rwkv-7.pth")) == tmp_path / "rwkv-7.pth"
+    final.touch()
+    assert starting_point(str(final)) == final
+
+
+def test_loading_draws_no_initial_values(teacher, tmp_path):
+    student, _ = build_student(open_teacher(teacher), ModelConfig(groupnorm_att=0))
+    save_model(student, tmp_path)
+    before = torch.get_rng_state()
+    loaded = load_model(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert_same(dict(loaded.named_parameters()), dict(student.named_parameters()))
 
 
 @pytest.mark.parametrize(
@@ -167,41 +233,64 @@ def test_sizes_that_are_none(text):
         parse_size(text)
 
 
-def run(script, *arguments, limit_bytes=None):
-    def limit():
-        if limit_bytes:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a script of the repository root; its exit code and what it wrote to stderr."""
 
-    command = [sys.executable, ROOT / script, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limit)
+    def run(script, *arguments):
+        return run_script(monkeypatch, script, *arguments), capsys.readouterr().err
+
+    return run
 
 
-def test_the_commands_convert_there_and_back(teacher, tmp_path):
-    done = run("convert_hf_to_pth.py", teacher, tmp_path / "x.pth")
-    assert done.returncode == 0, done.stderr
+def test_the_commands_convert_there_and_back(run, teacher, tmp_path):
+    assert run("convert_hf_to_pth.py", teacher, tmp_path / "x.pth") == (0, "")
     assert_same(torch.load(tmp_path / "x.pth", weights_only=True), load_file(teacher / "model.safetensors"))
-    done = run("convert_to_safetensors.py", tmp_path / "x.pth", tmp_path / "out", "--shard-size", "100KB")
-    assert done.returncode == 0, done.stderr
+    options = ["--shard-size", "100KB", "--tokenizer", teacher]
+    assert run("convert_to_safetensors.py", tmp_path / "x.pth", tmp_path / "out", *options) == (0, "")
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (teacher / "tokenizer.json").read_bytes()
     assert_same(open_weights(tmp_path / "out"), load_file(teacher / "model.safetensors"))
 
 
 @pytest.mark.parametrize(
-    ("script", "target"), [("convert_hf_to_pth.py", "x.pth"), ("convert_to_safetensors.py", "x.safetensors")]
+    ("script", "target"),
+    [
+        ("convert_hf_to_pth.py", "x.pth"),
+        ("convert_to_safetensors.py", "x.safetensors"),
+        ("convert_to_safetensors.py", "folder"),
+    ],
 )
-def test_a_full_disk_is_one_sentence_and_leaves_nothing(teacher, tmp_path, script, target):
-    done = run(script, teacher, tmp_path / target, limit_bytes=100_000)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert str(tmp_path / target) in done.stderr
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(run, teacher, tmp_path, script, target):
+    with largest_file(100_000):
+        code, said = run(script, teacher, tmp_path / target)
+    assert (code, said.count("\n")) == (2, 1)
+    assert str(tmp_path / target) in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_while_a_stage_is_saved_is_an_os_error(teacher, tmp_path):
+    student, _ = build_student(open_teacher(teacher), ModelConfig(groupnorm_att=0))
+    with largest_file(100_000), pytest.raises(OSError, match="stage"), unfinished_folder(tmp_path / "stage") as partial:
+        save_model(student, partial)
+    assert [path.name for path in tmp_path.iterdir()] == ["stage.partial"]
+
+
+def test_an_interrupted_conversion_leaves_nothing(run, teacher, tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("radlads.checkpoint.weights.SafetensorsFolder.__getitem__", interrupted)
+    for script, target in [("convert_hf_to_pth.py", "x.pth"), ("convert_to_safetensors.py", "folder")]:
+        code, said = run(script, teacher, tmp_path / target)
+        assert (code, said) == (130, f"{script}: interrupted; nothing was written\n")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("script", ["convert_hf_to_pth.py", "convert_to_safetensors.py"])
-def test_errors_are_sentences(tmp_path, script):
-    done = run(script, tmp_path / "nowhere", tmp_path / "out.pth")
-    assert done.returncode == 2
-    assert done.stderr.startswith(script)
-    assert done.stderr.count("\n") == 1
+def test_errors_are_sentences(run, tmp_path, script):
+    code, said = run(script, tmp_path / "nowhere", tmp_path / "out.pth")
+    assert (code, said.count("\n")) == (2, 1)
+    assert said.startswith(script)
 
 
 _PEAK = """

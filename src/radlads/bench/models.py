@@ -131,5 +131,5 @@ def stock_teacher(config: RadladsConfig, *, device: torch.device, dtype: torch.d
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
-    """Bytes of a model's parameters, shared ones once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    """Bytes of a model's parameters and buffers, shared ones once."""
+    return sum(x.numel() * x.element_size() for x in [*model.parameters(), *model.buffers()])

@@ -30,6 +30,8 @@ LATEST = (
     "decode_b1_64k",
     "decode_b32",
 )
+# What a training step's speed and memory depend on beside its shape
+_SETTINGS = ("teacher_precision", "checkpointing")
 GIB = 2**30
 HEADER = f"{'case':<26}{'of':<22}{'tokens/s':>11}{'ms (min to max)':>30}{'peak GB':>9}{'ceiling':>9}"
 
@@ -178,6 +180,7 @@ def merge_results(path: Path, rows: Sequence[Row], commit: str | None) -> None:
             "peak_gb": _in(row.peak_bytes, 1e9),
             "share_of_ceiling": None if row.share is None else round(row.share, 4),
             "commit": commit,
+            **{name: row.work[name] for name in _SETTINGS if name in row.work},
         }
     ordered = {case: results[case] for case in (*LATEST, *results) if case in results}
     write_text(path, json.dumps(ordered, indent=2) + "\n")

@@ -20,6 +20,7 @@ class Bench:
     """What to measure. shape: "7b", "tiny", a Hugging Face folder, or None for 7b on CUDA and tiny elsewhere.
 
     layers: instead of the shape's. cases: comma-separated names or "all". compiled: torch.compile; None = on CUDA.
+    checkpointing, teacher_precision: of training steps, as TrainSettings has them.
     teacher: measure it beside the student (prefill and decode). json: the full record. results: the file of latest
     results to bring up to date. commit: to record where the code lies in no checkout.
     """
@@ -32,6 +33,7 @@ class Bench:
     device: str = "auto"
     cases: str = "all"
     checkpointing: str = "auto"
+    teacher_precision: str = "same"
     compiled: bool | None = None
     teacher: bool = True
     json: Path | None = None
@@ -67,7 +69,9 @@ def run_bench(bench: Bench, console: Console) -> int:
         case "train":
             train_cases = read_cases(train_case, names)
             ceilings = record.open(measure_ceilings(device))
-            settings = TrainSettings(checkpointing=bench.checkpointing, compiled=compiled)
+            settings = TrainSettings(
+                checkpointing=bench.checkpointing, teacher_precision=bench.teacher_precision, compiled=compiled
+            )
             bench_train(train_cases, shape, settings, device, dtype, ceilings, record)
         case "prefill":
             prefill_cases = read_cases(prefill_case, names)

@@ -10,6 +10,7 @@ from radlads.bench.measure import Ceilings, held_bytes, peak_bytes, release_memo
 from radlads.bench.models import Shape, random_model, weight_bytes
 from radlads.bench.record import Record, Row
 from radlads.config.schema import TrainConfig
+from radlads.distill.fp8_teacher import fp8_copy
 from radlads.distill.logits import build_stage
 from radlads.distill.stage import is_trainable
 from radlads.model.modeling import RadladsForCausalLM
@@ -25,9 +26,11 @@ _DEFAULT_CHECKPOINTING = {"align": "none", "distill": "none", "extend": "selecti
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """checkpointing: none, selective or full; auto = none, but selective when extending. compiled: torch.compile."""
+    """checkpointing: none, selective or full; auto = none, but selective when extending. compiled: torch.compile.
+    teacher_precision: as train.teacher_precision."""
 
     checkpointing: str
+    teacher_precision: str
     compiled: bool
 
 
@@ -45,6 +48,8 @@ def bench_train(
     teacher: RadladsForCausalLM | None = None
     if any(case.stage != "extend" for case in cases):
         teacher = random_model(shape.teacher, device=device, dtype=dtype).requires_grad_(False)
+        if settings.teacher_precision == "fp8":
+            teacher = fp8_copy(teacher, device, dtype)
     if settings.compiled:
         student.compile_blocks()
     if settings.compiled and teacher is not None:
@@ -71,6 +76,7 @@ def _work(case: TrainCase, settings: TrainSettings, *, on_gpu: bool) -> dict:
         "tokens": case.tokens,
         "checkpointing": _DEFAULT_CHECKPOINTING[case.stage] if automatic or is_align else settings.checkpointing,
         "compiled": settings.compiled,
+        "teacher_precision": settings.teacher_precision if case.stage != "extend" else None,
         "graphed": settings.compiled and on_gpu and is_align,
     }
 

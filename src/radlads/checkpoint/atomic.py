@@ -1,5 +1,6 @@
 """Files and folders that exist under their final name only when they are complete."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -42,25 +43,52 @@ def partial_name(target: Path) -> Path:
 
 
 @contextmanager
-def unfinished_folder(target: Path) -> Iterator[Path]:
+def unfinished_folder(target: Path, *, keep_failed: bool = True) -> Iterator[Path]:
     """Give a new folder `NAME.partial` to fill; at the end sync its files and rename it to `target`.
 
-    After an exception the partial folder stays, for a look at what went wrong; `target` never exists half-written.
-    Raises ValueError if `target` exists. An older partial folder is removed first.
+    After an exception the partial folder stays, for a look at what went wrong, unless keep_failed is False; `target`
+    never exists half-written. An older partial folder is removed first. Raises ValueError if `target` exists or another
+    process is filling its partial folder, and OSError that names a file or `target`.
     """
-    if target.exists():
+    if target.exists() or target.is_symlink():
         raise ValueError(f"{target} exists already: remove it or choose another folder")
     partial = partial_name(target)
     if partial.exists():
-        shutil.rmtree(partial)
+        with _only_process_in(partial):
+            shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    yield partial
-    for path in partial.rglob("*"):
-        if path.is_file():
-            _sync(path)
-    _sync(partial)
-    os.replace(partial, target)
+    try:
+        with _only_process_in(partial), _naming(target):
+            yield partial
+            for path in partial.rglob("*"):
+                if path.is_file():
+                    _sync(path)
+            _sync(partial)
+            os.replace(partial, target)
+    except BaseException:
+        if not keep_failed:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     _sync(target.parent)
+
+
+@contextmanager
+def _only_process_in(folder: Path) -> Iterator[None]:
+    """Hold a lock on a folder, which ends with the process. Raises ValueError while another process holds it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise ValueError(
+            f"{folder} is being written by another process: wait for it, or choose another name"
+        ) from error
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -70,24 +98,31 @@ def unfinished_file(target: Path) -> Iterator[Path]:
     After an exception nothing is left. Raises ValueError if `target` exists or its folder does not, and OSError that
     names the file if it cannot be written.
     """
-    if target.exists():
+    if target.exists() or target.is_symlink():
         raise ValueError(f"{target} exists already: remove it or choose another name")
     if not target.parent.is_dir():
         raise ValueError(f"{target.parent} is not a folder: make it first, or choose another one for {target.name}")
     partial = partial_name(target)
     try:
-        yield partial
-        _sync(partial)
-        os.replace(partial, target)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        if error.filename is None and error.errno is not None:
-            raise OSError(error.errno, os.strerror(error.errno), str(target)) from error
-        raise
+        with _naming(target):
+            yield partial
+            _sync(partial)
+            os.replace(partial, target)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
     _sync(target.parent)
+
+
+@contextmanager
+def _naming(target: Path) -> Iterator[None]:
+    """Have an OSError name `target` if it names no file: a full disk is reported by write, which does not know it."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(target)) from error
 
 
 def _sync(path: Path) -> None:

@@ -9,20 +9,11 @@ import torch
 import radlads.model
 from radlads.checkpoint.atomic import read_json, unfinished_folder, write_text
 from radlads.checkpoint.model_folder import save_model
+from radlads.checkpoint.tokenizer_files import copy_tokenizer
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.registry import is_registered
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 _AUTO_MAP = {
     "AutoConfig": "configuration.RadladsConfig",
     "AutoModel": "modeling.RadladsModel",
@@ -33,41 +24,45 @@ _AUTO_MAP = {
 def export(model: RadladsForCausalLM, teacher_folder: Path, target: Path, *, dtype: torch.dtype | None = None) -> None:
     """Write the model to `target`, loadable with `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`.
 
-    The tokenizer's files are the teacher's, verbatim. The code is radlads/model, verbatim. Raises ValueError if
-    `target` exists, or if the model has mixers of the user's own, whose code is not in radlads/model.
+    The tokenizer's files are the teacher's, verbatim; generation_config.json is too, but for the rows that pad the
+    embedding (copy_tokenizer). The code is radlads/model, verbatim. Raises ValueError if `target` exists, or if the
+    model has mixers of the user's own, whose code is not in radlads/model.
     """
     if not is_registered(model.config):
         raise ValueError(
             "a model with mixers of your own cannot be exported with code: load it with radlads and your files instead"
         )
-    model.config.auto_map = _AUTO_MAP
     with unfinished_folder(target) as partial:
         save_model(model, partial, dtype=dtype)
-        _copy_code(partial)
+        _add_code(partial)
         copy_tokenizer(teacher_folder, partial)
 
 
-def copy_all_but_weights(folder: Path, target: Path) -> None:
-    """Copy what makes weights a model: config.json if there is one, tokenizer, and our code for a model of ours."""
-    copy_tokenizer(folder, target)
-    if not (folder / "config.json").is_file():
-        return
-    values = read_json(folder / "config.json")
-    ours = RadladsForCausalLM.__name__ in (values.get("architectures") or ())
-    if ours and is_registered(RadladsConfig.from_dict(dict(values))):
-        values["auto_map"] = _AUTO_MAP
-        _copy_code(target)
-    write_text(target / "config.json", json.dumps(values, indent=2) + "\n")
+def copy_all_but_weights(
+    folder: Path, target: Path, *, tokenizer_folder: Path | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """Copy what makes weights a model: config.json if there is one, tokenizer, and our code for a model of ours.
+
+    `tokenizer_folder`: where the tokenizer is, if not in `folder`. `dtype`: what the weights have been cast to.
+    """
+    if (folder / "config.json").is_file():
+        values = read_json(folder / "config.json")
+        if dtype is not None:
+            values["torch_dtype" if "torch_dtype" in values else "dtype"] = str(dtype).removeprefix("torch.")
+        _write_config(values, target)
+        ours = RadladsForCausalLM.__name__ in (values.get("architectures") or ())
+        if ours and is_registered(RadladsConfig.from_dict(dict(values))):
+            _add_code(target)
+    copy_tokenizer(tokenizer_folder or folder, target)
 
 
-def _copy_code(folder: Path) -> None:
+def _write_config(values: dict, folder: Path) -> None:
+    write_text(folder / "config.json", json.dumps(values, indent=2) + "\n")
+
+
+def _add_code(folder: Path) -> None:
+    """Put our code into a model folder, and into its config.json where transformers finds it."""
+    _write_config(read_json(folder / "config.json") | {"auto_map": _AUTO_MAP}, folder)
     for source in Path(radlads.model.__file__).parent.glob("*.py"):
         if source.name != "__init__.py":
             shutil.copyfile(source, folder / source.name)
-
-
-def copy_tokenizer(teacher_folder: Path, folder: Path) -> None:
-    """Copy the tokenizer's files (and generation defaults) that the teacher's folder has."""
-    for name in TOKENIZER_FILES:
-        if (teacher_folder / name).is_file():
-            shutil.copyfile(teacher_folder / name, folder / name)

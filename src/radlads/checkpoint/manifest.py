@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from radlads.checkpoint.atomic import write_text
+from radlads.checkpoint.atomic import read_json, write_text
 
 MANIFEST = "manifest.json"
 _PACKAGES = ("radlads", "torch", "transformers", "lightning", "safetensors", "tokenizers", "fla-core")
@@ -25,11 +25,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(f"{folder} is not a finished stage: it has no {MANIFEST}")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        hashes = manifest["sha256"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
-        raise ValueError(f"{path} is damaged: run the stage again") from error
+    manifest = read_json(path)
+    hashes = manifest.get("sha256")
+    if not isinstance(hashes, dict):
+        raise ValueError(f"{path} is damaged: run the stage again")
     for name, expected in hashes.items():
         if not (folder / name).is_file() or sha256(folder / name) != expected:
             raise ValueError(f"{folder / name} is not the file its {MANIFEST} describes: run the stage again")

@@ -1,11 +1,12 @@
 """A model on disk: config.json and safetensors, as transformers lays them out."""
 
-import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors.torch import save_file
+from huggingface_hub.errors import StrictDataclassError
 
+from radlads.checkpoint.atomic import read_json
 from radlads.checkpoint.published import (
     ARCHITECTURES,
     UsedWeights,
@@ -13,9 +14,19 @@ from radlads.checkpoint.published import (
     published_kind,
     untie_if_head_differs,
 )
-from radlads.checkpoint.weights import WEIGHTS_FILE, SafetensorsFolder, StoredWeights, load_strict
+from radlads.checkpoint.safetensors_writer import write_safetensors
+from radlads.checkpoint.weights import (
+    WEIGHTS_FILE,
+    CastWeights,
+    ModelWeights,
+    SafetensorsFolder,
+    StoredWeights,
+    load_strict,
+)
+from radlads.config.sizes import sizes_of
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
+from radlads.model.registry import is_registered
 
 
 def save_model(model: RadladsForCausalLM, folder: Path, *, dtype: torch.dtype | None = None) -> None:
@@ -23,26 +34,60 @@ def save_model(model: RadladsForCausalLM, folder: Path, *, dtype: torch.dtype | 
     model.config.architectures = [type(model).__name__]
     model.config.dtype = dtype or next(model.parameters()).dtype
     model.config.save_pretrained(folder)
-    weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.named_parameters()}
-    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    weights = CastWeights(ModelWeights(model), dtype)
+    write_safetensors(weights, list(weights), folder / WEIGHTS_FILE)
+
+
+class StoredModel(NamedTuple):
+    """A model folder that is open: `weights` are all its tensors, `used` those that the model computes with."""
+
+    config: RadladsConfig
+    weights: StoredWeights
+    used: StoredWeights
 
 
 def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> RadladsForCausalLM:
     """The model of a folder that save_model or an export wrote, or of a published checkpoint, in evaluation mode.
 
-    Raises ValueError for a folder that is none, another architecture, and weights that do not fit (load_strict).
+    Raises ValueError as open_model, and for weights that do not fit (load_strict).
+    """
+    stored = open_model(folder)
+    model = _unfilled_model(stored.config, dtype)
+    load_strict(model, stored.used, folder)
+    return model.eval()
+
+
+def _unfilled_model(config: RadladsConfig, dtype: torch.dtype) -> RadladsForCausalLM:
+    """A model whose parameters are yet to be filled, all of them: initial values would take minutes, in fp32."""
+    if not is_registered(config):  # a user's own mixer may have more than parameters
+        return RadladsForCausalLM(config).to(dtype)  # type: ignore[arg-type]
+    with torch.device("meta"):
+        model = RadladsForCausalLM(config)
+    assert not list(model.buffers()), "to_empty would lose their values"
+    model.to(dtype).to_empty(device="cpu")  # type: ignore[arg-type]
+    model.tie_weights()
+    return model
+
+
+def open_model(folder: Path) -> StoredModel:
+    """A model folder's configuration and its tensors, of which none is read yet.
+
+    Raises ValueError for a folder that is none, another architecture, sizes that make no model, and weights that are
+    missing or unreadable.
     """
     values = read_config(folder, RadladsForCausalLM.__name__, *ARCHITECTURES)
-    weights: StoredWeights = SafetensorsFolder(folder)
-    if published_kind(values):
-        config = published_config(values, folder)
-        untie_if_head_differs(config, weights)
-        weights = UsedWeights(weights, config)
-    else:
-        config = RadladsConfig.from_dict(values)
-    model = RadladsForCausalLM(config).to(dtype)  # type: ignore[arg-type]
-    load_strict(model, weights, folder)
-    return model.eval()
+    is_published = published_kind(values) is not None
+    try:
+        sizes_of(values)
+        config = published_config(values, folder) if is_published else RadladsConfig.from_dict(values)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        reason = str(error).replace("\n", " ")
+        raise ValueError(f"{folder}/config.json describes no model that can be read here: {reason}") from error
+    weights = SafetensorsFolder(folder)
+    if not is_published:
+        return StoredModel(config, weights, weights)
+    untie_if_head_differs(config, weights)
+    return StoredModel(config, weights, UsedWeights(weights, config))
 
 
 def read_config(folder: Path, *architectures: str) -> dict:
@@ -50,11 +95,10 @@ def read_config(folder: Path, *architectures: str) -> dict:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} is not a model folder: it has no config.json")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        found = values.get("architectures") or []
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a model's configuration: copy it anew") from error
+    values = read_json(path)
+    found = values.get("architectures") or []
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise ValueError(f"{path} is not a model's configuration: copy it anew")
     if not set(found) & set(architectures):
         named = ", ".join(found) or "no architecture"
         raise ValueError(f"{path} names {named}, but only {' and '.join(architectures)} can be read here")

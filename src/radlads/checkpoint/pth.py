@@ -74,12 +74,14 @@ def _mapped(path: Path) -> dict[str, torch.Tensor]:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} holds more than weights, such as code to be run, and was not read: take a checkpoint that is a "
-            "plain state dict, from a source you trust"
+            f"{path} holds more than weights, such as code to be run, or is damaged, and was not read: take a "
+            "checkpoint that is a plain state dict, from a source you trust"
         ) from error
-    except (RuntimeError, OSError, EOFError) as error:
+    except PermissionError:
+        raise
+    except Exception as error:  # of a damaged pickle torch raises whatever its reading runs into
         raise ValueError(
-            f"{path} is truncated, or not a .pth file that torch.save (1.6 or newer) wrote: copy it anew"
+            f"{path} is truncated or damaged, or not a .pth file that torch.save (1.6 or newer) wrote: copy it anew"
         ) from error
     if not isinstance(tensors, Mapping) or not tensors:
         raise ValueError(f"{path} holds no tensors by name: save the model's state_dict() itself")

@@ -81,11 +81,24 @@ def published_config(values: Mapping[str, Any], origin: Path) -> RadladsConfig:
         **switches,
         **ranks,
         tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
-        rope_parameters=_rope_parameters(values),
+        rope_parameters=rope_parameters(values),
         time_mixers=[MIXER_OF[kind]] * (layers - softmax) + ["qwen2"] * softmax,
     )
     rope_inverse_frequencies(config)
     return config
+
+
+def rope_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json's RoPE in transformers 5's form, also from the rope_theta and rope_scaling of transformers 4."""
+    scaling = dict(values.get("rope_scaling") or {})
+    if kind := scaling.pop("type", None):
+        scaling.setdefault("rope_type", kind)
+    rope = {"rope_type": "default", "rope_theta": values.get("rope_theta")} | (values.get("rope_parameters") or {})
+    rope = {key: value for key, value in (rope | scaling).items() if value is not None}
+    rope.setdefault("rope_theta", 10000.0)  # of all families that are read here
+    if rope["rope_type"] in ("llama3", "yarn") and values.get("max_position_embeddings"):
+        rope.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
+    return rope
 
 
 class UsedWeights(StoredWeights):
@@ -169,14 +182,3 @@ def _rank(name: str, kind: str, values: Mapping[str, Any]) -> int:
         narrow, wide = _RWKV6_RANKS[name]
         return wide if values["hidden_size"] >= _WIDE else narrow
     return 0
-
-
-def _rope_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
-    """transformers 5's rope_parameters, or 4's rope_theta and rope_scaling."""
-    if values.get("rope_parameters"):
-        return dict(values["rope_parameters"])
-    scaling = dict(values.get("rope_scaling") or {})
-    kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
-    if kind in ("llama3", "yarn") and values.get("max_position_embeddings"):
-        scaling.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
-    return {**scaling, "rope_type": kind, "rope_theta": float(values.get("rope_theta") or 10000.0)}

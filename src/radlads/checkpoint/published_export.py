@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from radlads.checkpoint.atomic import unfinished_folder, write_text
-from radlads.checkpoint.hf_export import copy_tokenizer
+from radlads.checkpoint.model_folder import open_model
 from radlads.checkpoint.published import (
     ARCHITECTURE_OF,
     EMBEDDING,
@@ -18,69 +18,100 @@ from radlads.checkpoint.published import (
     RANKS,
     SIZES,
     SWITCHES,
+    UsedWeights,
     stored_only,
 )
-from radlads.checkpoint.weight_files import SHARD_BYTES, write_shards
-from radlads.checkpoint.weights import StoredWeights, TensorInfo
+from radlads.checkpoint.safetensors_writer import SHARD_BYTES, write_shards
+from radlads.checkpoint.tokenizer_files import copy_tokenizer, read_tokenizer
+from radlads.checkpoint.weights import CastWeights, StoredWeights, TensorInfo, check_fit
+from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 
 
-def export_published(
-    model: RadladsForCausalLM,
+def convert_to_published(
+    source: Path,
     target: Path,
     *,
     tokenizer_folder: Path | None = None,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write the model to the new folder `target` as a published checkpoint: configuration, weights, and no code.
+    """Write the model folder `source`, a stage's, an export's or a published checkpoint, as a published checkpoint.
 
-    Tensors that the format stores though nothing uses them get their initial values. Raises ValueError if `target`
-    exists, or for a model the format has no words for.
+    The tokenizer is that of `tokenizer_folder`, or else of `source`. Memory holds one tensor. Raises ValueError if
+    `target` exists, the weights are not those of the model that config.json describes, or the format has no words for
+    it.
     """
-    kind = _kind_of(model)
-    parameters = _ModelWeights(model, dtype)
-    with unfinished_folder(target) as partial:
-        write_text(partial / "config.json", json.dumps(_config_values(model, kind, parameters.dtype), indent=2) + "\n")
-        write_shards(parameters, partial, shard_bytes=shard_bytes)
-        if tokenizer_folder is not None:
-            copy_tokenizer(tokenizer_folder, partial)
+    if target.suffix == ".safetensors":
+        raise ValueError(f"{target} would be one file, but a published checkpoint is a folder: name a folder to write")
+    if tokenizer_folder is not None:
+        read_tokenizer(tokenizer_folder)
+    stored = open_model(source)
+    with torch.device("meta"):
+        described = RadladsForCausalLM(stored.config)
+    check_fit(described, stored.used, source)
+    with unfinished_folder(target, keep_failed=False) as partial:
+        write_published(stored.config, stored.weights, partial, dtype=dtype, shard_bytes=shard_bytes)
+        copy_tokenizer(tokenizer_folder or source, partial)
 
 
-class _ModelWeights(StoredWeights):
-    """A model's parameters in `dtype` (default: their own), and the tensors that are stored only."""
+def write_published(
+    config: RadladsConfig,
+    weights: StoredWeights,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a model into a folder that exists as a published checkpoint: configuration and weights, and no code.
 
-    def __init__(self, model: RadladsForCausalLM, dtype: torch.dtype | None):
-        self.dtype = dtype or next(model.parameters()).dtype
-        self._parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        self._parameters.setdefault(HEAD, self._parameters[EMBEDDING])
-        self._fill = {
+    Tensors that the format stores though nothing uses them are those of `weights`, or else have their initial values.
+    Raises ValueError for a model the format has no words for.
+    """
+    kind = _kind_of(config)
+    tensors = CastWeights(_AllTensors(weights, config), dtype)
+    values = _config_values(config, kind, tensors.info(EMBEDDING).dtype)
+    write_text(folder / "config.json", json.dumps(values, indent=2) + "\n")
+    write_shards(tensors, folder, shard_bytes=shard_bytes)
+
+
+class _AllTensors(StoredWeights):
+    """The tensors of the format for a model: those that `weights` hold, the head also of a model whose head is its
+    embedding, and initial values for those that are stored only, where `weights` lack them."""
+
+    def __init__(self, weights: StoredWeights, config: RadladsConfig):
+        self._weights, self._dtype = weights, weights.info(EMBEDDING).dtype
+        named = {
             name: shape_and_value
-            for layer, mixer in enumerate(model.config.time_mixers)
-            for name, shape_and_value in stored_only(model.config, layer, mixer).items()
+            for layer, mixer in enumerate(config.time_mixers)
+            for name, shape_and_value in stored_only(config, layer, mixer).items()
         }
+        used = dict.fromkeys(UsedWeights(weights, config))
+        self._stored = used | dict.fromkeys(name for name in named if name in weights) | {HEAD: None}
+        self._fill = {name: named[name] for name in named if name not in weights}
+        self._head = EMBEDDING if config.tie_word_embeddings else HEAD
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name in self._fill:
             shape, value = self._fill[name]
-            return torch.full(shape, value, dtype=self.dtype)
-        return self._parameters[name].to("cpu", self.dtype)
+            return torch.full(shape, value, dtype=self._dtype)
+        return self._weights[self._head if name == HEAD else name]
 
     def info(self, name: str) -> TensorInfo:
-        shape = self._fill[name][0] if name in self._fill else tuple(self._parameters[name].shape)
-        return TensorInfo(shape, self.dtype)
+        if name in self._fill:
+            return TensorInfo(self._fill[name][0], self._dtype)
+        return self._weights.info(self._head if name == HEAD else name)
 
     def __iter__(self) -> Iterator[str]:
-        yield from self._parameters
+        yield from self._stored
         yield from self._fill
 
     def __len__(self) -> int:
-        return len(self._parameters) + len(self._fill)
+        return len(self._stored) + len(self._fill)
 
 
-def _kind_of(model: RadladsForCausalLM) -> str:
+def _kind_of(config: RadladsConfig) -> str:
     """The model type that can say what the model is. Raises ValueError if none can."""
-    config = model.config
     recurrent = {name for name in config.time_mixers if name != "qwen2"}
     kinds = [kind for kind, mixer in MIXER_OF.items() if recurrent == {mixer}]
     if not kinds:
@@ -107,14 +138,15 @@ def _kind_of(model: RadladsForCausalLM) -> str:
             "the published format has heads that share the hidden size evenly, and this model's do not: "
             "export it with its code instead"
         )
-    unknown = [name for name, _ in model.named_parameters() if name.split(".")[-2] in ("q_norm", "k_norm")]
-    if unknown:
-        raise ValueError(f"the published format has no {unknown[0]}: export the model with its code instead")
+    if config.qk_norm:
+        raise ValueError(
+            "the published format has no norms of queries and keys (q_norm, k_norm): export the model with its code "
+            "instead"
+        )
     return kind
 
 
-def _config_values(model: RadladsForCausalLM, kind: str, dtype: torch.dtype) -> dict[str, Any]:
-    config = model.config
+def _config_values(config: RadladsConfig, kind: str, dtype: torch.dtype) -> dict[str, Any]:
     rope = {name: value for name, value in config.rope_parameters.items() if name != "rope_theta"}
     values: dict[str, Any] = {
         "architectures": [ARCHITECTURE_OF[kind]],

@@ -1,18 +1,18 @@
 """Weights from one file format into another, tensor by tensor: memory holds one, whatever the checkpoint's size."""
 
-import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from radlads.checkpoint.atomic import unfinished_file, unfinished_folder, write_text
+from radlads.checkpoint.atomic import unfinished_file, unfinished_folder
 from radlads.checkpoint.hf_export import copy_all_but_weights
+from radlads.checkpoint.manifest import MANIFEST
 from radlads.checkpoint.pth import PthFile, write_pth
-from radlads.checkpoint.weights import DTYPE_NAMES, WEIGHTS_FILE, WEIGHTS_INDEX, SafetensorsFolder, StoredWeights
+from radlads.checkpoint.safetensors_writer import SHARD_BYTES, write_safetensors, write_shards
+from radlads.checkpoint.tokenizer_files import copy_tokenizer, read_tokenizer
+from radlads.checkpoint.weights import CastWeights, SafetensorsFolder, StoredWeights
 
-SHARD_BYTES = 5 * 10**9
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -30,67 +30,55 @@ def is_weights_file(path: Path) -> bool:
     return path.suffix in (".pth", ".safetensors") and not path.is_dir()
 
 
+def starting_point(named: str) -> Path | None:
+    """The weights file or model folder that train.load_model names; None for "" and "auto": the stage knows.
+
+    FOLDER/rwkv-final.pth is the name under which the released system leaves a stage's result: where there is no such
+    file, but a finished stage of ours, it means FOLDER.
+    """
+    path = Path(named)
+    if named in ("", "auto"):
+        return None
+    if path.name == "rwkv-final.pth" and not path.exists() and (path.parent / MANIFEST).is_file():
+        return path.parent
+    return path
+
+
 def convert_to_pth(source: Path, target: Path) -> None:
     """Write the weights of a folder or file as a `.pth` file. Errors as open_weights and write_pth."""
     write_pth(open_weights(source), target)
 
 
-def convert_to_safetensors(source: Path, target: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
+def convert_to_safetensors(
+    source: Path,
+    target: Path,
+    *,
+    tokenizer_folder: Path | None = None,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
     """Write the weights of a `.pth` file, or others, as `target`: a `.safetensors` file or else a folder of shards.
 
-    A folder's shards hold at most `shard_bytes` (one tensor at least); where the source is a model folder too, the rest
-    of the model comes along, so that AutoModelForCausalLM can load it. Raises ValueError if `target` exists or the
-    weights cannot be read, and OSError if the disk is full; nothing is left under its name then.
+    `dtype` is what floating-point tensors are cast to (default: none). A folder's shards hold at most `shard_bytes`
+    (one tensor at least); where the source is a model folder too, the rest of the model comes along, so that
+    AutoModelForCausalLM can load it, with the tokenizer of `tokenizer_folder` if it is given. Raises ValueError if
+    `target` exists or the weights cannot be read, and OSError if the disk is full; nothing is left then.
     """
-    weights = open_weights(source)
+    weights = CastWeights(open_weights(source), dtype)
+    if tokenizer_folder is not None:
+        read_tokenizer(tokenizer_folder)
     if target.suffix == ".safetensors":
+        if tokenizer_folder is not None:
+            raise ValueError(f"{target} is one file, which holds no tokenizer: name a folder to write, or leave it out")
         with unfinished_file(target) as partial:
             write_safetensors(weights, list(weights), partial)
         return
-    with unfinished_folder(target) as partial:
+    with unfinished_folder(target, keep_failed=False) as partial:
         write_shards(weights, partial, shard_bytes=shard_bytes)
         if source.is_dir():
-            copy_all_but_weights(source, partial)
-
-
-def write_shards(weights: StoredWeights, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write the weights into a folder that exists: shards and their index, or one file where one is enough."""
-    shards = _shards(weights, shard_bytes)
-    if len(shards) == 1:
-        write_safetensors(weights, shards[0], folder / WEIGHTS_FILE)
-        return
-    file_of: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(weights, names, folder / file)
-        file_of |= dict.fromkeys(names, file)
-    total_bytes = sum(weights.info(name).num_bytes for name in weights)
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(file_of.items()))}
-    write_text(folder / WEIGHTS_INDEX, json.dumps(index, indent=2) + "\n")
-
-
-def write_safetensors(weights: StoredWeights, names: Sequence[str], path: Path) -> None:
-    """Write these tensors as one safetensors file, reading each when its turn has come.
-
-    Raises ValueError for a type of numbers that safetensors lacks.
-    """
-    infos = {name: weights.info(name) for name in names}
-    # Wide types first, so that every tensor is aligned to its own width
-    order = sorted(names, key=lambda name: (-infos[name].dtype.itemsize, name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in order:
-        shape, dtype = infos[name]
-        if dtype not in DTYPE_NAMES:
-            raise ValueError(f"{name} holds {dtype}, which safetensors has no name for: convert it to a float type")
-        begin, end = end, end + infos[name].num_bytes
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            file.write(weights[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            copy_all_but_weights(source, partial, tokenizer_folder=tokenizer_folder, dtype=dtype)
+        elif tokenizer_folder is not None:
+            copy_tokenizer(tokenizer_folder, partial)
 
 
 def parse_size(text: str) -> int:
@@ -100,17 +88,3 @@ def parse_size(text: str) -> int:
     if num_bytes < 1:
         raise ValueError(f"a shard's size is given as 5GB, 500MB or a number of bytes, not {text!r}")
     return num_bytes
-
-
-def _shards(weights: StoredWeights, shard_bytes: int) -> list[list[str]]:
-    """The names in order, divided into shards of at most `shard_bytes`."""
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name in weights:
-        num_bytes = weights.info(name).num_bytes
-        if shards[-1] and filled + num_bytes > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += num_bytes
-    return shards

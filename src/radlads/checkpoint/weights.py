@@ -1,6 +1,5 @@
 """Weights by name: safetensors, a folder's or a file's, read tensor by tensor; and filling a model with them."""
 
-import json
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -8,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from radlads.checkpoint.atomic import read_json
 
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -50,6 +51,47 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         """Shape and type of a tensor, which is not read."""
 
 
+class ModelWeights(StoredWeights):
+    """A model's parameters by name, each on the CPU when it is asked for. A head that is the embedding is left out."""
+
+    def __init__(self, model: torch.nn.Module):
+        self._parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._parameters[name].cpu()
+
+    def info(self, name: str) -> TensorInfo:
+        return TensorInfo(tuple(self._parameters[name].shape), self._parameters[name].dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+
+class CastWeights(StoredWeights):
+    """Other weights with floating-point tensors in `dtype`; all as they are if it is None."""
+
+    def __init__(self, weights: StoredWeights, dtype: torch.dtype | None):
+        self._weights, self._dtype = weights, dtype
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._weights[name].to(self.info(name).dtype)
+
+    def info(self, name: str) -> TensorInfo:
+        stored = self._weights.info(name)
+        if self._dtype is None or not stored.dtype.is_floating_point:
+            return stored
+        return stored._replace(dtype=self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
 class SafetensorsFolder(StoredWeights):
     """The tensors of a folder's safetensors files, or of one such file, by name.
 
@@ -59,6 +101,8 @@ class SafetensorsFolder(StoredWeights):
     def __init__(self, folder: Path):
         self.folder = folder
         self._file_of = _tensor_files(folder)
+        if not self._file_of:
+            raise ValueError(f"{folder} holds no weights: copy it anew")
 
     def __getitem__(self, name: str) -> torch.Tensor:
         with _opened(self._file_of[name]) as file:
@@ -67,6 +111,11 @@ class SafetensorsFolder(StoredWeights):
     def info(self, name: str) -> TensorInfo:
         with _opened(self._file_of[name]) as file:
             stored = _present(file, name, self._file_of[name]).get_slice(name)
+            if stored.get_dtype() not in _DTYPES:
+                raise ValueError(
+                    f"{name} in {self._file_of[name]} holds {stored.get_dtype()}, which is not supported: "
+                    "take a checkpoint in bf16 or another float type"
+                )
             return TensorInfo(tuple(stored.get_shape()), _DTYPES[stored.get_dtype()])
 
     def __iter__(self) -> Iterator[str]:
@@ -81,6 +130,20 @@ def load_strict(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], ori
 
     Raises ValueError that names the tensor for one missing, unexpected, wrongly shaped, or with NaN or infinity.
     """
+    check_names(model, weights, origin)
+    for name, parameter in model.named_parameters():
+        copy_checked(parameter, weights[name], name, origin)
+
+
+def check_fit(model: torch.nn.Module, weights: StoredWeights, origin: Path | str) -> None:
+    """load_strict's ValueErrors about names and shapes, without reading a tensor."""
+    check_names(model, weights, origin)
+    for name, parameter in model.named_parameters():
+        _check_shape(parameter, weights.info(name).shape, name, origin)
+
+
+def check_names(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], origin: Path | str) -> None:
+    """Raise ValueError that names the tensor if one of the model's parameters is missing, or one more is there."""
     parameters = dict(model.named_parameters())
     if missing := sorted(parameters.keys() - weights.keys()):
         raise ValueError(f"{origin} lacks {_some(missing)}, which the model has: is it the checkpoint of this model?")
@@ -88,21 +151,23 @@ def load_strict(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], ori
         raise ValueError(
             f"{origin} holds {_some(unexpected)}, which the model lacks: is it the checkpoint of this model?"
         )
-    for name, parameter in parameters.items():
-        copy_checked(parameter, weights[name], name, origin)
 
 
 def copy_checked(parameter: torch.nn.Parameter, tensor: torch.Tensor, name: str, origin: Path | str) -> None:
     """Copy a tensor into a parameter. Raises ValueError for another shape, NaN or infinity."""
-    if tensor.shape != parameter.shape:
-        raise ValueError(
-            f"{name} in {origin} has shape {tuple(tensor.shape)}, but the model needs {tuple(parameter.shape)}: "
-            "is it the checkpoint of this model?"
-        )
+    _check_shape(parameter, tensor.shape, name, origin)
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{name} in {origin} holds NaN or infinity: the checkpoint is broken, take an earlier one")
     with torch.no_grad():
         parameter.copy_(tensor)
+
+
+def _check_shape(parameter: torch.Tensor, found: tuple[int, ...], name: str, origin: Path | str) -> None:
+    if found != parameter.shape:
+        raise ValueError(
+            f"{name} in {origin} has shape {tuple(found)}, but the model needs {tuple(parameter.shape)}: "
+            "is it the checkpoint of this model?"
+        )
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
@@ -111,10 +176,9 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
             return dict.fromkeys(file.keys(), folder)
     index = folder / WEIGHTS_INDEX
     if index.is_file():
-        try:
-            shards = json.loads(index.read_text())["weight_map"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{index} is not an index of safetensors shards: copy it anew") from error
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+            raise ValueError(f"{index} is not an index of safetensors shards: copy it anew")
         return {name: _existing(folder / shard) for name, shard in shards.items()}
     if not (folder / WEIGHTS_FILE).is_file():
         raise ValueError(f"{folder} holds no weights: {WEIGHTS_FILE} (or {WEIGHTS_INDEX} and its shards) is missing")

@@ -142,7 +142,8 @@ def _described(hint: Any) -> str:
         str: "text (in quotes where YAML reads it otherwise)",
         NoneType: "null",
     }
-    return " or ".join(names[kind] for kind in get_args(hint) or [hint])
+    kinds = get_args(hint) or [hint]
+    return " or ".join(_described(kind) if get_origin(kind) is Literal else names[kind] for kind in kinds)
 
 
 def _unknown_key(key: str, place: str) -> str:

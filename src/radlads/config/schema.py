@@ -225,6 +225,14 @@ class TrainConfig:
     """Tokens at the end of data_file to hold out instead of a validation_data_file; 0 = none."""
     magic_prime: int | Literal["auto"] = 0
     """Prime that orders the samples; auto or 0 = the largest one = 2 (mod 3) below the number of sequences."""
+    mask_labels_at_eos: Switch = 0
+    """1 = no loss where the input ends a document: what follows is another document's. No effect when aligning, whose
+    loss has no labels."""
+    reset_state_at_eos: Switch = 0
+    """1 = every document in a row is a sequence of its own, for student and teacher: states, attention and positions
+    start anew, and no document's first token is predicted. Not compiled, as lengths vary."""
+    eos_token_id: int = -1
+    """Token that ends a document; -1 = the model's. No effect without one of the two keys above."""
     my_exit_tokens: int = 0
     """The stage's token budget; 0 = one pass of the data."""
     heldout_tokens: int = 65536
@@ -240,6 +248,9 @@ class TrainConfig:
     precision: Precision = "bf16"
     """bf16 = bf16 products on fp32 weights; bf16-true = bf16 weights, gradients and moments: half the memory, but an
     update below 1/512 of its weight is lost; auto = bf16 where the hardware multiplies it, fp32 elsewhere."""
+    teacher_precision: Literal["same", "fp8"] = "same"
+    """same = the teacher computes as the student does; fp8 = the matrices of its blocks are rounded to 8 bits while a
+    stage trains, held-out measurements in it included: half the memory and faster, on a GPU from Hopper on."""
     accelerator: Literal["gpu", "cuda", "cpu", "mps", "auto"] = "gpu"
     """Hardware to train on."""
     strategy: str = "auto"
@@ -267,6 +278,11 @@ class TrainConfig:
             raise ValueError(
                 f"train.lr_wait must be at most train.lr_endpoint, which is {self.lr_endpoint}, not {self.lr_wait}"
             )
+        if self.reset_state_at_eos and self.compile == "always":
+            raise ValueError(
+                "train.compile must be 'auto' or 'never' with train.reset_state_at_eos, whose sequences are of too "
+                "many lengths to compile for, not 'always'"
+            )
         if self.grad_cp and self.activation_checkpointing not in ("auto", "full"):
             raise ValueError(
                 f"train.grad_cp 1 means full activation checkpointing, but train.activation_checkpointing is "
@@ -284,7 +300,7 @@ _TRAIN_RANGES: dict[Range, list[str]] = {
         *("seed_everything", "gradient_clip_val", "weight_decay", "epoch_begin", "epoch_save"),
         *("my_exit_tokens", "heldout_tail_tokens", "heldout_every_steps"),
     ],
-    NOT_NEGATIVE_OR_UNSET: ["warmup_steps", "weight_decay_final"],
+    NOT_NEGATIVE_OR_UNSET: ["warmup_steps", "weight_decay_final", "eos_token_id"],
     AT_LEAST_ONE: [
         *("micro_bsz", "accumulate_grad_batches", "log_every_n_steps", "num_nodes", "ds_bucket_mb", "heldout_tokens"),
     ],

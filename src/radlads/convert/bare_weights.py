@@ -6,8 +6,8 @@ from pathlib import Path
 from radlads.checkpoint.published import EMBEDDING, HEAD, UsedWeights
 from radlads.checkpoint.weights import StoredWeights, load_strict
 from radlads.config.schema import ModelConfig
-from radlads.convert.student import student_config
-from radlads.convert.weight_map import transfer
+from radlads.convert.hf_source import TeacherSource
+from radlads.convert.student import build_student, build_teacher, student_config
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 
@@ -22,8 +22,8 @@ def shape_of(weights: StoredWeights, model: ModelConfig, origin: Path) -> Radlad
     tells, would then not be theirs either.
     """
     needed = (EMBEDDING, _LAYER.format(0), _LAYER.format(0).replace("q_proj", "k_proj"), _MLP)
-    if lacking := [name for name in needed if name not in weights]:
-        raise ValueError(f"{origin} lacks {lacking[0]}: it holds no model that can be read here")
+    if lacking := [name for name in needed if name not in weights or len(weights.info(name).shape) != 2]:
+        raise ValueError(f"{origin} lacks the matrix {lacking[0]}: it holds no model that can be read here")
     vocabulary, width = weights.info(EMBEDDING).shape
     layers = sum(_LAYER.format(layer) in weights for layer in range(len(weights)))
     if (layers, width) != (model.n_layer, model.n_embd):
@@ -55,9 +55,7 @@ def shape_of(weights: StoredWeights, model: ModelConfig, origin: Path) -> Radlad
 
 def teacher_of(weights: StoredWeights, shape: RadladsConfig, origin: Path) -> RadladsForCausalLM:
     """The frozen teacher with these weights, in evaluation mode. Raises ValueError for weights that do not fit."""
-    teacher = RadladsForCausalLM(shape)
-    transfer(weights, teacher, origin, tied=shape.tie_word_embeddings)
-    return teacher.eval().requires_grad_(False)
+    return build_teacher(TeacherSource(origin, shape, weights))
 
 
 def student_of(weights: StoredWeights, shape: RadladsConfig, model: ModelConfig, origin: Path) -> RadladsForCausalLM:
@@ -71,9 +69,7 @@ def student_from_teacher(
     weights: StoredWeights, shape: RadladsConfig, model: ModelConfig, origin: Path
 ) -> tuple[RadladsForCausalLM, Counter]:
     """The student set up from a teacher's weights, and the transfer's row counts (see student.build_student)."""
-    student = RadladsForCausalLM(student_config(shape, model))
-    tied, reinit_att = shape.tie_word_embeddings, bool(model.reinit_att)
-    return student, transfer(weights, student, origin, tied=tied, reinit_att=reinit_att)
+    return build_student(TeacherSource(origin, shape, weights), model)
 
 
 def is_teachers(weights: StoredWeights) -> bool:

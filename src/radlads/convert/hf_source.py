@@ -9,7 +9,10 @@ from tokenizers import Tokenizer
 
 from radlads.checkpoint.atomic import read_json
 from radlads.checkpoint.model_folder import read_config
-from radlads.checkpoint.weights import SafetensorsFolder
+from radlads.checkpoint.published import rope_parameters
+from radlads.checkpoint.tokenizer_files import TOKENIZER_FILE, num_ids, read_tokenizer
+from radlads.checkpoint.weights import SafetensorsFolder, StoredWeights
+from radlads.config.sizes import sizes_of
 from radlads.model.configuration import RadladsConfig
 
 
@@ -46,11 +49,14 @@ SIZES = (
 
 @dataclass(frozen=True)
 class TeacherSource:
-    """A teacher on disk: `config` describes it as a stack of qwen2 mixers, `weights` are its tensors by name."""
+    """A teacher on disk: `config` describes it as a stack of qwen2 mixers, `weights` are its tensors by name.
+
+    `folder`: where they are, which is a file where weights come without a config.json.
+    """
 
     folder: Path
     config: RadladsConfig
-    weights: SafetensorsFolder
+    weights: StoredWeights
 
 
 def open_teacher(path_or_name: str | Path) -> TeacherSource:
@@ -89,11 +95,9 @@ def teacher_config(values: dict, folder: Path) -> RadladsConfig:
     family = FAMILIES[next(name for name in values["architectures"] if name in FAMILIES)]
     _refuse_what_we_lack(values, family, folder)
     sizes = {name: values[name] for name in SIZES if values.get(name) is not None}
-    missing = [name for name in SIZES[:5] if name not in sizes]
-    if missing:
-        raise ValueError(f"{folder}/config.json lacks {', '.join(missing)}")
     sizes.setdefault("head_dim", family.head_dim)
     try:
+        sizes_of(values)
         return RadladsConfig(
             **sizes,
             tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
@@ -118,33 +122,14 @@ def _refuse_what_we_lack(values: dict, family: Family, folder: Path) -> None:
             raise ValueError(f"{folder} sets {name}, which is not supported for its architecture: choose one without")
 
 
-def rope_parameters(values: dict) -> dict:
-    """config.json's RoPE in transformers 5's form, also from the rope_theta and rope_scaling of transformers 4."""
-    scaling = dict(values.get("rope_scaling") or {})
-    if kind := scaling.pop("type", None):
-        scaling.setdefault("rope_type", kind)
-    rope = {"rope_type": "default", "rope_theta": values.get("rope_theta")} | (values.get("rope_parameters") or {})
-    rope = {key: value for key, value in (rope | scaling).items() if value is not None}
-    rope.setdefault("rope_theta", 10000.0)  # of all these families
-    return rope
-
-
 def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     """The folder's tokenizer. Raises ValueError if it is missing, unreadable, or has ids beyond `vocab_size`."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} has no tokenizer.json: copy the teacher's tokenizer files into it")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises nothing more specific
-        raise ValueError(f"{path} is not a readable tokenizer: copy it anew") from error
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-    if largest < 0:
-        raise ValueError(f"{path} has no tokens: copy it anew")
+    tokenizer = read_tokenizer(folder)
+    largest = num_ids(tokenizer) - 1
     if largest >= vocab_size:
         raise ValueError(
-            f"{path} has a token with id {largest}, but the model's vocabulary ends at {vocab_size - 1}: "
-            "the tokenizer belongs to another model"
+            f"{folder / TOKENIZER_FILE} has a token with id {largest}, but the model's vocabulary ends at "
+            f"{vocab_size - 1}: the tokenizer belongs to another model"
         )
     return tokenizer
 
@@ -153,12 +138,12 @@ def end_of_text_id(folder: Path, tokenizer: Tokenizer) -> int:
     """The id that ends a document: the tokenizer's eos_token, else the configuration's eos_token_id."""
     token = _json(folder / "tokenizer_config.json").get("eos_token")
     token = token.get("content") if isinstance(token, dict) else token
-    found = None if token is None else tokenizer.token_to_id(token)
+    found = tokenizer.token_to_id(token) if isinstance(token, str) else None
     if found is not None:
         return found
     ids = _json(folder / "config.json").get("eos_token_id")
     ids = ids if isinstance(ids, list) else [ids]
-    if not isinstance(ids[0], int):
+    if not ids or not isinstance(ids[0], int):
         raise ValueError(f"{folder} names no end-of-text token: set eos_token_id in its config.json")
     return ids[0]
 

@@ -231,6 +231,11 @@ def _read_index(path: Path) -> _Index:
         raise ValueError(f"{path} has documents that do not cover its {num_sizes} sequences: build the corpus again")
     if num_sizes and sizes.min() < 0:
         raise ValueError(f"{path} has a document of less than 0 tokens: build the corpus again")
+    if (np.diff(document_indices) < 0).any():
+        raise ValueError(f"{path} has documents that are out of order: build the corpus again")
+    lengths_bytes = sizes.astype(np.int64) * _DTYPES[dtype_code].itemsize
+    if not np.array_equal(pointers, lengths_bytes.cumsum() - lengths_bytes):
+        raise ValueError(f"{path} has sequences that do not lie back to back: build the corpus again")
     return _Index(_DTYPES[dtype_code], sizes, pointers, document_indices)
 
 

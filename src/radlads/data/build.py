@@ -151,13 +151,14 @@ def _text_of(text: str, tokenizer: Tokenizer, num_tokens: int) -> str:
 
 
 def _verify(reader: BinIdxReader, written: BinIdxWriter, ends: dict[int, Ids]) -> None:
-    """Raise ValueError unless the files hold as many documents as were written, and these ones."""
-    if (reader.num_documents, reader.num_tokens) != (written.num_documents, written.num_tokens) or any(
-        not np.array_equal(reader.document(i), ids) for i, ids in ends.items()
+    """Remove the files and raise ValueError unless they hold as many documents as were written, and these ones."""
+    if (reader.num_documents, reader.num_tokens) == (written.num_documents, written.num_tokens) and all(
+        np.array_equal(reader.document(i), ids) for i, ids in ends.items()
     ):
-        raise ValueError(
-            f"{reader.path_stem}: what was written is not what is read: check the disk, and build it again"
-        )
+        return
+    for suffix in (".bin", ".idx"):
+        reader.path_stem.with_name(reader.path_stem.name + suffix).unlink()
+    raise ValueError(f"{reader.path_stem}: what was written is not what is read: check the disk, and build it again")
 
 
 def _without_padding_or_truncation(tokenizer: Tokenizer) -> Tokenizer:

@@ -3,6 +3,8 @@
 Owns which loader reads what, the text column, and what is wrong with a row. Leaves tokenising to `build.py`.
 """
 
+import lzma
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ _LOADERS = {
     ".md": ("text", {}),
 }
 _COMPRESSIONS = {".gz", ".zst", ".xz", ".bz2"}
+_DECOMPRESSION_ERRORS = (EOFError, zlib.error, lzma.LZMAError)  # of files that are cut short or damaged
 _TEXT_SUFFIXES = {suffix for suffix, (loader, _) in _LOADERS.items() if loader == "text"}
 _ROWS_AT_A_TIME = 256
 _LARGEST_DOCUMENT_BYTES = 2**26
@@ -56,7 +59,7 @@ def open_documents(
     try:
         opened = _open(datasets, dataset, split, subset, text_unit)
         num_rows = _num_rows(opened, dataset, split)
-    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+    except (datasets.exceptions.DatasetsError, ValueError, OSError, *_DECOMPRESSION_ERRORS) as error:
         raise ValueError(f"{dataset} does not open as a dataset: {_first_line(error)}") from error
     return DocumentSource(_texts(opened, dataset, column), num_rows)
 
@@ -139,7 +142,7 @@ def _readable(batches: Iterable[dict[str, list[Any]]], dataset: str) -> Iterator
 
     try:
         yield from batches
-    except (DatasetsError, ArrowException, ValueError, OSError, TypeError) as error:
+    except (DatasetsError, ArrowException, ValueError, OSError, TypeError, *_DECOMPRESSION_ERRORS) as error:
         raise ValueError(f"{dataset} does not read as a dataset: {_first_line(error.__cause__ or error)}") from error
 
 

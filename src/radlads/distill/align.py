@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 
+from radlads.distill.documents import Cut, Sequences, whole_rows
 from radlads.distill.losses import alignment
 from radlads.distill.stage import LossPart, Trainable
 from radlads.model.contracts import SharedInputs
@@ -15,26 +16,32 @@ class Align:
     """Stage 1 (paper section 3.2). One part per recurrent layer, whose graph is freed before the next is built.
 
     The layers share one thing, the first RAD-RWKV7 layer's values. Later layers get them detached; the gradient they
-    leave there enters the first layer's objective, which is therefore yielded last.
+    leave there enters the first layer's objective, which is therefore yielded last. `cut` makes sequences of rows.
     """
 
     name = "align"
     needs_teacher = True
 
-    def __init__(self, *, kind: Literal["l2", "mse"] = "l2", trainable: Trainable = "mixer"):
-        self.kind, self.trainable = kind, trainable
+    def __init__(self, *, kind: Literal["l2", "mse"] = "l2", trainable: Trainable = "mixer", cut: Cut = whole_rows):
+        self.kind, self.trainable, self._cut = kind, trainable, cut
 
     def parts(
         self, student: RadladsForCausalLM, teacher: RadladsForCausalLM | None, tokens: torch.Tensor
     ) -> Iterator[LossPart]:
         """See Stage.parts. The student's mixers alone run; embedding, channel mixers and head do not."""
         assert teacher is not None
-        count = tokens[:, 1:].numel()
+        for sequences in self._cut(tokens):
+            yield from self._parts(student, teacher, sequences)
+
+    def _parts(
+        self, student: RadladsForCausalLM, teacher: RadladsForCausalLM, sequences: Sequences
+    ) -> Iterator[LossPart]:
+        count, counted = sequences.count, sequences.counted
         recurrent = student.config.recurrent_layers
         values: torch.Tensor | None = None
         collected: torch.Tensor | None = None
         held = None
-        for layer, x, target, shared in _frozen(teacher.model.attention_taps(tokens[:, :-1])):
+        for layer, x, target, shared in _frozen(teacher.model.attention_taps(sequences.inputs)):
             if layer > max(recurrent, default=-1):
                 break
             if layer not in recurrent:
@@ -42,7 +49,7 @@ class Align:
             block = student.model.layers[layer]
             assert isinstance(block, Block)
             loss, v_first = block.compiled(_mixer_loss, x.shape[1])(
-                block.self_attn, x, target, values, shared, self.kind
+                block.self_attn, x, target, values, shared, self.kind, counted
             )
             if values is None and v_first is not None:
                 values = v_first.detach().requires_grad_(torch.is_grad_enabled())
@@ -59,10 +66,10 @@ class Align:
             yield LossPart(f"layer_{layer}", objective, loss.detach(), count)
 
 
-def _mixer_loss(mixer: Callable, x, target, values, shared: SharedInputs, kind: Literal["l2", "mse"]):
-    """How far a mixer's output on x [B, T, C] is from target, summed over tokens; and v_first for the next mixer."""
+def _mixer_loss(mixer: Callable, x, target, values, shared: SharedInputs, kind: Literal["l2", "mse"], counted):
+    """How far a mixer's output on x [B, T, C] is from target, over `counted` tokens; and v_first for the next."""
     output, _, v_first = mixer(x, None, values, shared)
-    return alignment(target, output, kind), v_first
+    return alignment(target, output, kind, counted), v_first
 
 
 def _frozen(taps):

@@ -1,56 +1,77 @@
 """Stages 2 and 3: the whole student learns from the teacher's logits, from the labels, or from both."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from radlads.config.schema import TrainConfig, stage_of
 from radlads.distill.align import Align
+from radlads.distill.documents import Cut, Sequences, cut_of, whole_rows
 from radlads.distill.losses import head_loss
 from radlads.distill.stage import LossPart, Stage, Trainable
 from radlads.model.modeling import RadladsForCausalLM
 
 
 class Logits:
-    """kl_weight * KL(teacher || student) + ce_weight * cross-entropy (paper sections 3.3 and 3.4), as one part."""
+    """kl_weight * KL(teacher || student) + ce_weight * cross-entropy (paper sections 3.3 and 3.4).
 
-    def __init__(self, name: str, *, kl_weight: float, ce_weight: float, trainable: Trainable = "all"):
+    `cut` makes sequences of rows, each batch of them a part; a position whose label does not count has neither loss.
+    """
+
+    def __init__(
+        self, name: str, *, kl_weight: float, ce_weight: float, trainable: Trainable = "all", cut: Cut = whole_rows
+    ):
         self.name, self.kl_weight, self.ce_weight, self.trainable = name, kl_weight, ce_weight, trainable
-        self.needs_teacher = kl_weight > 0
+        self.needs_teacher, self._cut = kl_weight > 0, cut
 
     def parts(
         self, student: RadladsForCausalLM, teacher: RadladsForCausalLM | None, tokens: torch.Tensor
     ) -> Iterator[LossPart]:
         """See Stage.parts."""
-        inputs, labels = tokens[:, :-1], tokens[:, 1:]
+        for sequences in self._cut(tokens):
+            yield self._part(student, teacher, sequences)
+
+    def _part(self, student: RadladsForCausalLM, teacher: RadladsForCausalLM | None, sequences: Sequences) -> LossPart:
+        counted = sequences.counted
         # The teacher runs first, while the student's activations do not exist yet
         teacher_hidden = teacher_head = None
         if self.kl_weight:
             assert teacher is not None
             with torch.no_grad():
-                teacher_hidden = teacher.model(inputs, use_cache=False).last_hidden_state
+                teacher_hidden = _hidden(teacher, sequences.inputs, counted)
             teacher_head = teacher.lm_head.weight
         loss = head_loss(
-            student.model(inputs, use_cache=False).last_hidden_state,
+            _hidden(student, sequences.inputs, counted),
             student.lm_head.weight,
-            labels,
+            sequences.labels if counted is None else sequences.labels[counted],
             teacher_hidden_BTC=teacher_hidden,
             teacher_head_VC=teacher_head,
             kl_weight=self.kl_weight,
             ce_weight=self.ce_weight,
         )
-        yield LossPart("loss", loss, loss.detach(), labels.numel())
+        return LossPart("loss", loss, loss.detach(), sequences.count)
 
 
-def build_stage(train: TrainConfig) -> Stage:
-    """The stage a configuration means. Extending uses the teacher only if one is named (as the released code does)."""
+def _hidden(model: RadladsForCausalLM, inputs: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
+    """What the head reads: [B, T, C], or [N, C] of the N positions that count."""
+    hidden = model.model(inputs, use_cache=False).last_hidden_state
+    return hidden if counted is None else hidden[counted]
+
+
+def build_stage(train: TrainConfig, *, end_ids: Sequence[int] = ()) -> Stage:
+    """The stage a configuration means. Extending uses the teacher only if one is named (as the released code does).
+
+    end_ids: the tokens that end a document, where the configuration asks for documents (see document_ends).
+    """
     kind = stage_of(train)
     trainable: Trainable = train.trainable if train.trainable != "auto" else "mixer" if kind == "align" else "all"
     if kind == "align":
-        return Align(kind=train.align_loss, trainable=trainable)
+        return Align(kind=train.align_loss, trainable=trainable, cut=cut_of(train, end_ids, masks=False))
+    cut = cut_of(train, end_ids)
     if kind == "distill":
-        return Logits(kind, kl_weight=1.0, ce_weight=0.0, trainable=trainable)
+        return Logits(kind, kl_weight=1.0, ce_weight=0.0, trainable=trainable, cut=cut)
     if train.teacher.path or train.teacher.hf_path:
         weights = train.teacher
-        return Logits(kind, kl_weight=weights.kl_weight, ce_weight=weights.ce_weight, trainable=trainable)
-    return Logits(kind, kl_weight=0.0, ce_weight=1.0, trainable=trainable)
+        mixed = {"kl_weight": weights.kl_weight, "ce_weight": weights.ce_weight}
+        return Logits(kind, **mixed, trainable=trainable, cut=cut)
+    return Logits(kind, kl_weight=0.0, ce_weight=1.0, trainable=trainable, cut=cut)

@@ -17,15 +17,23 @@ BLOCK_TOKENS = 2048
 SOFTMAX_TOKENS = 256
 
 
-def alignment(target_BTC: torch.Tensor, output_BTC: torch.Tensor, kind: Literal["l2", "mse"]) -> torch.Tensor:
+def alignment(
+    target_BTC: torch.Tensor,
+    output_BTC: torch.Tensor,
+    kind: Literal["l2", "mse"],
+    counted_BT: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Distance of a mixer's output from the teacher's attention output, summed over tokens.
 
-    l2: norm over channels times C^-1/2 (the released code's). mse: mean square over channels.
+    l2: norm over channels times C^-1/2 (the released code's). mse: mean square over channels. counted_BT: False where
+    a token does not count; None = all do.
     """
     difference = output_BTC.float() - target_BTC.float()
-    if kind == "mse":
-        return difference.square().mean(-1).sum()
-    return torch.linalg.vector_norm(difference, dim=-1).sum() * difference.shape[-1] ** -0.5
+    scale = 1.0 if kind == "mse" else difference.shape[-1] ** -0.5
+    distance_BT = difference.square().mean(-1) if kind == "mse" else torch.linalg.vector_norm(difference, dim=-1)
+    if counted_BT is not None:
+        distance_BT = distance_BT.masked_fill(~counted_BT, 0.0)
+    return distance_BT.sum() * scale
 
 
 def kl_divergence(teacher_logits_BTV: torch.Tensor, student_logits_BTV: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,8 @@ class LossPart:
     """One term of a stage's loss over a batch.
 
     objective: scalar to run backward on, a sum over tokens. sum: its value, detached. count: what to divide sums by.
-    The stage's loss is the sum of all parts' sums over the sum of all parts' counts, over any number of batches.
+    The stage's loss is the sum of all parts' sums over the sum of all parts' counts, over any number of batches. A
+    batch that is cut into documents may yield parts of the same name several times, or none at all.
     """
 
     name: str

@@ -7,12 +7,14 @@ import itertools
 import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from radlads.checkpoint.tokenizer_files import num_ids
 from radlads.inference.decoder import Decoder, prefill
 from radlads.inference.sampling import Sampling, choose
 from radlads.model.configuration import RadladsConfig, state_bytes
@@ -79,7 +81,11 @@ def stream_rows(
 def stream_text(
     model: RadladsForCausalLM, tokenizer: Tokenizer, prompt: str, sampling: Sampling, stop_ids: frozenset[int]
 ) -> Iterator[str]:
-    """Yield the continuation of a prompt piece by piece, whole characters only. Errors as stream_tokens."""
+    """Yield the continuation of a prompt piece by piece, whole characters only. Errors as stream_tokens.
+
+    Ids that the tokenizer has no token for are never drawn.
+    """
+    sampling = replace(sampling, num_ids=sampling.num_ids or num_ids(tokenizer))
     prompt_ids = tokenizer.encode(prompt, add_special_tokens=False).ids
     decoder = DecodeStream(skip_special_tokens=True)
     for token in stream_tokens(model, prompt_ids, sampling, stop_ids):

@@ -15,13 +15,15 @@ GROUP_TOKENS = 128
 class Sampling:
     """How the next token is chosen. temperature 0 takes the likeliest; top_k 0 and top_p 1 leave all tokens in;
     seed None draws another text every time, and row n of a batch draws with seed + n. max_tokens bounds the tokens
-    generated."""
+    generated. num_ids: ids from there on, the rows that pad an embedding, are never chosen; 0 = every row is a token's.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     max_tokens: int = 256
     seed: int | None = None
+    num_ids: int = 0
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
@@ -30,6 +32,8 @@ class Sampling:
             raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
         if self.top_k < 0 or self.max_tokens < 1:
             raise ValueError("top_k must be 0 or more, and max_tokens 1 or more")
+        if self.num_ids < 0:
+            raise ValueError(f"num_ids must be 0 (all rows of the embedding) or more, not {self.num_ids}")
 
 
 def row_generators(sampling: Sampling, rows: int) -> list[torch.Generator]:
@@ -45,6 +49,8 @@ def choose(logits_BV: torch.Tensor, sampling: Sampling, uniforms_B: torch.Tensor
 
     uniforms_B: one draw from [0, 1) for each row decides; the same draw gives the same token.
     """
+    if sampling.num_ids:
+        logits_BV = logits_BV[:, : sampling.num_ids]
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
     logits_BV = logits_BV.float() / sampling.temperature

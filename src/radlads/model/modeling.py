@@ -227,7 +227,7 @@ class RadladsModel(RadladsPreTrainedModel):
         """Masks and RoPE tables for these new tokens; advances the cache's positions."""
         B, T, _ = hidden.shape
         if attention_mask is None and position_ids is None and past_key_values is None:
-            return self._shared_by_whole_sequences(T, hidden.device)
+            return self.share_whole_sequences(T, hidden.device)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         earlier = None if past_key_values is None else past_key_values.padding_mask
         padded = self._padding_mask(attention_mask, earlier, past, hidden)
@@ -240,7 +240,7 @@ class RadladsModel(RadladsPreTrainedModel):
         cos, sin = rope_tables(self.config, position_ids)
         return SharedInputs(cos, sin, token_mask, self._softmax_mask(padded, past, T, hidden.device))
 
-    def _shared_by_whole_sequences(self, T: int, device: torch.device) -> SharedInputs:
+    def share_whole_sequences(self, T: int, device: torch.device) -> SharedInputs:
         """What sequences of T tokens from their start share. Kept, since making it waits for the GPU every time."""
         if self.whole_sequences is not None and self.whole_sequences[0] == (T, device):
             return self.whole_sequences[1]

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from radlads.config.schema import Config, TrainConfig, checkpointing_of, stage_o
 from radlads.data.binidx import BinIdxReader, TokenSpan
 from radlads.data.loader import HeldoutWindows, MixedSamples, TokenSamples, check_vocabulary
 from radlads.data.mixture import parse_mixture
+from radlads.distill.documents import document_ends
+from radlads.distill.fp8_teacher import fp8_copy
 from radlads.distill.heldout import Heldout
 from radlads.distill.logits import build_stage
 from radlads.model.modeling import RadladsForCausalLM, has_triton
@@ -70,7 +73,7 @@ def run_stage(
     train = config.train
     if key := unavailable(config):
         raise ValueError(f"{key} is set, but what it asks for is not available yet: leave it at its default")
-    stage = build_stage(train)
+    stage = build_stage(train, end_ids=_document_ends(config, student, teacher))
     if stage.needs_teacher and teacher is None:
         raise ValueError(f"the {stage.name} stage needs a teacher: set train.teacher.hf_path to its folder or hub name")
     samples, num_steps = training_samples(config, student.config.vocab_size)
@@ -105,9 +108,7 @@ def run_stage(
 def training_samples(config: Config, vocab_size: int) -> tuple[TokenSamples | MixedSamples, int]:
     """The stage's samples, whole accumulation windows of them, and its number of optimiser steps."""
     train, context = config.train, config.model.ctx_len
-    if not train.data_file:
-        raise ValueError("train.data_file is not set: name the .bin/.idx pair to train on, without the extension")
-    corpora = [(BinIdxReader(path), share) for path, share in parse_mixture(train.data_file)]
+    corpora = _corpora(train)
     for reader, _ in corpora:
         check_vocabulary(reader, vocab_size, f"{reader.path_stem}.bin")
     num_tokens = sum(reader.num_tokens for reader, _ in corpora) - train.heldout_tail_tokens
@@ -122,6 +123,22 @@ def training_samples(config: Config, vocab_size: int) -> tuple[TokenSamples | Mi
     if prime:
         raise ValueError("train.magic_prime belongs to one corpus: set it to auto where train.data_file names several")
     return MixedSamples(corpora, context, num_samples=num_samples), num_steps
+
+
+def _document_ends(config: Config, *models: RadladsForCausalLM | None) -> tuple[int, ...]:
+    """The tokens that end a document, where the configuration asks for documents."""
+    train = config.train
+    if not (train.mask_labels_at_eos or train.reset_state_at_eos):
+        return ()
+    configs = [model.config for model in models if model is not None]
+    return document_ends(train, configs, [reader for reader, _ in _corpora(train)])
+
+
+def _corpora(train: TrainConfig) -> list[tuple[BinIdxReader, Fraction]]:
+    """The corpora to train on, and their shares of the samples."""
+    if not train.data_file:
+        raise ValueError("train.data_file is not set: name the .bin/.idx pair to train on, without the extension")
+    return [(BinIdxReader(path), share) for path, share in parse_mixture(train.data_file)]
 
 
 def heldout_batches(config: Config, vocab_size: int) -> Iterable[torch.Tensor] | None:
@@ -153,17 +170,22 @@ def _tail_start(reader: BinIdxReader, tail_tokens: int) -> int:
 def _train(trainer: L.Trainer, module: StageModule, batches: DataLoader, config: Config) -> None:
     """Fit with both models where, in what type and in what mode the configuration asks for; then as they were."""
     train, device = config.train, trainer.strategy.root_device
-    models = [module.student] if module.teacher is None else [module.student, module.teacher]
+    teacher, models = module.teacher, [module.student]
+    # Documents are of so many lengths that graphs of theirs would never be used again
+    compile_setting = "never" if train.reset_state_at_eos else train.compile
     checkpointing = checkpointing_of(train)
     module.student.set_activation_checkpointing("none" if module.stage.name == "align" else checkpointing)
     module.student.train()
     try:
+        module.student.to(device, _parameter_dtype(trainer, train, module.student))  # type: ignore[arg-type]
+        if teacher is not None:
+            models.append(_working_teacher(teacher, train, device, _parameter_dtype(trainer, train, teacher)))
+            module.learn_from(models[-1])
         for model in models:
-            model.to(device, _parameter_dtype(trainer, train, model))  # type: ignore[arg-type]
-            model.compile_blocks(compiles(train.compile, device))
+            model.compile_blocks(compiles(compile_setting, device))
         # Later stages' steps are long enough for the host, and their gradients too large to be kept between steps
         is_align = module.stage.name == "align"
-        compiled_on_gpu = device.type == "cuda" and compiles(train.compile, device)
+        compiled_on_gpu = device.type == "cuda" and compiles(compile_setting, device)
         # A user's own mixer may wait for the device, which a graph cannot record
         module.graphed = is_align and compiled_on_gpu and is_registered(module.student.config)
         _fit(trainer, module, batches)
@@ -174,8 +196,17 @@ def _train(trainer: L.Trainer, module: StageModule, batches: DataLoader, config:
         for model in models:
             model.compile_blocks(False)
         module.student.set_activation_checkpointing("none")
-        if module.teacher is not None:
-            module.teacher.to("cpu")  # type: ignore[arg-type]
+        if teacher is not None:
+            module.learn_from(teacher.to("cpu"))  # type: ignore[arg-type]
+
+
+def _working_teacher(
+    teacher: RadladsForCausalLM, train: TrainConfig, device: torch.device, dtype: torch.dtype
+) -> RadladsForCausalLM:
+    """The teacher on `device`, or the copy of it that train.teacher_precision asks for."""
+    if train.teacher_precision == "fp8":
+        return fp8_copy(teacher, device, dtype)
+    return teacher.to(device, dtype)  # type: ignore[arg-type]
 
 
 def _parameter_dtype(trainer: L.Trainer, train: TrainConfig, model: RadladsForCausalLM) -> torch.dtype:

@@ -83,6 +83,10 @@ class StageModule(L.LightningModule):
         """The frozen teacher, if the stage has one."""
         return self._outside_the_tree[0]
 
+    def learn_from(self, teacher: RadladsForCausalLM | None) -> None:
+        """Take another teacher, or the same one in another precision."""
+        self._outside_the_tree = (teacher,)
+
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         return build_optimizers(self.student, self.settings)
 
@@ -111,6 +115,11 @@ class StageModule(L.LightningModule):
         self._graphed_parts = None
 
     def _optimizer_step(self) -> None:
+        if not sum(self._counts.values()):
+            raise ValueError(
+                f"step {self.steps_done + 1} has nothing to predict, as its rows hold only ends of documents: "
+                "raise train.micro_bsz, or build the corpus without empty documents"
+            )
         # Not Lightning's wrappers: automatic precision scaling is not used, and stepping through them costs time
         optimizers = self.trainer.optimizers
         for optimizer in optimizers:

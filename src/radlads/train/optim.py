@@ -7,6 +7,7 @@ import torch
 from radlads.config.schema import TrainConfig
 from radlads.distill.stage import is_mixer_parameter
 from radlads.model.modeling import RadladsForCausalLM
+from radlads.train.adamw import AdamW
 
 _MISSING = {
     "dsfusedadamw": ("DeepSpeed's fused Adam", "adamw, which is fused too"),
@@ -51,7 +52,7 @@ def build_optimizers(student: RadladsForCausalLM, train: TrainConfig) -> list[to
             for (role, decays), parameters in by_adam.items()
         ]
         betas = (train.beta1, train.beta2)
-        optimizers.append(torch.optim.AdamW(adam, train.lr_init, betas, train.adam_eps, fused=True))
+        optimizers.append(AdamW(adam, train.lr_init, betas, train.adam_eps, fused=True))
     return optimizers
 
 

@@ -101,10 +101,12 @@ class GraphedParts:
 
     def _record(self) -> None:
         self._graph = torch.cuda.CUDAGraph()
+        assert self._tokens is not None
+        for model in self._models:  # sequences of another length since the last call have replaced these tables
+            model.model.share_whole_sequences(self._tokens.shape[1] - 1, self._tokens.device)
         torch.clear_autocast_cache()  # weights cast earlier would be replayed as they were then
         try:
             with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
-                assert self._tokens is not None
                 self._sums = self._run(self._tokens)
         except RuntimeError as error:  # ending a recording that failed fails too, and hides why
             if isinstance(error.__context__, torch.OutOfMemoryError):

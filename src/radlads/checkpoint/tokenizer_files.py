@@ -1,0 +1,68 @@
+"""A model folder's tokenizer: its files, and the ids that it has, which may be fewer than the embedding's rows."""
+
+import json
+import shutil
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from radlads.checkpoint.atomic import read_json, write_text
+
+TOKENIZER_FILE = "tokenizer.json"
+GENERATION_FILE = "generation_config.json"
+TOKENIZER_FILES = (
+    TOKENIZER_FILE,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "chat_template.jinja",
+    GENERATION_FILE,
+)
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The folder's tokenizer. Raises ValueError if it is missing, unreadable or empty."""
+    path = folder / TOKENIZER_FILE
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {TOKENIZER_FILE}: copy the teacher's tokenizer files into it")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing more specific
+        raise ValueError(f"{path} is not a readable tokenizer: copy it anew") from error
+    if num_ids(tokenizer) == 0:
+        raise ValueError(f"{path} has no tokens: copy it anew")
+    return tokenizer
+
+
+def num_ids(tokenizer: Tokenizer) -> int:
+    """One more than the largest id that the tokenizer has a token for; rows of an embedding from there on pad it."""
+    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the tokenizer's files (and generation defaults) that the folder `source` has.
+
+    `folder` holds the model's config.json already. Where its embedding is padded, generation_config.json will have
+    transformers' generate suppress the ids that are no tokens.
+    """
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    if (folder / TOKENIZER_FILE).is_file() and (folder / "config.json").is_file():
+        _suppress_padding(folder, read_json(folder / "config.json"))
+
+
+def _suppress_padding(folder: Path, config: dict) -> None:
+    ids, path = num_ids(read_tokenizer(folder)), folder / GENERATION_FILE
+    padding = range(ids, config.get("vocab_size") or ids)
+    if not padding:
+        return
+    if path.is_file():
+        values = read_json(path)
+    else:  # transformers takes them from config.json only where this file does not exist
+        values = {name: config[name] for name in _SPECIAL_IDS if config.get(name) is not None}
+    values["suppress_tokens"] = sorted({*(values.get("suppress_tokens") or ()), *padding})
+    write_text(path, json.dumps(values) + "\n")

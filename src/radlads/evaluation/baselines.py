@@ -1,0 +1,81 @@
+"""Models that a converted one has to beat: its teacher with a short window, and itself before any training."""
+
+import copy
+from dataclasses import replace
+
+import torch
+
+from radlads.convert.hf_source import TeacherSource
+from radlads.convert.student import build_teacher
+from radlads.convert.weight_map import transfer
+from radlads.model.configuration import RadladsConfig
+from radlads.model.contracts import SharedInputs
+from radlads.model.modeling import RadladsForCausalLM
+from radlads.model.softmax_attention import KeyValueState, SoftmaxAttention
+
+WINDOW_TOKENS, SINK_TOKENS = 64, 4
+_SEED = 1337
+
+
+def setup_student(
+    student: RadladsConfig, source: TeacherSource, dtype: torch.dtype = torch.float32
+) -> RadladsForCausalLM:
+    """A student of this configuration as setup leaves it: the teacher's weights copied, nothing trained."""
+    config = copy.deepcopy(student)
+    config.tie_word_embeddings = False
+    with torch.random.fork_rng():
+        torch.manual_seed(_SEED)
+        model = RadladsForCausalLM(config)
+        transfer(source.weights, model, source.folder, tied=source.config.tie_word_embeddings)
+    return model.to(dtype).eval()  # type: ignore[arg-type]
+
+
+def windowed_teacher(source: TeacherSource, dtype: torch.dtype = torch.float32) -> RadladsForCausalLM:
+    """The teacher whose layers see 64 tokens and 4 sinks."""
+    teacher = build_teacher(source, dtype=dtype)
+    limit_attention(teacher)
+    return teacher
+
+
+def limit_attention(
+    model: RadladsForCausalLM, *, window_tokens: int = WINDOW_TOKENS, sink_tokens: int = SINK_TOKENS
+) -> None:
+    """From now on let every softmax layer see the last `window_tokens` tokens, the present one included, and the
+    first `sink_tokens` of a text. RoPE keeps the positions in the text."""
+
+    def narrowed(module: torch.nn.Module, args: tuple) -> tuple:
+        x, state, v_first, shared = args
+        if shared.attention_mask is None and state is not None and x.shape[1] == 1:
+            return x, _Recent(state, window_tokens, sink_tokens), v_first, shared
+        return x, state, v_first, _narrow(shared, x, window_tokens, sink_tokens)
+
+    for module in model.modules():
+        if isinstance(module, SoftmaxAttention):
+            module.register_forward_pre_hook(narrowed)
+
+
+def _narrow(shared: SharedInputs, x: torch.Tensor, window_tokens: int, sink_tokens: int) -> SharedInputs:
+    T = x.shape[1]
+    mask = shared.attention_mask
+    if mask is None:
+        mask = torch.ones(1, 1, T, T, dtype=torch.bool, device=x.device).tril()
+    # What the last query sees is all there is but padding: keys count from the first real one
+    keys = mask[:, :, -1:].long().cumsum(-1) - 1
+    queries = keys[..., -T:].transpose(-1, -2)
+    seen = (queries - keys < window_tokens) | (keys < sink_tokens)
+    return replace(shared, attention_mask=mask & seen)
+
+
+class _Recent:
+    """A softmax layer's state that stores all keys and values and shows one query the ones it may see."""
+
+    def __init__(self, state: KeyValueState, window_tokens: int, sink_tokens: int):
+        self._state, self._window_tokens, self._sink_tokens = state, window_tokens, sink_tokens
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self._state.append(keys, values)
+        return self._shown(keys), self._shown(values)
+
+    def _shown(self, stored: torch.Tensor) -> torch.Tensor:
+        recent = max(self._sink_tokens, stored.shape[2] - self._window_tokens)
+        return torch.cat([stored[:, :, : self._sink_tokens], stored[:, :, recent:]], dim=2)

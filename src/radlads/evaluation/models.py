@@ -1,0 +1,58 @@
+"""A model to evaluate as it comes: a teacher, a stage of a conversion, an export, or a published checkpoint."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from radlads.checkpoint.atomic import read_json
+from radlads.checkpoint.model_folder import load_model, read_config
+from radlads.checkpoint.published import ARCHITECTURES, published_config, published_kind
+from radlads.convert.hf_source import SUPPORTED_ARCHITECTURES, load_tokenizer, open_teacher, teacher_config
+from radlads.convert.student import build_teacher
+from radlads.model.configuration import RadladsConfig
+from radlads.model.modeling import RadladsForCausalLM
+
+
+def open_model(folder: Path, dtype: torch.dtype) -> RadladsForCausalLM:
+    """A teacher's, a stage's, an exported or a published folder as our model, with its generation defaults."""
+    model = build_teacher(open_teacher(folder), dtype=dtype) if is_teacher(folder) else load_model(folder, dtype=dtype)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def is_teacher(folder: Path) -> bool:
+    """Whether the folder's architecture is one that we convert, not one that we made."""
+    path = folder / "config.json"
+    return path.is_file() and bool(set(read_json(path).get("architectures") or ()) & set(SUPPORTED_ARCHITECTURES))
+
+
+def model_config(folder: Path) -> RadladsConfig:
+    """The configuration of any folder that open_model opens. Raises ValueError for a folder that is no model."""
+    values = read_config(folder, RadladsForCausalLM.__name__, *ARCHITECTURES, *SUPPORTED_ARCHITECTURES)
+    if is_teacher(folder):
+        return teacher_config(values, folder)
+    return published_config(values, folder) if published_kind(values) else RadladsConfig.from_dict(values)
+
+
+def open_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer as transformers has it. Raises ValueError as load_tokenizer does."""
+    load_tokenizer(folder, vocab_size)
+    with quiet("transformers.configuration_utils"):  # it warns of model types that are not its own
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+@contextlib.contextmanager
+def quiet(logger: str) -> Iterator[None]:
+    """No warnings of this logger for a while."""
+    log = logging.getLogger(logger)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
