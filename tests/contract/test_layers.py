@@ -15,7 +15,12 @@ ORDER = [
     *("bench", "cli"),
 ]
 MODEL_MAY_IMPORT = {"torch", "transformers", "triton", *sys.stdlib_module_names}
-ONE_DOOR = {"datasets": "radlads.data.datasets_source", "fla": "radlads.model.recurrence", "lightning": "radlads.train"}
+ONE_DOOR = {
+    "datasets": "radlads.data.datasets_source",
+    "fla": "radlads.model.recurrence",
+    "lightning": "radlads.train",
+    "lm_eval": "radlads.evaluation.harness",
+}
 
 
 class Import(NamedTuple):
