@@ -23,7 +23,7 @@ DEVICE = torch.device("cpu" if DRY_RUN else "cuda")
 
 DISPATCH = {"rwkv7": recurrence.rwkv7, "gla": recurrence.gla}
 CALLERS = {"rwkv7": rad_rwkv7, "gla": rad_rwkv6}
-BACKENDS = {"rwkv7": ("triton", "fla", "chunked"), "gla": ("fla", "chunked")}
+BACKENDS = {"rwkv7": ("triton", "fla", "chunked"), "gla": ("triton", "fla", "chunked")}
 INPUTS = {"rwkv7": ("r", "log_w", "k", "v", "kappa", "a", "state"), "gla": ("r", "log_w", "k", "v", "state")}
 NEVER_ROUNDED = ("log_w", "state")  # fp32 in every backend
 

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from radlads.model import recurrence
 
-KERNELS = {"rwkv7": ("triton", "fla"), "gla": ("fla",)}
+KERNELS = {"rwkv7": ("triton", "fla"), "gla": ("fla", "triton")}
 NUM_INPUTS = {"rwkv7": 6, "gla": 4}
 DISPATCH = {"rwkv7": recurrence.rwkv7, "gla": recurrence.gla}
 
@@ -67,6 +67,11 @@ def test_automatic_choice_without_triton_or_fla(monkeypatch):
     assert chosen("rwkv7", values()) == chosen("gla", values()) == "chunked"
 
 
+def test_automatic_choice_without_fla(monkeypatch):
+    monkeypatch.setattr(recurrence, "fla_is_importable", lambda: False)
+    assert chosen("gla", values()) == "triton"
+
+
 def test_automatic_choice_for_other_head_sizes():
     assert chosen("rwkv7", values(N=32)) == "fla"
 
@@ -109,7 +114,3 @@ def test_head_sizes_of_the_triton_kernels():
         assert chosen("rwkv7", values(N=N), "triton") == "triton"
     message = refusal("rwkv7", "triton", values(N=32))
     assert message == "the triton backend has kernels for head sizes 64 and 128, not 32: choose 'auto'"
-
-
-def test_no_triton_kernels_for_gla():
-    assert refusal("gla", "triton", values()) == "there is no triton kernel for this recurrence: choose fla or 'auto'"

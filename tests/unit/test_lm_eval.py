@@ -151,6 +151,17 @@ def test_batches_change_nothing(student, by_twos, task_folder):
     assert_same_numbers(run(student, task_folder, batch_rows=1), by_twos)
 
 
+def test_the_chat_template_wraps_questions(student, task_folder, tmp_path):
+    for path in student.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<bot>"
+    )
+    results = run(tmp_path, task_folder, chat_template=True, limit=1)
+    (sample,) = results["samples"]["endings"]
+    assert sample["arguments"][0][0] == "<user>The sky is<bot>"
+
+
 def random_pairs(lengths):
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(256, (length,), generator=generator).tolist() for length in lengths]

@@ -12,7 +12,7 @@ from radlads.bench.record import Record, Row
 from radlads.model.rad_rwkv7 import MIN_LOG_DECAY
 from radlads.model.recurrence import Backend, gla, missing, rwkv7
 
-BACKENDS: dict[str, tuple[Backend, ...]] = {"rwkv7": ("triton", "fla", "chunked"), "gla": ("fla", "chunked")}
+BACKENDS: dict[str, tuple[Backend, ...]] = dict.fromkeys(("rwkv7", "gla"), ("triton", "fla", "chunked"))
 WARMUP_RUNS, RUNS = 2, 10
 
 

@@ -1,6 +1,7 @@
 """The recurrences as the mixers call them: picks the step (T = 1), the GPU's kernels or the chunked torch path.
 
-On CUDA, RAD-RWKV7 runs on our own Triton kernels (rwkv7_triton.py), RAD-RWKV6 on fla's. The only door to fla.
+On CUDA, RAD-RWKV7 runs on our own Triton kernels (rwkv7_triton.py), RAD-RWKV6 on fla's, or without fla on our own
+(gla_triton.py). The only door to fla.
 
 Equations stand in recurrence_reference.py. Shape letters: B batch, T tokens, H heads, K key channels, V value
 channels, G chunks, L tokens per chunk.
@@ -12,6 +13,7 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 
+from .gla_triton import gla as gla_triton
 from .recurrence_reference import gla_reference, rwkv7_reference
 from .rwkv7_triton import HEAD_SIZES as TRITON_HEAD_SIZES
 from .rwkv7_triton import rwkv7 as rwkv7_triton
@@ -33,9 +35,7 @@ def rwkv7(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK, state_BHVK=Non
     """
     choice = choose_backend(backend, v_BTHV, ("triton", "fla"))
     if choice == "triton":
-        wanted, dtype = v_BTHV.dtype, kernel_dtype(v_BTHV)
-        if dtype not in (torch.bfloat16, torch.float32):
-            dtype = torch.float32  # fp16 does not hold what decays undone over a chunk grow to
+        wanted, dtype = v_BTHV.dtype, _triton_dtype(v_BTHV)
         r_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK = (x.to(dtype) for x in (r_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK))
         out_BTHV, state_BHVK = rwkv7_triton(r_BTHK, log_w_BTHK.float(), k_BTHK, v_BTHV, kappa_BTHK, a_BTHK, state_BHVK)
         return out_BTHV.to(wanted) if wanted == torch.float16 else out_BTHV, state_BHVK
@@ -52,7 +52,12 @@ def gla(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, state_BHKV=None, backend: Backend = 
 
     Ranges as in gla_reference. Raises ValueError if the backend cannot run here.
     """
-    choice = choose_backend(backend, v_BTHV, ("fla",))
+    choice = choose_backend(backend, v_BTHV, ("fla", "triton"))
+    if choice == "triton":
+        wanted, dtype = v_BTHV.dtype, _triton_dtype(v_BTHV)
+        r_BTHK, k_BTHK, v_BTHV = (x.to(dtype) for x in (r_BTHK, k_BTHK, v_BTHV))
+        out_BTHV, state_BHKV = gla_triton(r_BTHK, log_w_BTHK.float(), k_BTHK, v_BTHV, state_BHKV)
+        return out_BTHV.to(wanted) if wanted == torch.float16 else out_BTHV, state_BHKV
     if choice == "fla":
         return _gla_fla(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, state_BHKV)
     run = gla_reference if choice == "reference" else gla_chunked
@@ -72,8 +77,6 @@ def choose_backend(backend: Backend, v_BTHV: torch.Tensor, kernels: tuple[Backen
         if v_BTHV.shape[1] == 1:
             return "reference"
         return next((kernel for kernel in kernels if missing(kernel, v_BTHV) is None), "chunked")
-    if backend in ("triton", "fla") and backend not in kernels:
-        raise ValueError(f"there is no {backend} kernel for this recurrence: choose {', '.join(kernels)} or 'auto'")
     if problem := missing(backend, v_BTHV):
         raise ValueError(problem)
     return backend
@@ -120,6 +123,12 @@ def kernel_dtype(v_BTHV: torch.Tensor) -> torch.dtype:
     """What the GPU's kernels multiply in: autocast's dtype where that is on, else v's. Decay and state stay fp32."""
     kind = v_BTHV.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else v_BTHV.dtype
+
+
+def _triton_dtype(v_BTHV: torch.Tensor) -> torch.dtype:
+    """kernel_dtype, but fp32 for fp16, which does not hold what decays undone over a chunk grow to."""
+    dtype = kernel_dtype(v_BTHV)
+    return dtype if dtype == torch.bfloat16 else torch.float32
 
 
 @torch.compiler.disable
