@@ -1,5 +1,6 @@
 """Learning rates by step and group."""
 
+import sys
 from itertools import pairwise
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from radlads.convert.hf_source import open_teacher
 from radlads.convert.student import build_student
-from radlads.train.optim import build_optimizers, learning_rate
+from radlads.train.optim import build_optimizers, learning_rate, weights_to_keep
 from radlads.train.step import optimizer_step
 
 
@@ -83,11 +84,56 @@ def test_muon_gets_the_blocks_matrices_and_nothing_else(teacher, tmp_path):
     assert by_muon.isdisjoint(by_adam)
 
 
-def test_an_optimizer_we_lack_is_named(teacher, tmp_path):
-    config = tiny.stage_config(tmp_path, "distill", **{"train.optimizer": "lion"})
-    student, _ = build_student(open_teacher(teacher), config.model)
-    with pytest.raises(ValueError, match="'lion'"):
-        build_optimizers(student, config.train)
+def student_of(teacher, config):
+    torch.manual_seed(0)
+    return build_student(open_teacher(teacher), config.model)[0]
+
+
+@pytest.mark.parametrize("optimizer", ["adamwschedulefree", "lion"])
+def test_optimizers_from_packages_lower_the_loss(teacher, tmp_path, optimizer):
+    config = tiny.stage_config(tmp_path, "distill", **{"train.optimizer": optimizer, "train.lr_init": 1e-3})
+    student = student_of(teacher, config)
+    optimizers = build_optimizers(student, config.train)
+    tokens = (torch.arange(80).view(2, 40) * 7) % tiny.VOCAB
+    losses = []
+    for _ in range(12):
+        loss = student(tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        optimizer_step(optimizers, student.parameters(), count=1, clip_val=1.0)
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.2
+
+
+def test_schedule_free_weights_are_averaged_to_be_kept(teacher, tmp_path):
+    config = tiny.stage_config(tmp_path, "distill", **{"train.optimizer": "adamwschedulefree"})
+    student = student_of(teacher, config)
+    optimizers = build_optimizers(student, config.train)
+    weight = student.lm_head.weight
+    for scale in (1.0, -1.0):
+        weight.grad = scale * torch.ones_like(weight)
+        optimizer_step(optimizers, student.parameters(), count=1, clip_val=0.0)
+    trained = weight.detach().clone()
+    with weights_to_keep(optimizers):
+        assert not torch.equal(weight, trained)
+    torch.testing.assert_close(weight, trained)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "package", "module"),
+    [("adamwschedulefree", "schedulefree", "schedulefree"), ("lion", "lion-pytorch", "lion_pytorch")],
+)
+def test_an_optimizer_whose_package_is_missing_is_named(teacher, tmp_path, monkeypatch, optimizer, package, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    config = tiny.stage_config(tmp_path, "distill", **{"train.optimizer": optimizer})
+    with pytest.raises(ValueError, match=f"'{optimizer}' needs {package}.*pip install {package}"):
+        build_optimizers(student_of(teacher, config), config.train)
+
+
+@pytest.mark.parametrize("optimizer", ["adam8bit", "dsfusedadamw"])
+def test_an_optimizer_for_gpus_is_refused_on_a_cpu(teacher, tmp_path, optimizer):
+    config = tiny.stage_config(tmp_path, "distill", **{"train.optimizer": optimizer})
+    with pytest.raises(ValueError, match=f"'{optimizer}' needs a CUDA GPU: use adamw"):
+        build_optimizers(student_of(teacher, config), config.train)
 
 
 def weights_and_gradients(dtype=torch.float32):

@@ -1,6 +1,10 @@
 """Optimisers by name, their two parameter groups (mixer, rest), and the learning rate as a function of the step."""
 
+import importlib
 import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -9,24 +13,16 @@ from radlads.distill.stage import is_mixer_parameter
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.train.adamw import AdamW
 
-_MISSING = {
-    "dsfusedadamw": ("DeepSpeed's fused Adam", "adamw, which is fused too"),
-    "adamwschedulefree": ("schedule-free AdamW", "adamw"),
-    "adam8bit": ("8-bit Adam", "adamw"),
-    "lion": ("Lion", "adamw"),
-}
+Groups = list[dict[str, Any]]
 
 
 def build_optimizers(student: RadladsForCausalLM, train: TrainConfig) -> list[torch.optim.Optimizer]:
     """Optimisers over the parameters that require gradients; every group has a "role", "mixer" or "rest".
 
     adamw: AdamW for all, weight decay on matrices only. muon: Muon for the blocks' matrices (its updates scaled to
-    AdamW's size, so that rates mean the same), AdamW for embedding, head and vectors.
-    Raises ValueError if nothing trains or the optimiser named is not available.
+    AdamW's size, so that rates mean the same), AdamW for embedding, head and vectors. The others for all, each from its
+    own package. Raises ValueError if nothing trains, or the package or GPU that an optimiser needs is not there.
     """
-    if train.optimizer not in ("adamw", "muon"):
-        what, instead = _MISSING[train.optimizer]
-        raise ValueError(f"train.optimizer {train.optimizer!r} ({what}) is not available yet: use {instead}")
     by_muon: dict[str, list[torch.nn.Parameter]] = {}
     by_adam: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
@@ -51,9 +47,79 @@ def build_optimizers(student: RadladsForCausalLM, train: TrainConfig) -> list[to
             {"params": parameters, "role": role, "weight_decay": train.weight_decay if decays else 0.0}
             for (role, decays), parameters in by_adam.items()
         ]
-        betas = (train.beta1, train.beta2)
-        optimizers.append(AdamW(adam, train.lr_init, betas, train.adam_eps, fused=True))
+        optimizers.append(_ADAMS[train.optimizer](adam, train))
     return optimizers
+
+
+def _adamw(groups: Groups, train: TrainConfig) -> torch.optim.Optimizer:
+    return AdamW(groups, train.lr_init, (train.beta1, train.beta2), train.adam_eps, fused=True)
+
+
+def _schedule_free(groups: Groups, train: TrainConfig) -> torch.optim.Optimizer:
+    rule = _from_package(train, "schedulefree", "schedulefree", "AdamWScheduleFree")
+    optimizer = rule(groups, train.lr_init, (train.beta1, train.beta2), train.adam_eps)
+    optimizer.train()
+    return optimizer
+
+
+def _lion(groups: Groups, train: TrainConfig) -> torch.optim.Optimizer:
+    rule = _from_package(train, "lion-pytorch", "lion_pytorch", "Lion")
+    return rule(groups, train.lr_init, (train.beta1, train.beta2))
+
+
+def _adam_8bit(groups: Groups, train: TrainConfig) -> torch.optim.Optimizer:
+    _check_on_gpu(groups, train)
+    rule = _from_package(train, "bitsandbytes", "bitsandbytes.optim", "AdamW8bit")
+    return rule(groups, train.lr_init, (train.beta1, train.beta2), train.adam_eps)
+
+
+def _deepspeed_fused(groups: Groups, train: TrainConfig) -> torch.optim.Optimizer:
+    _check_on_gpu(groups, train)
+    rule = _from_package(train, "deepspeed", "deepspeed.ops.adam", "FusedAdam")
+    return rule(groups, train.lr_init, betas=(train.beta1, train.beta2), eps=train.adam_eps, adam_w_mode=True)
+
+
+_ADAMS: dict[str, Callable[[Groups, TrainConfig], torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+    "muon": _adamw,
+    "adamwschedulefree": _schedule_free,
+    "lion": _lion,
+    "adam8bit": _adam_8bit,
+    "dsfusedadamw": _deepspeed_fused,
+}
+
+
+def _from_package(train: TrainConfig, package: str, module: str, name: str) -> Callable[..., Any]:
+    """The optimiser's class. Raises ValueError with the pip command if its package is not installed."""
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"train.optimizer {train.optimizer!r} needs {package}, which is not installed: pip install {package}, or "
+            "use adamw"
+        ) from error
+    return getattr(found, name)
+
+
+def _check_on_gpu(groups: Groups, train: TrainConfig) -> None:
+    if groups[0]["params"][0].device.type != "cuda":
+        raise ValueError(f"train.optimizer {train.optimizer!r} needs a CUDA GPU: use adamw")
+
+
+@contextmanager
+def weights_to_keep(optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[None]:
+    """While open, the parameters are what to measure and to save: schedule-free optimisers train at other points than
+    the average that they are about."""
+    averaging: list[Any] = [
+        each for each in optimizers if each.__class__.__module__.partition(".")[0] == "schedulefree"
+    ]
+    for optimizer in averaging:
+        optimizer.eval()
+    try:
+        yield
+    finally:
+        for optimizer in averaging:
+            optimizer.train()
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, train: TrainConfig, step: int, num_steps: int) -> None:
