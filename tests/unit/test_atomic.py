@@ -45,8 +45,8 @@ def test_a_name_that_is_taken_is_refused(tmp_path, unfinished, make):
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
-def test_errors_of_writing_name_the_target(tmp_path):
-    for unfinished in (unfinished_folder, unfinished_file):
-        with pytest.raises(OSError, match="x") as raised, unfinished(tmp_path / "x"):
-            raise OSError(28, "No space left on device")
-        assert raised.value.filename == str(tmp_path / "x")
+@pytest.mark.parametrize("unfinished", [unfinished_folder, unfinished_file])
+def test_errors_of_writing_name_the_target(tmp_path, unfinished):
+    with pytest.raises(OSError, match="x") as raised, unfinished(tmp_path / "x"):
+        raise OSError(28, "No space left on device")
+    assert raised.value.filename == str(tmp_path / "x")

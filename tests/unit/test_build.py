@@ -88,3 +88,10 @@ def test_no_document_leaves_nothing(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="would hold no tokens: add at least one document"):
         build(tmp_path, tokenizer, [])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_read_otherwise_than_written_are_removed(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(BinIdxReader, "document", lambda self, i: self.tokens[:1])
+    with pytest.raises(ValueError, match="what was written is not what is read"):
+        build(tmp_path, tokenizer)
+    assert list(tmp_path.iterdir()) == []

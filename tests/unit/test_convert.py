@@ -137,7 +137,7 @@ def test_teachers_we_cannot_read_are_refused_by_name(teacher, tmp_path, values, 
 def test_a_config_that_is_none_is_refused(teacher, tmp_path, content):
     folder = copy_of(teacher, tmp_path)
     (folder / "config.json").write_text(content)
-    with pytest.raises(ValueError, match="config.json is damaged"):
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
         open_teacher(folder)
 
 
@@ -245,3 +245,12 @@ def test_the_end_of_text_id_comes_from_tokenizer_or_configuration(teacher, tmp_p
     change_config(folder, eos_token_id=[42, 43])
     assert end_of_text_id(teacher, tokenizer) == 256
     assert end_of_text_id(folder, tokenizer) == 42
+
+
+@pytest.mark.parametrize("ids", [[], None, "<|end|>"])
+def test_a_folder_without_an_end_of_text_id_says_so(teacher, tmp_path, ids):
+    folder = copy_of(teacher, tmp_path)
+    (folder / "tokenizer_config.json").write_text('{"eos_token": 5}')
+    change_config(folder, eos_token_id=ids)
+    with pytest.raises(ValueError, match="names no end-of-text token: set eos_token_id"):
+        end_of_text_id(folder, load_tokenizer(folder, 300))

@@ -43,20 +43,21 @@ def partial_name(target: Path) -> Path:
 
 
 @contextmanager
-def unfinished_folder(target: Path, *, keep_failed: bool = True) -> Iterator[Path]:
+def unfinished_folder(target: Path, *, keep_failed: bool = True, keep_earlier: bool = False) -> Iterator[Path]:
     """Give a new folder `NAME.partial` to fill; at the end sync its files and rename it to `target`.
 
     After an exception the partial folder stays, for a look at what went wrong, unless keep_failed is False; `target`
-    never exists half-written. An older partial folder is removed first. Raises ValueError if `target` exists or another
-    process is filling its partial folder, and OSError that names a file or `target`.
+    never exists half-written. An older partial folder is removed first, unless keep_earlier gives it as it is. Raises
+    ValueError if `target` exists or another process is filling its partial folder, and OSError that names a file or
+    `target`.
     """
     if target.exists() or target.is_symlink():
         raise ValueError(f"{target} exists already: remove it or choose another folder")
     partial = partial_name(target)
-    if partial.exists():
+    if partial.exists() and not keep_earlier:
         with _only_process_in(partial):
             shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+    partial.mkdir(parents=True, exist_ok=keep_earlier)
     try:
         with _only_process_in(partial), _naming(target):
             yield partial
@@ -80,9 +81,7 @@ def _only_process_in(folder: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(descriptor)
-        raise ValueError(
-            f"{folder} is being written by another process: wait for it, or choose another name"
-        ) from error
+        raise ValueError(f"{folder} is being written by another process: wait for it, or choose another one") from error
     except OSError:  # a file system without locks
         pass
     try:

@@ -9,6 +9,7 @@ import torch
 import radlads.model
 from radlads.checkpoint.atomic import read_json, unfinished_folder, write_text
 from radlads.checkpoint.model_folder import save_model
+from radlads.checkpoint.safetensors_writer import SHARD_BYTES
 from radlads.checkpoint.tokenizer_files import copy_tokenizer
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
@@ -24,18 +25,37 @@ _AUTO_MAP = {
 def export(model: RadladsForCausalLM, teacher_folder: Path, target: Path, *, dtype: torch.dtype | None = None) -> None:
     """Write the model to `target`, loadable with `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`.
 
-    The tokenizer's files are the teacher's, verbatim; generation_config.json is too, but for the rows that pad the
-    embedding (copy_tokenizer). The code is radlads/model, verbatim. Raises ValueError if `target` exists, or if the
-    model has mixers of the user's own, whose code is not in radlads/model.
+    Raises ValueError if `target` exists, and as check_exportable.
     """
-    if not is_registered(model.config):
+    check_exportable(model.config)
+    with unfinished_folder(target) as partial:
+        write_export(model, teacher_folder, partial, dtype=dtype)
+
+
+def write_export(
+    model: RadladsForCausalLM,
+    teacher_folder: Path,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write weights (in `dtype`, default: their own), configuration, code and tokenizer into a folder that exists.
+
+    The tokenizer's files are the teacher's, verbatim; generation_config.json is too, but for the rows that pad the
+    embedding (copy_tokenizer). The code is radlads/model, verbatim.
+    """
+    save_model(model, folder, dtype=dtype, shard_bytes=shard_bytes)
+    _add_code(folder)
+    copy_tokenizer(teacher_folder, folder)
+
+
+def check_exportable(config: RadladsConfig) -> None:
+    """Raise ValueError for a model with mixers of the user's own, whose code is not in radlads/model."""
+    if not is_registered(config):
         raise ValueError(
             "a model with mixers of your own cannot be exported with code: load it with radlads and your files instead"
         )
-    with unfinished_folder(target) as partial:
-        save_model(model, partial, dtype=dtype)
-        _add_code(partial)
-        copy_tokenizer(teacher_folder, partial)
 
 
 def copy_all_but_weights(

@@ -14,7 +14,7 @@ from radlads.checkpoint.published import (
     published_kind,
     untie_if_head_differs,
 )
-from radlads.checkpoint.safetensors_writer import write_safetensors
+from radlads.checkpoint.safetensors_writer import write_safetensors, write_shards
 from radlads.checkpoint.weights import (
     WEIGHTS_FILE,
     CastWeights,
@@ -29,13 +29,21 @@ from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.registry import is_registered
 
 
-def save_model(model: RadladsForCausalLM, folder: Path, *, dtype: torch.dtype | None = None) -> None:
-    """Write the model's config.json and weights (in `dtype`, default: their own) into a folder that exists."""
+def save_model(
+    model: RadladsForCausalLM, folder: Path, *, dtype: torch.dtype | None = None, shard_bytes: int | None = None
+) -> None:
+    """Write the model's config.json and weights (in `dtype`, default: their own) into a folder that exists.
+
+    The weights are one file, or shards of at most `shard_bytes` where one is not enough.
+    """
     model.config.architectures = [type(model).__name__]
     model.config.dtype = dtype or next(model.parameters()).dtype
     model.config.save_pretrained(folder)
     weights = CastWeights(ModelWeights(model), dtype)
-    write_safetensors(weights, list(weights), folder / WEIGHTS_FILE)
+    if shard_bytes is None:
+        write_safetensors(weights, list(weights), folder / WEIGHTS_FILE)
+    else:
+        write_shards(weights, folder, shard_bytes=shard_bytes)
 
 
 class StoredModel(NamedTuple):
@@ -80,7 +88,7 @@ def open_model(folder: Path) -> StoredModel:
     try:
         sizes_of(values)
         config = published_config(values, folder) if is_published else RadladsConfig.from_dict(values)
-    except (StrictDataclassError, ValueError, TypeError) as error:
+    except (StrictDataclassError, ValueError, TypeError, AttributeError, KeyError) as error:
         reason = str(error).replace("\n", " ")
         raise ValueError(f"{folder}/config.json describes no model that can be read here: {reason}") from error
     weights = SafetensorsFolder(folder)
