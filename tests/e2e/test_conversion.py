@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import tiny
 import torch
 from transformers import AutoTokenizer
 
@@ -92,6 +93,17 @@ def test_two_processes_do_not_share_a_folder(finished, teacher, corpus_folder, c
 def test_the_other_mixers_convert_too(teacher, corpus_folder, tmp_path, mixer):
     assert main(command(teacher, corpus_folder, tmp_path / "run", "--mixer", *mixer)) == 0
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["reload_max_abs_diff"] == 0
+
+
+def test_a_tied_teachers_student_ends_tied_where_asked(corpus_folder, tmp_path):
+    tied = tiny.teacher_folder(tmp_path / "tied", tied=True)
+    assert main(command(tied, corpus_folder, tmp_path / "run", "--retie")) == 0
+    exported = load_model(tmp_path / "run" / "hf")
+    assert exported.config.tie_word_embeddings
+    assert exported.lm_head.weight is exported.model.embed_tokens.weight
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["retied"]["loss"] > 0 and summary["reload_max_abs_diff"] == 0
+    assert not load_model(tmp_path / "run" / "3-extend").config.tie_word_embeddings
 
 
 @pytest.mark.parametrize(
