@@ -36,20 +36,6 @@ class Ceilings:
     matmul_tflop_per_s: float
 
 
-def choose_device(name: str) -> torch.device:
-    """The device called auto, cuda or cpu. Raises ValueError if there is no CUDA device where one is asked for."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("no CUDA device was found: choose --device cpu, or install a CUDA build of torch")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
-def working_dtype(device: torch.device) -> torch.dtype:
-    """bf16 on CUDA, fp32 elsewhere."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
 def device_name(device: torch.device) -> str:
     """The device, in words."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
@@ -113,7 +99,8 @@ def release_memory(device: torch.device) -> None:
 
 def measure_ceilings(device: torch.device) -> Ceilings:
     """Copy 2 GiB, multiply 8192^3, and read a 1 GiB matrix for one vector; all far smaller on a CPU."""
-    cuda, dtype = device.type == "cuda", working_dtype(device)
+    cuda = device.type == "cuda"
+    dtype = torch.bfloat16 if cuda else torch.float32
     num_values, side, rows = (2**30, 8192, 65536) if cuda else (2**22, 256, 4096)
     values_bytes = num_values * dtype.itemsize
     copy_ms = _copy_ms(num_values, device, dtype)

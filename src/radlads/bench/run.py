@@ -6,10 +6,11 @@ from pathlib import Path
 from radlads.bench.cases import Kind, decode_case, kernel_case, prefill_case, read_cases, select_cases, train_case
 from radlads.bench.inference import bench_decode, bench_prefill
 from radlads.bench.kernels import bench_kernels
-from radlads.bench.measure import choose_device, device_name, measure_ceilings, working_dtype
+from radlads.bench.measure import device_name, measure_ceilings
 from radlads.bench.models import Variant, open_shape
 from radlads.bench.record import Record, checkout_commit, environment
 from radlads.bench.train import TrainSettings, bench_train
+from radlads.inference.generate import choose_device
 from radlads.train.callbacks import Console
 
 RESULTS_SHAPE = "7b"
@@ -47,8 +48,7 @@ def run_bench(bench: Bench, console: Console) -> int:
 
     Raises ValueError for a device that is not there, an unknown shape or case, or results that would not be comparable.
     """
-    device = choose_device(bench.device)
-    dtype = working_dtype(device)
+    device, dtype = choose_device(bench.device)
     shape_name = bench.shape or ("7b" if device.type == "cuda" else "tiny")
     shape = open_shape(shape_name, layers=bench.layers, mixer=bench.mixer, variant=bench.variant)
     names = select_cases(bench.kind, bench.cases, tiny=shape_name == "tiny")

@@ -5,11 +5,12 @@ the logits of all tokens (3 GB in bf16 for 10 000 tokens of a vocabulary of 152 
 Shape letters: B batch, T tokens, N tokens of all rows, C hidden size, V vocabulary.
 """
 
-import functools
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+
+from radlads.model.modeling import has_triton
 
 # Tokens whose logits exist at a time: enough for matrix products at full speed, 0.6 GB per model in bf16 at V 152 064
 BLOCK_TOKENS = 2048
@@ -127,7 +128,7 @@ def logit_loss_(
     gradient is kl_weight * (p - q) + ce_weight * (p - the label's one-hot), p being the student's and q the teacher's
     probabilities.
     """
-    if student.is_cuda and kernels_are_importable():
+    if student.is_cuda and has_triton(student.device):
         from radlads.distill import loss_kernels
 
         return loss_kernels.logit_loss_(student, teacher, labels, kl_weight=kl_weight, ce_weight=ce_weight)
@@ -137,16 +138,6 @@ def logit_loss_(
         pair = (None if teacher is None else teacher[block], None if labels is None else labels[block])
         losses.append(_logit_loss_in_torch_(student[block], *pair, kl_weight=kl_weight, ce_weight=ce_weight))
     return torch.cat(losses)
-
-
-@functools.cache
-def kernels_are_importable() -> bool:
-    """True where triton imports, and knows the GPU."""
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return torch.cuda.get_device_capability() >= (7, 0)
 
 
 def _logit_loss_in_torch_(student, teacher, labels, *, kl_weight, ce_weight):

@@ -351,6 +351,7 @@ class RadladsForCausalLM(RadladsPreTrainedModel, GenerationMixin):
         model_kwargs["past_key_values"] = RadladsCache(self.config)
 
 
+@functools.cache
 def has_triton(device: torch.device) -> bool:
     """True where Triton, which torch.compile needs on a GPU, is installed and knows this CUDA device."""
     return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (7, 0)
