@@ -13,11 +13,12 @@ PROMPT = (
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, epilog="Other options are those of `radlads generate`.")
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", metavar="DIR", help="a model folder with tokenizer files")
-    arguments, options = parser.parse_known_args(argv)
+    parser.add_argument("options", metavar="OPTION", nargs=argparse.REMAINDER, help="those of `radlads generate`")
+    arguments = parser.parse_args(argv)
     print(PROMPT, end="", flush=True)
-    return radlads(["generate", arguments.folder, "--prompt", PROMPT, *options])
+    return radlads(["generate", arguments.folder, "--prompt", PROMPT, *arguments.options])
 
 
 if __name__ == "__main__":

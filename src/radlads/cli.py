@@ -19,8 +19,8 @@ INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 done, 1 a benchmark's case failed, 2 the user can mend it (one sentence
-    on stderr), 130 Ctrl-C."""
+    """Run a command and return its exit code: 0 done, 1 a benchmark's case or a check failed, 2 the user can mend it
+    (one sentence on stderr), 130 Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -192,25 +192,30 @@ def data_fixeos(arguments: argparse.Namespace) -> int:
 
 
 def generate(arguments: argparse.Namespace) -> int:
-    """Continue a prompt, streaming."""
-    from radlads.checkpoint.model_folder import load_model
-    from radlads.convert.hf_source import end_of_text_id, load_tokenizer
-    from radlads.inference.generate import Sampling, choose_device, stream_text
+    """Continue a prompt, streaming, or each prompt of a file."""
+    from radlads.inference.command import generate_text
 
-    sampling = Sampling(
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        top_k=arguments.top_k,
-        max_tokens=arguments.max_tokens,
-        seed=arguments.seed,
-    )
-    device, dtype = choose_device(arguments.device)
-    model = load_model(arguments.folder, dtype=dtype).to(device)  # type: ignore[arg-type]
-    tokenizer = load_tokenizer(arguments.folder, model.config.vocab_size)
-    stop = frozenset({end_of_text_id(arguments.folder, tokenizer)})
-    for piece in stream_text(model, tokenizer, arguments.prompt, sampling, stop):
+    for piece in generate_text(arguments, _notice):
         print(piece, end="", flush=True)
-    print()
+    return 0
+
+
+def chat(arguments: argparse.Namespace) -> int:
+    """Talk with a model until the end of input."""
+    from radlads.inference.chat import converse, line_reader, open_conversation
+
+    conversation = open_conversation(arguments, _notice)
+    if sys.stdin.isatty():
+        _notice("/reset begins anew, Ctrl-C stops a reply, Ctrl-D ends")
+    converse(conversation, line_reader(), lambda text: print(text, end="", flush=True), _notice)
+    return 0
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """Answer OpenAI clients until Ctrl-C."""
+    from radlads.inference.serve import serve as serve_model
+
+    serve_model(arguments, _notice)
     return 0
 
 
@@ -221,6 +226,49 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
     if lines := evaluate_models(evaluation_of(arguments), Terminal()):
         print(*lines, sep="\n")
+    return 0
+
+
+def long_context(arguments: argparse.Namespace) -> int:
+    """Measure what a model keeps of long texts and what they cost it."""
+    from radlads.evaluation.long_context import RESULTS, long_context_of, measure_long_context
+
+    settings = long_context_of(arguments)
+    measure_long_context(settings, Terminal())
+    print(f"wrote {settings.out / RESULTS} and its plots")
+    return 0
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """Write a run's page and plots."""
+    from radlads.report.page import PLOTS, write_page
+
+    print(f"wrote {write_page(arguments.folder)}, plots in {arguments.folder / PLOTS}")
+    return 0
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """Write a run's model to publish, or say what llama.cpp makes of it; 1 if llama.cpp cannot run it."""
+    from radlads.recipes.export import Export, check_gguf, export_run
+
+    if arguments.check:
+        if arguments.out is not None or arguments.push_to_hub is not None:
+            raise ValueError("--check writes nothing: leave out OUT and --push-to-hub, or --check")
+        can_run, lines = check_gguf(arguments.run_folder, arguments.teacher)
+        print(*lines, sep="\n")
+        return 0 if can_run else FAILED
+    settings = Export(
+        run=arguments.run_folder,
+        out=arguments.out,
+        teacher=arguments.teacher,
+        dtype=arguments.dtype,
+        shard_size=arguments.shard_size,
+        for_llama_cpp=arguments.for_llama_cpp,
+        repo=arguments.push_to_hub,
+        private=arguments.private,
+        dry_run=arguments.dry_run,
+    )
+    export_run(settings, Terminal())
     return 0
 
 
@@ -238,6 +286,7 @@ def bench(arguments: argparse.Namespace) -> int:
         cases=_bench_cases(arguments),
         checkpointing=arguments.checkpointing,
         teacher_precision=arguments.teacher_precision,
+        backends=arguments.backends,
         compiled=arguments.compile,
         teacher=arguments.teacher,
         json=arguments.json,
@@ -246,6 +295,14 @@ def bench(arguments: argparse.Namespace) -> int:
         command=shlex.join(["radlads", *arguments.argv]),
     )
     return FAILED if run_bench(settings, Terminal()) else 0
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """Say what memory, hours and money the stages need on a machine."""
+    from radlads.planning.command import plan_lines
+
+    print(*plan_lines(arguments), sep="\n")
+    return 0
 
 
 class Terminal:
@@ -289,7 +346,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(commands)
     _add_generate(commands)
     _add_eval(commands)
+    _add_long_context(commands)
+    _add_report(commands)
+    _add_export(commands)
     _add_bench(commands)
+    _add_plan(commands)
     return parser
 
 
@@ -368,20 +429,17 @@ def add_corpus_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_generate(commands: Any) -> None:
+    from radlads.inference.options import add_chat_options, add_generate_options, add_serve_options
+
     command = commands.add_parser("generate", help="continue a prompt with a converted model")
-    command.add_argument("folder", type=Path, help="a model folder that radlads exported")
-    command.add_argument("--prompt", required=True)
-    command.add_argument("--temperature", type=float, default=0.8, help="0 = always the likeliest token")
-    command.add_argument(
-        "--top-p", type=float, default=0.95, help="keep the likeliest tokens of this total probability"
-    )
-    command.add_argument("--top-k", type=int, default=0, help="keep this many likeliest tokens; 0 = all")
-    command.add_argument("--max-tokens", type=int, default=256)
-    command.add_argument("--seed", type=int, help="for a repeatable text")
-    command.add_argument(
-        "--device", default="auto", choices=["auto", "cpu", "cuda"], help="a GPU where there is one, by default"
-    )
+    add_generate_options(command)
     command.set_defaults(run=generate)
+    command = commands.add_parser("chat", help="talk with a converted model that has a chat template")
+    add_chat_options(command)
+    command.set_defaults(run=chat)
+    command = commands.add_parser("serve", help="answer OpenAI clients with a converted model")
+    add_serve_options(command)
+    command.set_defaults(run=serve)
 
 
 def _add_eval(commands: Any) -> None:
@@ -390,6 +448,35 @@ def _add_eval(commands: Any) -> None:
     command = commands.add_parser("eval", help="score models on lm-eval's tasks, beside their teacher")
     add_options(command)
     command.set_defaults(run=evaluate)
+
+
+def _add_long_context(commands: Any) -> None:
+    from radlads.evaluation.long_context import add_options
+
+    command = commands.add_parser("longcontext", help="what a model keeps of long texts, and what they cost it")
+    add_options(command)
+    command.set_defaults(run=long_context)
+
+
+def _add_report(commands: Any) -> None:
+    command = commands.add_parser("report", help="one page on a conversion, with plots: RUN/report.html")
+    command.add_argument("folder", type=Path, metavar="RUN", help="a conversion's folder, or one of stage folders")
+    command.set_defaults(run=report)
+
+
+def _add_export(commands: Any) -> None:
+    command = commands.add_parser("export", help="write a finished model as a folder to publish, and upload it")
+    command.add_argument("run_folder", type=Path, metavar="RUN", help="a conversion's folder, a stage's, or a model's")
+    command.add_argument("out", type=Path, nargs="?", metavar="OUT", help="folder to write; without it RUN is uploaded")
+    command.add_argument("--teacher", metavar="DIR", help="whose tokenizer the model gets, where RUN does not say")
+    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: RUN's)")
+    command.add_argument("--shard-size", default="5GB", help="largest file of weights, such as 5GB (default) or 500MB")
+    command.add_argument("--check", choices=["gguf"], help="write nothing; say whether llama.cpp can run the model")
+    command.add_argument("--for-llama-cpp", action="store_true", help="write what llama.cpp's converter reads")
+    command.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload to the Hugging Face hub")
+    command.add_argument("--private", action="store_true", help="make the repository a private one, if it is new")
+    command.add_argument("--dry-run", action="store_true", help="list what would be uploaded instead")
+    command.set_defaults(run=export)
 
 
 def _add_bench(commands: Any) -> None:
@@ -427,8 +514,19 @@ def _add_bench(commands: Any) -> None:
     decode.add_argument("--tokens", help="length of that case's prompts, such as 512 (default) or 64k")
     for kind in (prefill, decode):
         kind.add_argument("--no-teacher", dest="teacher", action="store_false", help="measure the student alone")
-    _add_bench_kind(kinds, "kernels", "the recurrences alone, by every backend that is there")
+    kernels = _add_bench_kind(kinds, "kernels", "the recurrences alone, by every backend that is there")
+    kernels.add_argument(
+        "--backends", help="comma-separated, of triton, fla (which tunes itself for minutes) and chunked (default: all)"
+    )
     command.set_defaults(run=bench)
+
+
+def _add_plan(commands: Any) -> None:
+    from radlads.planning.command import add_options
+
+    command = commands.add_parser("plan", help="memory, hours and cost of the stages on a machine, before renting it")
+    add_options(command)
+    command.set_defaults(run=plan)
 
 
 def _add_bench_kind(kinds: Any, name: str, what: str) -> argparse.ArgumentParser:
@@ -449,7 +547,7 @@ def _add_bench_kind(kinds: Any, name: str, what: str) -> argparse.ArgumentParser
     kind.add_argument("--results", type=Path, metavar="FILE", help="bring this file of latest results up to date")
     kind.add_argument("--commit", help="commit to record where the code lies in no checkout")
     kind.set_defaults(checkpointing="auto", teacher_precision="same", compile=None, teacher=True)
-    kind.set_defaults(stage=None, batch=None, tokens=None, piece=None)
+    kind.set_defaults(stage=None, batch=None, tokens=None, piece=None, backends=None)
     return kind
 
 
@@ -522,6 +620,10 @@ def _override(text: str) -> tuple[str, str]:
     if not equals:
         raise ValueError(f"--set takes KEY=VALUE, not {text!r}")
     return key, value
+
+
+def _notice(text: str) -> None:
+    print(f"radlads: {text}", file=sys.stderr, flush=True)
 
 
 def _sentence(error: Exception) -> str:

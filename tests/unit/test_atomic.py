@@ -1,8 +1,9 @@
 """Folders and files that appear whole or not at all."""
 
 import pytest
+from root_scripts import largest_file
 
-from radlads.checkpoint.atomic import unfinished_file, unfinished_folder
+from radlads.checkpoint.atomic import unfinished_file, unfinished_folder, write_text
 
 
 def test_a_folder_has_its_name_when_it_is_complete(tmp_path):
@@ -50,3 +51,11 @@ def test_errors_of_writing_name_the_target(tmp_path, unfinished):
     with pytest.raises(OSError, match="x") as raised, unfinished(tmp_path / "x"):
         raise OSError(28, "No space left on device")
     assert raised.value.filename == str(tmp_path / "x")
+
+
+def test_a_full_disk_is_told_by_the_texts_own_name_and_leaves_the_old_one(tmp_path):
+    (tmp_path / "x").write_text("old")
+    with largest_file(1000), pytest.raises(OSError, match="x") as raised:
+        write_text(tmp_path / "x", "new" * 1000)
+    assert raised.value.filename == str(tmp_path / "x")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]

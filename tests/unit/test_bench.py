@@ -137,6 +137,14 @@ def test_a_backend_that_is_not_there_is_a_row(tmp_path):
     assert all("CUDA" in problem for problem in absent.values())
 
 
+def test_backends_by_name(tmp_path, capsys):
+    assert bench("kernels", "--backends", "chunked", "--json", tmp_path / "record.json") == 0
+    rows = json.loads((tmp_path / "record.json").read_text())["cases"]
+    assert {row["backend"] for row in rows} == {"chunked"}
+    assert bench("kernels", "--backends", "cuda") == 2
+    assert "there is no backend 'cuda': --backends takes triton, fla, chunked" in capsys.readouterr().err
+
+
 def test_one_case_by_its_sizes_and_a_shape_from_a_folder(teacher, tmp_path):
     where = ["--shape", teacher, "--json", tmp_path / "record.json"]
     assert bench("prefill", *where, "--tokens", 24, "--piece", 8, "--no-teacher", "--mixer", "rad_rwkv6") == 0

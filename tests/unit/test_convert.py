@@ -122,6 +122,8 @@ def test_truncated_weights_are_refused(teacher, tmp_path):
             "copy/config.json .* RoPE scaling 'dynamic' is not supp",
         ),
         ({"rope_scaling": {"type": "yarn"}, "rope_parameters": None}, "type 'yarn' needs a positive factor, not None"),
+        ({"rope_parameters": "yarn"}, "copy/config.json describes no teacher we can read"),
+        ({"rope_scaling": 3}, "copy/config.json describes no teacher we can read"),
         ({"mlp_bias": True}, "sets mlp_bias, which is not supported"),
         ({"hidden_size": None}, "lacks hidden_size"),
     ],

@@ -121,6 +121,11 @@ def test_bad_dataset_is_one_sentence_and_leaves_nothing(tmp_path, tokenizer, cap
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_file_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path, tokenizer, capsys):
+    code, _, error = build(capsys, "nothing.jsonl", tokenizer, tmp_path / "x")
+    assert code == 2 and "neither a file or folder nor a hub name" in error
+
+
 @pytest.mark.parametrize("options", [["--processes", "0"], ["--max_tokens", "1"], ["--ctxlen", "0"]])
 def test_options_out_of_range_are_refused(tmp_path, tokenizer, capsys, options):
     code, _, error = build(capsys, as_jsonl(tmp_path), tokenizer, tmp_path / "out", *options)

@@ -159,7 +159,7 @@ def test_a_damaged_manifest_is_noticed(tmp_path):
         ({"data_file": "/no/such/corpus"}, "/no/such/corpus"),
         ({"accelerator": "gpu"}, "no CUDA GPU is here"),
         ({"magic_prime": 15}, "15"),
-        ({"devices": 2}, "train.devices is set, but what it asks for is not available yet"),
+        ({"devices": 2}, "train.devices is 2, but what that asks for is not available yet: set --train.devices 1"),
         ({"wandb": "project"}, r"train\.wandb"),
     ],
 )
@@ -280,7 +280,7 @@ def test_a_gpu_without_bf16_is_refused_and_auto_goes_around_it(tmp_path, monkeyp
     for precision in ("bf16", "bf16-true", "bf16-mixed"):
         train = tiny.stage_config(tmp_path, "align", **{"train.precision": precision, "train.accelerator": "gpu"}).train
         with pytest.raises(ValueError, match=r"compute capability 7\.5.*--train\.precision fp32"):
-            fit.build_trainer(train, tmp_path, [], 1)
+            fit.build_trainer(train, tmp_path, [])
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])

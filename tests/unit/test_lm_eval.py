@@ -210,6 +210,14 @@ def test_only_recurrent_models_read_more_than_their_positions(student, teacher, 
         run(teacher, task_folder, max_tokens=positions + 1, limit=1)
 
 
+def test_an_answer_longer_than_a_text_may_be_is_refused(student):
+    model = open_model(student, torch.float32)
+    ((context, continuation),) = random_pairs([60])
+    log_likelihoods(model, [(context, continuation)], max_tokens=30)
+    with pytest.raises(ValueError, match="an answer of 30 tokens cannot be scored in texts of 29: raise --max-length"):
+        log_likelihoods(model, [(context[:1], [3]), (context, continuation)], max_tokens=29)
+
+
 def narrow(folder):
     model = open_model(folder, torch.float32)
     limit_attention(model, window_tokens=5, sink_tokens=2)
@@ -357,10 +365,15 @@ def test_an_interrupted_evaluation_goes_on(student, task_folder, tmp_path, monke
         (["--tasks", "colour"], "did you mean colours"),
         (["--tasks", "colours", "--limit", "-1"], "--limit must be more than 0"),
         (["--tasks", "colours", "--batch-size", "0"], "--batch-size must be 1 or more"),
+        (["--tasks", "colours", "--max-length", "0"], "--max-length must be 1 or more"),
+        (["--tasks", "colours", "--num-fewshot", "-1"], "--num-fewshot must be 0 or more"),
+        (["--tasks", ","], "--tasks names no task"),
+        (["--tasks", "colours", "--max-length", "9"], "tokens cannot be scored in texts of 9"),
         (["--tasks", "colours", "--apply-chat-template"], "has no chat template"),
         (["--tasks", "endings", "--max-length", "12"], "endings generates 12 tokens"),
         (["--tasks", "colours", "--baselines"], "--baselines needs --teacher"),
         (["--tasks", "colours", "--output", "no/such/file.json"], "no/such is not a folder"),
+        (["--tasks", "colours", "--output", "/"], "/ is a folder: name the file"),
         (["--tasks", "colours", "--include-path", "nowhere"], "nowhere is not a folder"),
     ],
 )
@@ -393,3 +406,22 @@ def test_a_folder_without_tokenizer_takes_another(student, teacher, task_folder,
     assert evaluate(*command) == USER_ERROR
     assert "--tokenizer" in capsys.readouterr().err
     assert evaluate(*command, "--tokenizer", teacher) == 0
+
+
+def test_a_missing_tokenizer_is_told_before_any_model_runs(student, task_folder, tmp_path, monkeypatch, capsys):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(student / name)
+    monkeypatch.setattr("radlads.evaluation.models.open_model", None)
+    assert evaluate(student, tmp_path, "--tasks", "colours", "--include-path", task_folder) == USER_ERROR
+    assert "--tokenizer" in capsys.readouterr().err
+
+
+def test_another_tokenizer_configuration_is_asked_anew(student, task_folder, tmp_path):
+    for path in student.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    command = (tmp_path, "--tasks", "colours", "--include-path", task_folder, "--cache", tmp_path / "cache")
+    assert evaluate(*command, "--device", "cpu") == 0
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|end|>", "bos_token": "a"}')
+    assert evaluate(*command, "--device", "cpu") == 0
+    assert len(list((tmp_path / "cache").iterdir())) == 2

@@ -70,11 +70,14 @@ def test_generating_never_yields_an_id_that_is_no_token(padded, teacher, monkeyp
     sampling = Sampling(seed=1, num_ids=IDS, max_tokens=20)
     rows = list(stream_rows(padded, [[1, 2, 3], [4]], sampling))
     assert max(max(row) for row in rows) < IDS
-    seen = []
-    stream = stream_tokens
-    monkeypatch.setattr(
-        "radlads.inference.generate.stream_tokens", lambda *given: (seen.append(t) or t for t in stream(*given))
-    )
+    seen, stream = [], stream_tokens
+
+    def watched(*arguments, **keywords):
+        for token in stream(*arguments, **keywords):
+            seen.append(token)
+            yield token
+
+    monkeypatch.setattr("radlads.inference.generate.stream_tokens", watched)
     tokenizer = load_tokenizer(teacher, tiny.VOCAB)
     assert num_ids(tokenizer) == IDS
     list(stream_text(padded, tokenizer, "abc", Sampling(seed=1, max_tokens=20), frozenset()))

@@ -442,3 +442,23 @@ def test_a_start_of_other_sizes_than_configured_is_refused(teacher, corpus_folde
     start = {"load_model": str(tmp_path / "teacher.pth"), "teacher.hf_path": str(teacher)}
     with pytest.raises(ValueError, match=r"model\.n_layer .*4"):
         stage(corpus_folder, tmp_path, "align", model_n_layer=4, **start)
+
+
+def test_released_names_of_a_start_mean_ours(teacher, corpus_folder, tmp_path):
+    hf = {"teacher.hf_path": str(teacher), "my_exit_tokens": 64}
+    aligned = stage(corpus_folder, tmp_path, "align", load_model="auto", **hf)
+    distilled = stage(corpus_folder, tmp_path, "distill", load_model=f"{aligned}/rwkv-final.pth", **hf)
+    assert json.loads((distilled / "manifest.json").read_text())["parent"].startswith(f"{aligned} sha256:")
+    with pytest.raises(ValueError, match="starts from an earlier stage's model: name its folder"):
+        stage(corpus_folder, tmp_path / "2", "distill", load_model="auto", **hf)
+    with pytest.raises(ValueError, match=r"rwkv-7\.pth does not exist: name a \.pth file"):
+        stage(corpus_folder, tmp_path / "2", "distill", load_model=f"{aligned}/rwkv-7.pth", **hf)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "remedy"), [("devices", 8, "1"), ("wandb", "radlads", "''"), ("num_nodes", 2, "1")]
+)
+def test_what_is_not_available_is_refused_before_models_are_read(corpus_folder, tmp_path, key, value, remedy):
+    message = f"train.{key} is {value!r}, but .* not available yet: set --train.{key} {remedy}"
+    with pytest.raises(ValueError, match=message):
+        stage(corpus_folder, tmp_path, "align", load_model="nowhere", **{key: value})

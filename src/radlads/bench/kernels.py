@@ -12,17 +12,30 @@ from radlads.bench.record import Record, Row
 from radlads.model.rad_rwkv7 import MIN_LOG_DECAY
 from radlads.model.recurrence import Backend, gla, missing, rwkv7
 
-BACKENDS: dict[str, tuple[Backend, ...]] = dict.fromkeys(("rwkv7", "gla"), ("triton", "fla", "chunked"))
+BACKENDS: tuple[Backend, ...] = ("triton", "fla", "chunked")
 WARMUP_RUNS, RUNS = 2, 10
 
 
+def select_backends(names: str | None) -> list[Backend]:
+    """Comma-separated backends, all of them for None. Raises ValueError for a name that is none of them."""
+    wanted = BACKENDS if names is None else [name.strip() for name in names.split(",")]
+    if unknown := [name for name in wanted if name not in BACKENDS]:
+        raise ValueError(f"there is no backend {unknown[0]!r}: --backends takes {', '.join(BACKENDS)}")
+    return [backend for backend in BACKENDS if backend in wanted]
+
+
 def bench_kernels(
-    cases: list[KernelCase], device: torch.device, dtype: torch.dtype, ceilings: Ceilings, record: Record
+    cases: list[KernelCase],
+    backends: list[Backend],
+    device: torch.device,
+    dtype: torch.dtype,
+    ceilings: Ceilings,
+    record: Record,
 ) -> None:
     """Measure each case by each backend; one that cannot run here gets a row that says so."""
     for case in cases:
         tensors = random_inputs(case, device, dtype)
-        for backend in BACKENDS[case.kernel]:
+        for backend in backends:
             work = {"kernel": case.kernel, "shape_BTHN": list(case.shape), "backend": backend}
             problem = missing(backend, tensors[2])
             row = Row(case=case.name, of=backend, work=work, problem=problem)

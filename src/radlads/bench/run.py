@@ -5,7 +5,7 @@ from pathlib import Path
 
 from radlads.bench.cases import Kind, decode_case, kernel_case, prefill_case, read_cases, select_cases, train_case
 from radlads.bench.inference import bench_decode, bench_prefill
-from radlads.bench.kernels import bench_kernels
+from radlads.bench.kernels import bench_kernels, select_backends
 from radlads.bench.measure import device_name, measure_ceilings
 from radlads.bench.models import Variant, open_shape
 from radlads.bench.record import Record, checkout_commit, environment
@@ -21,7 +21,7 @@ class Bench:
     """What to measure. shape: "7b", "tiny", a Hugging Face folder, or None for 7b on CUDA and tiny elsewhere.
 
     layers: instead of the shape's. cases: comma-separated names or "all". compiled: torch.compile; None = on CUDA.
-    checkpointing, teacher_precision: of training steps, as TrainSettings has them.
+    checkpointing, teacher_precision: of training steps, as TrainSettings has them. backends: of kernels, None = all.
     teacher: measure it beside the student (prefill and decode). json: the full record. results: the file of latest
     results to bring up to date. commit: to record where the code lies in no checkout.
     """
@@ -36,6 +36,7 @@ class Bench:
     checkpointing: str = "auto"
     teacher_precision: str = "same"
     compiled: bool | None = None
+    backends: str | None = None
     teacher: bool = True
     json: Path | None = None
     results: Path | None = None
@@ -86,7 +87,7 @@ def run_bench(bench: Bench, console: Console) -> int:
         case "kernels":
             kernel_cases = read_cases(kernel_case, names)
             ceilings = record.open(measure_ceilings(device))
-            bench_kernels(kernel_cases, device, dtype, ceilings, record)
+            bench_kernels(kernel_cases, select_backends(bench.backends), device, dtype, ceilings, record)
     record.say("done" if not record.num_failed else f"{record.num_failed} of the cases failed")
     return record.num_failed
 

@@ -12,10 +12,10 @@ from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name, sync it and rename it."""
+    """Write a file under a temporary name, sync it and rename it. Raises OSError that names the file."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        with _naming(path), os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

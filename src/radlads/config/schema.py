@@ -145,8 +145,8 @@ class TrainConfig:
     """One training stage."""
 
     load_model: str = ""
-    """Model folder or weights file (.pth, .safetensors) to start from; '' = set the student up from the teacher (align
-    stage only)."""
+    """Model folder or weights file (.pth, .safetensors) to start from; '' or auto = set the student up from the teacher
+    (align stage only). FOLDER/rwkv-final.pth also means the finished stage FOLDER."""
     load_partial: Switch = 0
     """Accepted so that released files load; no effect: the align stage always sets up what the teacher's weights lack,
     and an earlier stage's must be whole."""
@@ -188,7 +188,8 @@ class TrainConfig:
     gradient_clip_val: float = 1.0
     """Largest gradient norm; longer gradients are scaled down to it. 0 = no clipping."""
     optimizer: Optimizer = "adamw"
-    """Update rule: adamw; muon (the blocks' matrices by Muon, the rest by AdamW); others are not available yet."""
+    """Update rule: adamw; muon (the blocks' matrices by Muon, the rest by AdamW); adamwschedulefree, lion, adam8bit and
+    dsfusedadamw, the last two on a GPU, each with its own package. Lion wants rates three to ten times smaller."""
     lr_init: float = 6e-4
     """Learning rate after warm-up of everything but the mixers."""
     lr_final: float = 1e-5
@@ -245,6 +246,15 @@ class TrainConfig:
     """Accepted so that released files load; no effect: heldout_every_steps says when to evaluate."""
     log_every_n_steps: int = 50
     """Optimiser steps between rows of metrics."""
+    resume: str = "auto"
+    """Where to begin: auto = at the newest checkpoint of this run, if its folder holds one; never = anew, and whatever
+    an unfinished run has left is thrown away; or the path of a checkpoint."""
+    checkpoint_every_minutes: float = 30.0
+    """Minutes between checkpoints, from which a run that was killed goes on; 0 = not by time."""
+    checkpoint_every_steps: int = 0
+    """Optimiser steps between checkpoints; 0 = not by steps."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay while the stage runs; a finished stage has none."""
     precision: Precision = "bf16"
     """bf16 = bf16 products on fp32 weights; bf16-true = bf16 weights, gradients and moments: half the memory, but an
     update below 1/512 of its weight is lost; auto = bf16 where the hardware multiplies it, fp32 elsewhere."""
@@ -299,10 +309,12 @@ _TRAIN_RANGES: dict[Range, list[str]] = {
     NOT_NEGATIVE: [
         *("seed_everything", "gradient_clip_val", "weight_decay", "epoch_begin", "epoch_save"),
         *("my_exit_tokens", "heldout_tail_tokens", "heldout_every_steps"),
+        *("checkpoint_every_minutes", "checkpoint_every_steps"),
     ],
     NOT_NEGATIVE_OR_UNSET: ["warmup_steps", "weight_decay_final", "eos_token_id"],
     AT_LEAST_ONE: [
         *("micro_bsz", "accumulate_grad_batches", "log_every_n_steps", "num_nodes", "ds_bucket_mb", "heldout_tokens"),
+        "keep_checkpoints",
     ],
     AT_LEAST_ONE_OR_ALL: ["devices"],
 }
@@ -321,15 +333,18 @@ class Config:
         _check_model(self.model, "model")
 
 
-def unavailable(config: Config) -> str | None:
-    """The dotted name of a key that is set to something which is not available yet, or None."""
+def check_available(config: Config) -> None:
+    """Raise ValueError for a key that asks for something which is not available yet."""
     model, train, defaults = config.model, config.train, Config()
     wanted: list[tuple[str, object, object]] = [
         *((f"model.{name}", getattr(model, name), getattr(defaults.model, name)) for name in _UNAVAILABLE_MODEL_KEYS),
         *((f"model.rope.{name}", getattr(model.rope, name), 1.0) for name in ("rescale", "rebase")),
         *((f"train.{name}", getattr(train, name), getattr(defaults.train, name)) for name in _UNAVAILABLE_TRAIN_KEYS),
     ]
-    return next((key for key, value, default in wanted if value != default), None)
+    for key, value, default in wanted:
+        if value != default:
+            remedy = f"set --{key} {default if default != '' else repr('')}"
+            raise ValueError(f"{key} is {value!r}, but what that asks for is not available yet: {remedy}")
 
 
 _UNAVAILABLE_MODEL_KEYS = ("dropout",)

@@ -106,7 +106,7 @@ def teacher_config(values: dict, folder: Path) -> RadladsConfig:
             rope_parameters=rope_parameters(values),
             time_mixers=["qwen2"] * sizes["num_hidden_layers"],
         )
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}/config.json describes no teacher we can read: {error}") from error
 
 

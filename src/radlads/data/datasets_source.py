@@ -77,7 +77,7 @@ def _open(datasets: Any, dataset: str, split: str, subset: str | None, text_unit
         if all(_suffix(file) in _TEXT_SUFFIXES for file in files):
             return _open_files(datasets, files, text_unit)
         return datasets.load_dataset(str(path), subset, split=split, streaming=True)
-    if dataset.count("/") > 1 or dataset.startswith((".", "/", "~")):
+    if dataset.count("/") > 1 or dataset.startswith((".", "/", "~")) or _suffix(path) in _LOADERS:
         raise ValueError("it is neither a file or folder nor a hub name such as owner/name")
     return datasets.load_dataset(dataset, subset, split=split, streaming=True)
 

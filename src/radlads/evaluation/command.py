@@ -45,12 +45,20 @@ class Evaluation:
     def __post_init__(self) -> None:
         if self.baselines and self.teacher is None:
             raise ValueError("--baselines needs --teacher: both are made of its weights")
+        if not self.tasks:
+            raise ValueError("--tasks names no task: leave it out for the paper's")
         if self.settings.batch_rows < 1:
             raise ValueError(f"--batch-size must be 1 or more, not {self.settings.batch_rows}")
         if self.settings.limit is not None and self.settings.limit <= 0:
             raise ValueError(f"--limit must be more than 0, not {self.settings.limit}")
+        if self.settings.max_tokens is not None and self.settings.max_tokens < 1:
+            raise ValueError(f"--max-length must be 1 or more, not {self.settings.max_tokens}")
+        if self.settings.num_fewshot is not None and self.settings.num_fewshot < 0:
+            raise ValueError(f"--num-fewshot must be 0 or more, not {self.settings.num_fewshot}")
         if self.output is not None and not self.output.absolute().parent.is_dir():
             raise ValueError(f"{self.output.parent} is not a folder: create it first")
+        if self.output is not None and self.output.is_dir():
+            raise ValueError(f"{self.output} is a folder: name the file to write")
 
 
 @dataclass(frozen=True)
@@ -131,11 +139,14 @@ def evaluate(evaluation: Evaluation, console: Console) -> list[str]:
     Raises ValueError for folders that are no model, unknown tasks, or a missing lm-eval or tokenizer; OSError for data
     sets that cannot be fetched.
     """
+    from radlads.checkpoint.tokenizer_files import read_tokenizer
     from radlads.evaluation.harness import open_tasks, share_work
     from radlads.inference.generate import choose_device
 
     device, dtype = choose_device(evaluation.device)
     entries = list(_entries(evaluation, dtype))
+    for entry in entries:  # what is wrong with the last model's is told before the first one runs
+        read_tokenizer(_tokenizer_folder(entry.folder, evaluation))
     tells = share_work(device)
     tasks = open_tasks(task_names(evaluation.tasks), evaluation.include_path)
     results = {}
@@ -227,6 +238,13 @@ def _fingerprint(entry: _Entry, tokenizer: Path, evaluation: Evaluation) -> str:
     """A file name that is another one for another model, precision, tokenizer, length or version."""
     from radlads import __version__
 
-    files = [sha256(entry.folder / "config.json"), weights_hash(entry.folder), sha256(tokenizer / "tokenizer.json")]
-    parts = [*files, *map(str, entry.made_of), str(evaluation.settings.max_tokens), __version__]
+    names = [path for path in (tokenizer / "tokenizer.json", tokenizer / "tokenizer_config.json") if path.is_file()]
+    files = [sha256(path) for path in (entry.folder / "config.json", *names)]
+    parts = [
+        *files,
+        weights_hash(entry.folder),
+        *map(str, entry.made_of),
+        str(evaluation.settings.max_tokens),
+        __version__,
+    ]
     return f"{entry.folder.resolve().name}-{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:16]}"

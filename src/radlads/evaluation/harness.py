@@ -151,14 +151,15 @@ def language_model(
                 if (asked := requests[number][0]) is not None:
                     self.cache_hook.add_partial("loglikelihood", asked, answer)
 
-            return log_likelihoods(
-                model,
-                [(context, continuation) for _, context, continuation in requests],
-                max_tokens=self.max_length,
-                batch_rows=batch_rows,
-                segment_tokens=segment_tokens,
-                on_answer=keep,
-            )
+            with bar:  # closed, so that what is said next has a line of its own
+                return log_likelihoods(
+                    model,
+                    [(context, continuation) for _, context, continuation in requests],
+                    max_tokens=self.max_length,
+                    batch_rows=batch_rows,
+                    segment_tokens=segment_tokens,
+                    on_answer=keep,
+                )
 
         def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
             for request in requests:

@@ -38,10 +38,14 @@ def log_likelihoods(
     """For each pair of contexts and continuations (token ids, both with one token at least) the continuation's log
     likelihood in nats and whether it is what the model would have said itself, greedily.
 
-    A text of more than `max_tokens` + 1 tokens loses its start. At most `segment_tokens` of each of `batch_rows` texts
-    are read at a time, the state carried; logits are fp32 and made for continuations only. `on_answer` is told each
-    answer with its pair's number as soon as it is there.
+    A text of more than `max_tokens` + 1 tokens loses the start of its context. At most `segment_tokens` of each of
+    `batch_rows` texts are read at a time, the state carried; logits are fp32 and made for continuations only.
+    `on_answer` is told each answer with its pair's number as soon as it is there. Raises ValueError for a continuation
+    of more than `max_tokens`.
     """
+    longest = max((len(continuation) for _, continuation in pairs), default=0)
+    if longest > max_tokens:
+        raise ValueError(f"an answer of {longest} tokens cannot be scored in texts of {max_tokens}: raise --max-length")
     answers: list[Answer | None] = [None] * len(pairs)
     rows = _rows(pairs, max_tokens)
     for start in range(0, len(rows), batch_rows):

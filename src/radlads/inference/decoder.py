@@ -146,15 +146,25 @@ class Decoder:
         self.num_chosen = 0
 
     @torch.inference_mode()
-    def prefill(self, prompts: Sequence[Sequence[int]], *, piece: int = PREFILL_TOKENS) -> None:
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], *, piece: int = PREFILL_TOKENS, cache: RadladsCache | None = None
+    ) -> None:
         """Read the prompts, one for each row and of any lengths, and choose the first token of each.
 
-        Raises ValueError for an empty prompt or another number of prompts than rows.
+        cache: go on from it, as prefill does. Raises ValueError for an empty prompt or another number of prompts than
+        rows.
         """
         if len(prompts) != self.rows:
             raise ValueError(f"this decoder has {self.rows} rows but got {len(prompts)} prompts: give one for each row")
         tokens, mask = left_padded(prompts, self.model.device)
-        logits, cache = prefill(self.model, tokens, mask=mask, piece=piece)
+        self.begin(*prefill(self.model, tokens, mask=mask, piece=piece, cache=cache))
+
+    @torch.inference_mode()
+    def begin(self, logits: torch.Tensor, cache: RadladsCache) -> None:
+        """Choose each row's first token by the logits [B, V] of prompts that are read; `cache` is their state.
+
+        A cache without softmax layers stays as it is; another one is taken over and grows.
+        """
         self.next_step.load(cache)
         if self.is_graphed and self.graph is None:
             self._capture()
@@ -278,10 +288,18 @@ def triton_is_installed() -> bool:
 
 @torch.inference_mode()
 def prefill(
-    model: RadladsForCausalLM, tokens: torch.Tensor, *, mask: torch.Tensor | None = None, piece: int = PREFILL_TOKENS
+    model: RadladsForCausalLM,
+    tokens: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    piece: int = PREFILL_TOKENS,
+    cache: RadladsCache | None = None,
 ) -> tuple[torch.Tensor, RadladsCache]:
-    """Read tokens [B, T] in pieces; the logits [B, V] after the last one, and the cache. mask: [B, T], 0 at padding."""
-    cache = RadladsCache(model.config)
+    """Read tokens [B, T] in pieces; the logits [B, V] after the last one, and the cache.
+
+    mask: [B, T], 0 at padding. cache: the state of what was read before, which is brought up to date in place.
+    """
+    cache = RadladsCache(model.config) if cache is None else cache
     masks = [None] * -(-tokens.shape[1] // piece) if mask is None else mask.split(piece, dim=1)
     for part, part_mask in zip(tokens.split(piece, dim=1), masks, strict=True):
         logits = model(part, part_mask, past_key_values=cache, use_cache=True, logits_to_keep=1).logits

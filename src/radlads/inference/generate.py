@@ -6,7 +6,7 @@ Leaves the steps to the decoder, and text to the tokenizer's decoder (`stream_te
 import itertools
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from tokenizers.decoders import DecodeStream
 from radlads.checkpoint.tokenizer_files import num_ids
 from radlads.inference.decoder import Decoder, prefill
 from radlads.inference.sampling import Sampling, choose
+from radlads.inference.saved_state import ReadText
 from radlads.model.configuration import RadladsConfig, state_bytes
 from radlads.model.modeling import RadladsForCausalLM
 
@@ -25,6 +26,7 @@ __all__ = [
     "choose",
     "choose_device",
     "decode_ms",
+    "decoded",
     "generate_tokens",
     "prefill",
     "stream_rows",
@@ -34,13 +36,19 @@ __all__ = [
 
 
 def stream_tokens(
-    model: RadladsForCausalLM, prompt_ids: list[int], sampling: Sampling, stop_ids: frozenset[int] = frozenset()
+    model: RadladsForCausalLM,
+    prompt_ids: list[int],
+    sampling: Sampling,
+    stop_ids: frozenset[int] = frozenset(),
+    *,
+    after: ReadText | None = None,
 ) -> Iterator[int]:
     """Yield generated token ids until one of `stop_ids` (not yielded) or max_tokens.
 
-    Raises ValueError for an empty prompt and for one whose state would not fit into memory.
+    after: the text that the prompt goes on from; the prompt may then be empty. Raises ValueError for an empty prompt
+    otherwise and for one whose state would not fit into memory.
     """
-    for (token,) in stream_rows(model, [prompt_ids], sampling, stop_ids):
+    for (token,) in stream_rows(model, [prompt_ids], sampling, stop_ids, after=after):
         assert token is not None
         yield token
 
@@ -50,10 +58,12 @@ def generate_tokens(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     stop_ids: frozenset[int] = frozenset(),
+    *,
+    after: ReadText | None = None,
 ) -> list[list[int]]:
     """The continuation of each prompt, as stream_tokens would yield it with the seed plus the prompt's number."""
     continuations: list[list[int]] = [[] for _ in prompts]
-    for tokens in stream_rows(model, prompts, sampling, stop_ids):
+    for tokens in stream_rows(model, prompts, sampling, stop_ids, after=after):
         for continuation, token in zip(continuations, tokens, strict=True):
             if token is not None:
                 continuation.append(token)
@@ -65,32 +75,45 @@ def stream_rows(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     stop_ids: frozenset[int] = frozenset(),
+    *,
+    after: ReadText | None = None,
 ) -> Iterator[list[int | None]]:
-    """Yield one token for every prompt at a time, None for those that have ended. Errors as stream_tokens."""
+    """Yield one token for every prompt at a time, None for those that have ended. Arguments, errors: stream_tokens."""
     if not prompts:
         return
+    if after is not None:
+        prompts = [[*after.tail, *prompt] for prompt in prompts]
     if not all(prompts):
         raise ValueError("the prompt is empty: give at least one token to continue")
-    longest = max(len(prompt) for prompt in prompts)
+    longest = max(len(prompt) for prompt in prompts) + (after.cache.get_seq_length() if after else 0)
     check_memory(model.config, longest + sampling.max_tokens, model.device, rows=len(prompts))
     decoder = Decoder(model, len(prompts), sampling, stop_ids)
-    decoder.prefill(prompts)
+    decoder.prefill(prompts, cache=after.rows(len(prompts)) if after else None)
     yield from decoder.generated(sampling.max_tokens)
 
 
 def stream_text(
-    model: RadladsForCausalLM, tokenizer: Tokenizer, prompt: str, sampling: Sampling, stop_ids: frozenset[int]
+    model: RadladsForCausalLM,
+    tokenizer: Tokenizer,
+    prompt: str,
+    sampling: Sampling,
+    stop_ids: frozenset[int],
+    after: ReadText | None = None,
 ) -> Iterator[str]:
-    """Yield the continuation of a prompt piece by piece, whole characters only. Errors as stream_tokens.
+    """Yield the continuation of a prompt piece by piece, whole characters only. `after`, errors: as stream_tokens.
 
     Ids that the tokenizer has no token for are never drawn.
     """
     sampling = replace(sampling, num_ids=sampling.num_ids or num_ids(tokenizer))
     prompt_ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    yield from decoded(tokenizer, stream_tokens(model, prompt_ids, sampling, stop_ids, after=after))
+
+
+def decoded(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+    """The text of tokens as they come, whole characters only, without special tokens."""
     decoder = DecodeStream(skip_special_tokens=True)
-    for token in stream_tokens(model, prompt_ids, sampling, stop_ids):
-        piece = decoder.step(tokenizer, token)
-        if piece:
+    for token in tokens:
+        if piece := decoder.step(tokenizer, token):
             yield piece
 
 

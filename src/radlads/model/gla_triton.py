@@ -173,7 +173,7 @@ class _Chunks:
         """Memory for the state after the sequence, [B, H, N, N] fp32."""
         return self.like.new_empty(self.B, self.H, self.N, self.N, dtype=torch.float32)
 
-    def prepare(self, r, log_w, k):
+    def prepare(self, r, log_w, k) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """The chunks' reads, mixes, writes and ends."""
         reads, mixes, writes = self.scratch(self.L, self.N), self.scratch(self.L, self.L), self.scratch(self.L, self.N)
         end = self.scratch(self.N, dtype=torch.float32)

@@ -21,7 +21,8 @@ from radlads.checkpoint.atomic import partial_name, read_json, write_text
 from radlads.checkpoint.hf_export import export
 from radlads.checkpoint.manifest import MANIFEST, read_manifest, sha256, versions, weights_hash
 from radlads.checkpoint.model_folder import load_model
-from radlads.config.load import dump_config, load_config
+from radlads.config.compare import deciding
+from radlads.config.load import load_config
 from radlads.config.schema import Config
 from radlads.convert.hf_source import TeacherSource, end_of_text_id, load_tokenizer, open_teacher
 from radlads.convert.student import build_student, build_teacher, retie
@@ -84,9 +85,9 @@ class Conversion:
 def run_conversion(conversion: Conversion, console: Console) -> dict[str, Any]:
     """Convert, measure, export to `out/hf`, write summary.json and report.png, and return the summary.
 
-    Goes on where an earlier run of the same conversion stopped: a finished stage is kept, an unfinished one started
-    over. Raises ValueError if `out` holds another conversion or another process works in it, and for a teacher or data
-    that do not fit.
+    Goes on where an earlier run of the same conversion stopped: a finished stage is kept, an unfinished one begins at
+    its newest checkpoint. Raises ValueError if `out` holds another conversion or another process works in it, and for a
+    teacher or data that do not fit.
     """
     source = open_teacher(conversion.teacher)
     if conversion.retie and not source.config.tie_word_embeddings:
@@ -252,8 +253,8 @@ def _run_or_reuse(
     parent: str,
     console: Console,
 ) -> tuple[RadladsForCausalLM, bool]:
-    """The student after a stage, and whether the stage was finished earlier."""
-    recipe = recipe_hash(_without_paths(config), parent)
+    """The student after a stage, and whether the stage was finished, or begun and gone on with, by an earlier run."""
+    recipe = recipe_hash(deciding(config), parent)
     if (folder / MANIFEST).is_file():
         manifest = read_manifest(folder)
         if manifest["recipe"] != recipe:
@@ -262,11 +263,18 @@ def _run_or_reuse(
             )
         console.line(f"{folder.name}: finished earlier, kept")
         return load_model(folder), True
-    if partial_name(folder).exists():
-        console.line(f"{folder.name}: an unfinished run is thrown away and started over")
     torch.manual_seed(config.train.seed_everything)
-    run_stage(config, student, teacher, folder, console, parent=parent, recipe=recipe)
-    return student, False
+    own = _with_own_checkpoint(config, folder)
+    result = run_stage(own, student, teacher, folder, console, parent=parent, recipe=recipe)
+    return student, result.resumed
+
+
+def _with_own_checkpoint(config: Config, folder: Path) -> Config:
+    """The configuration, less a train.resume that names a checkpoint of another stage."""
+    named = config.train.resume
+    if named in ("auto", "never") or Path(named).resolve().is_relative_to(partial_name(folder).resolve()):
+        return config
+    return replace(config, train=replace(config.train, resume="auto"))
 
 
 def _measure_use(
@@ -306,16 +314,9 @@ def _identity(conversion: Conversion, source: TeacherSource, configs: dict[str, 
         "teacher": recipe_hash(weights_hash(source.folder), *(sha256(path) for path in described)),
         "data": data,
         "mixer": recipe_hash(configs["align"].model),
-        "stages": recipe_hash(*(_without_paths(config) for config in configs.values())),
+        "stages": recipe_hash(*(deciding(config) for config in configs.values())),
         "retie": str(conversion.retie),
     }
-
-
-def _without_paths(config: Config) -> str:
-    """A configuration as text, less the spelling of paths: teacher and data are told apart by what they hold."""
-    teacher = replace(config.train.teacher, path="", hf_path="")
-    train = replace(config.train, proj_dir="", data_file="", validation_data_file="", teacher=teacher)
-    return dump_config(replace(config, train=train))
 
 
 def _measured(heldout: Heldout) -> dict[str, float]:

@@ -24,17 +24,30 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-folder, tokens, out = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+folder, tokens, dtype, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=getattr(torch, dtype)).eval()
 with torch.inference_mode():
     logits = model(torch.tensor([[int(token) for token in tokens.split(",")]])).logits
-save_file({"logits": logits.contiguous()}, out)
+save_file({"logits": logits.float().contiguous()}, out)
 """
 
 
 def reload_max_abs_diff(model: RadladsForCausalLM, folder: Path, token_ids: list[int]) -> float:
-    """Largest difference between the logits of `model` and those of its export, loaded with trust_remote_code=True in
-    a fresh process where radlads cannot be imported. Raises ValueError if the folder does not load there."""
+    """Largest difference between the logits of `model` and those of its export, in the model's type of numbers.
+    Raises ValueError as reloaded_logits."""
+    reloaded = reloaded_logits(folder, token_ids, model.dtype)
+    return (logits_of(model, token_ids) - reloaded).abs().max().item()
+
+
+def logits_of(model: RadladsForCausalLM, token_ids: list[int]) -> torch.Tensor:
+    """Logits of one sequence, fp32 [1, T, V]."""
+    with torch.inference_mode():
+        return model(torch.tensor([token_ids]), use_cache=False).logits.float()
+
+
+def reloaded_logits(folder: Path, token_ids: list[int], dtype: torch.dtype) -> torch.Tensor:
+    """Logits, fp32 [1, T, V], of a folder that is loaded in `dtype` with trust_remote_code=True, in a fresh process
+    where radlads cannot be imported. Raises ValueError if the folder does not load there."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "logits.safetensors"
         environment = {
@@ -43,12 +56,10 @@ def reload_max_abs_diff(model: RadladsForCausalLM, folder: Path, token_ids: list
             "HF_HUB_OFFLINE": "1",
             "TRANSFORMERS_VERBOSITY": "error",
         }
-        command = [sys.executable, "-c", _SCRIPT, str(folder), ",".join(map(str, token_ids)), str(out)]
+        arguments = [str(folder), ",".join(map(str, token_ids)), str(dtype).removeprefix("torch."), str(out)]
+        command = [sys.executable, "-I", "-c", _SCRIPT, *arguments]
         done = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True, check=False)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
             raise ValueError(f"{folder} does not load on its own: {reason}")
-        reloaded = load_file(out)["logits"]
-    with torch.inference_mode():
-        logits = model(torch.tensor([token_ids]), use_cache=False).logits
-    return (logits.float() - reloaded).abs().max().item()
+        return load_file(out)["logits"]

@@ -9,9 +9,9 @@ import torch
 
 from radlads.checkpoint.manifest import sha256, weights_hash
 from radlads.checkpoint.model_folder import load_model, read_config
-from radlads.checkpoint.weight_files import is_weights_file, open_weights
+from radlads.checkpoint.weight_files import is_weights_file, open_weights, starting_point
 from radlads.checkpoint.weights import StoredWeights
-from radlads.config.schema import Config, ModelConfig, stage_of
+from radlads.config.schema import Config, ModelConfig, check_available, stage_of
 from radlads.config.sizes import check_sizes
 from radlads.convert.bare_weights import is_teachers, shape_of, student_from_teacher, student_of, teacher_of
 from radlads.convert.hf_source import SUPPORTED_ARCHITECTURES, locate, open_teacher, teacher_config
@@ -29,6 +29,7 @@ def train_stage(config: Config, console: Console) -> StageResult:
     if neither is possible, and as run_stage does.
     """
     train = config.train
+    check_available(config)
     teacher_path = train.teacher.path or train.teacher.hf_path
     torch.manual_seed(train.seed_everything)
     teacher = _teacher(config, teacher_path) if teacher_path else None
@@ -73,9 +74,8 @@ def run_folder(config: Config, student: RadladsForCausalLM) -> Path:
 
 
 def _starting_student(config: Config, teacher_path: str) -> tuple[RadladsForCausalLM, str]:
-    train = config.train
-    if train.load_model:
-        path = Path(train.load_model)
+    train, path = config.train, starting_point(config.train.load_model)
+    if path is not None:
         if path.is_file() or is_weights_file(path) or (path.is_dir() and not (path / "config.json").exists()):
             return _student_without_config(config, path, teacher_path)
         return load_model(path), f"{path} sha256:{weights_hash(path)[:16]}"

@@ -9,22 +9,16 @@ from typing import Any
 
 import torch
 
-try:
-    import triton
+from radlads.model.rwkv7_triton import jit, triton
+
+if triton is not None:
     import triton.language as tl
-except ImportError:  # machines without a GPU need neither
-    triton = tl = None
 
 BLOCK = 4096
 # Smaller tensors are more quickly updated many at a time, as torch does
 LARGE = 2**20
 # The first with bf16
 OLDEST_CAPABILITY = (8, 0)
-
-
-def jit(kernel):
-    """triton.jit where triton is there."""
-    return kernel if triton is None else triton.jit(kernel)
 
 
 @jit

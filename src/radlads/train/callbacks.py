@@ -29,7 +29,9 @@ class Progress(L.Callback):
         self._console, self._budget, self._clock = console, budget_tokens, clock
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, StageModule)
         self._began = self._shown = self._clock()
+        self._tokens_before = pl_module.tokens_done
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
         assert isinstance(pl_module, StageModule)
@@ -40,7 +42,7 @@ class Progress(L.Callback):
 
     def _line(self, module: StageModule, elapsed_s: float) -> str:
         tokens, metrics = module.tokens_done, module.last_metrics
-        speed = tokens / max(elapsed_s, 1e-9)
+        speed = (tokens - self._tokens_before) / max(elapsed_s, 1e-9)
         rate = metrics.get("lr_mixer", metrics.get("lr_rest", 0.0))
         return (
             f"{module.stage.name:8}{tokens / self._budget:5.0%}  {_short(tokens)} of {_short(self._budget)} tokens  "
@@ -50,14 +52,26 @@ class Progress(L.Callback):
 
 
 class HeldoutCallback(L.Callback):
-    """Measures the student before, during and after the stage, and appends each measurement to heldout.csv."""
+    """Measures the student before, during and after the stage, and appends each measurement to heldout.csv.
 
-    def __init__(self, batches: Iterable[torch.Tensor], every_steps: int, path: Path):
+    history: the measurements of the run that is gone on with, each with its step and tokens.
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[torch.Tensor],
+        every_steps: int,
+        path: Path,
+        history: Iterable[tuple[int, int, Heldout]] = (),
+    ):
         self._batches, self._every, self._path = batches, every_steps, path
-        self.history: list[tuple[int, int, Heldout]] = []
+        self.history = list(history)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._measure(trainer, pl_module)
+        if not self.history:
+            self._measure(trainer, pl_module)
+        elif trainer.is_global_zero:
+            self._write()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
         step = pl_module.steps_done

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-import time
+import shutil
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 
 from radlads.checkpoint.atomic import unfinished_folder
 from radlads.checkpoint.manifest import write_manifest
 from radlads.checkpoint.model_folder import save_model
 from radlads.config.load import dump_config
-from radlads.config.schema import Config, TrainConfig, checkpointing_of, stage_of, unavailable
+from radlads.config.schema import Config, TrainConfig, check_available, checkpointing_of, stage_of
 from radlads.data.binidx import BinIdxReader, TokenSpan
 from radlads.data.loader import HeldoutWindows, MixedSamples, TokenSamples, check_vocabulary
 from radlads.data.mixture import parse_mixture
@@ -30,7 +30,13 @@ from radlads.distill.logits import build_stage
 from radlads.model.modeling import RadladsForCausalLM, has_triton
 from radlads.model.registry import is_registered
 from radlads.train.callbacks import Console, HeldoutCallback, Progress
+from radlads.train.checkpointing import Checkpointing
 from radlads.train.lightning_module import StageModule
+from radlads.train.metrics_csv import METRICS, MetricsCsv
+from radlads.train.resume import describe_run, first_checkpoint
+from radlads.train.snapshots import CHECKPOINTS, Position, read_position, restore_student
+from radlads.train.stopping import StopRequests
+from radlads.train.watched_corpora import WatchedCorpora
 
 # run_stage casts the weights for bf16-true: Lightning's own would also make bf16 the default type of every tensor that
 # a model makes on its way, RoPE frequencies among them
@@ -45,12 +51,14 @@ _OLDEST_BF16_CAPABILITY = (8, 0)
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage did. seconds: wall time of the fit, held-out measurements included."""
+    """What a stage did. seconds: wall time of the fit, held-out measurements included, and of the runs that it went on
+    with. resumed: whether it began at a checkpoint."""
 
     folder: Path
     tokens: int
     seconds: float
     heldout: Heldout | None
+    resumed: bool = False
 
 
 def run_stage(
@@ -66,43 +74,75 @@ def run_stage(
     """Train `student` in place by the stage `config` describes and write the finished stage to `folder`.
 
     `parent` says what the student started from, `recipe` fingerprints all that decides the result; both go into the
-    manifest. Under bf16-true both models are in bf16 from then on, and so is the folder. Raises ValueError if the
-    folder exists, the data does not fit, the stage lacks its teacher, the loss is not finite, or the GPU's memory is
-    too small; the folder then stays `NAME.partial`.
+    manifest. An unfinished run of the same stage is gone on with, exactly, at its newest checkpoint (train.resume).
+    Under bf16-true both models are in bf16 from then on, and so is the folder. Raises ValueError if the folder exists,
+    holds another unfinished run, or is in use, the data does not fit, the stage lacks its teacher, the loss is not
+    finite, or the GPU's memory is too small; the folder then stays `NAME.partial`. Raises Stopped, a SystemExit, after
+    a checkpoint if a signal asks for it.
     """
     train = config.train
-    if key := unavailable(config):
-        raise ValueError(f"{key} is set, but what it asks for is not available yet: leave it at its default")
+    check_available(config)
     stage = build_stage(train, end_ids=_document_ends(config, student, teacher))
     if stage.needs_teacher and teacher is None:
         raise ValueError(f"the {stage.name} stage needs a teacher: set train.teacher.hf_path to its folder or hub name")
     samples, num_steps = training_samples(config, student.config.vocab_size)
     heldout = heldout_batches(config, student.config.vocab_size)
-    with unfinished_folder(folder) as partial:
-        (partial / "config.yaml").write_text(dump_config(config))
-        module = StageModule(stage, student, teacher if stage.needs_teacher or heldout else None, train, num_steps)
-        budget_tokens = len(samples) * config.model.ctx_len
-        callbacks: list[L.Callback] = [Progress(console, budget_tokens)]
-        measured = HeldoutCallback(heldout, train.heldout_every_steps, partial / "heldout.csv") if heldout else None
-        if measured is not None:
-            callbacks.append(measured)
-        began = time.monotonic()
-        trainer = build_trainer(train, partial, callbacks, num_steps)
-        _train(trainer, module, DataLoader(samples, batch_size=train.micro_bsz), config)
-        seconds = time.monotonic() - began
-        student.to("cpu")  # type: ignore[arg-type]
-        student.requires_grad_(False).eval()
-        save_model(student, partial)
-        last = measured.history[-1][2] if measured else None
-        facts = {
-            "stage": stage.name,
-            "parent": parent,
-            "recipe": recipe,
-            "tokens": module.tokens_done,
-            "seconds": seconds,
-        }
-        write_manifest(partial, **facts, heldout=vars(last) if last else None)
-    return StageResult(folder, module.tokens_done, seconds, last)
+    run = describe_run(config, student, teacher, _corpora(train))
+    module = StageModule(stage, student, teacher if stage.needs_teacher or heldout else None, train, num_steps)
+    with StopRequests() as stop:
+        with unfinished_folder(folder, keep_earlier=True) as partial:
+            begin = first_checkpoint(train.resume, partial, run, console)
+            position = _begin(begin, module, partial, console)
+            (partial / "config.yaml").write_text(dump_config(config))
+            measured = _heldout_callback(heldout, train, partial, position)
+            checkpointing = Checkpointing(
+                train, partial, run, stop, console, measured=measured, begin=begin, position=position
+            )
+            progress = Progress(console, len(samples) * config.model.ctx_len)
+            callbacks: list[L.Callback] = [each for each in (progress, measured, checkpointing) if each is not None]
+            trainer = build_trainer(train, partial, callbacks, first_step=position.step)
+            watched = WatchedCorpora(samples, [reader for reader, _ in _corpora(train)], first=position.samples)
+            _train(trainer, module, DataLoader(watched, batch_size=train.micro_bsz), config)
+            seconds = checkpointing.seconds()
+            last = measured.history[-1][2] if measured else None
+            facts = {"stage": stage.name, "parent": parent, "recipe": recipe, "tokens": module.tokens_done}
+            _write_stage(student, partial, **facts, seconds=seconds, heldout=vars(last) if last else None)
+        # Only now: a run that is killed before its folder has the name still needs them
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        if stop.received is not None:
+            console.line(f"{stop.received.name}: stopped, with the stage finished in {folder}")
+            raise stop.stopped()
+    return StageResult(folder, module.tokens_done, seconds, last, begin is not None)
+
+
+def _begin(checkpoint: Path | None, module: StageModule, stage_folder: Path, console: Console) -> Position:
+    """Bring weights, counts and metrics.csv to where the checkpoint's run stood, saying so; the rest follows later."""
+    if checkpoint is None:
+        return Position()
+    position = read_position(checkpoint)
+    console.line(f"{module.stage.name}: going on after step {position.step} of {module.num_steps}, from {checkpoint}")
+    restore_student(checkpoint, module.student)
+    module.begin_at(steps=position.step, tokens=position.tokens)
+    (stage_folder / METRICS).unlink(missing_ok=True)
+    if (checkpoint / METRICS).is_file():
+        shutil.copyfile(checkpoint / METRICS, stage_folder / METRICS)
+    return position
+
+
+def _heldout_callback(
+    batches: Iterable[torch.Tensor] | None, train: TrainConfig, stage_folder: Path, position: Position
+) -> HeldoutCallback | None:
+    if batches is None:
+        return None
+    return HeldoutCallback(batches, train.heldout_every_steps, stage_folder / "heldout.csv", position.heldout)
+
+
+def _write_stage(student: RadladsForCausalLM, folder: Path, **facts: Any) -> None:
+    """The finished model and, last, its manifest."""
+    student.to("cpu")  # type: ignore[arg-type]
+    student.requires_grad_(False).eval()
+    save_model(student, folder)
+    write_manifest(folder, **facts)
 
 
 def training_samples(config: Config, vocab_size: int) -> tuple[TokenSamples | MixedSamples, int]:
@@ -154,7 +194,7 @@ def heldout_batches(config: Config, vocab_size: int) -> Iterable[torch.Tensor] |
     first = _tail_start(reader, train.heldout_tail_tokens) if train.heldout_tail_tokens else 0
     heldout = TokenSpan(reader, first, reader.num_tokens)
     windows = HeldoutWindows(heldout, context, max(train.heldout_tokens, context))
-    return DataLoader(windows, batch_size=train.micro_bsz)
+    return DataLoader(WatchedCorpora(windows, [reader]), batch_size=train.micro_bsz)
 
 
 def _tail_start(reader: BinIdxReader, tail_tokens: int) -> int:
@@ -246,9 +286,10 @@ def _fit(trainer: L.Trainer, module: StageModule, batches: DataLoader) -> None:
     assert module.steps_done == module.num_steps
 
 
-def build_trainer(train: TrainConfig, folder: Path, callbacks: list[L.Callback], num_steps: int) -> L.Trainer:
+def build_trainer(train: TrainConfig, folder: Path, callbacks: list[L.Callback], *, first_step: int = 0) -> L.Trainer:
     """Lightning's Trainer for one pass over the stage's samples, metrics to metrics.csv and tensorboard/.
 
+    first_step: steps that are done already; later ones that a killed run has written to tensorboard/ are hidden there.
     Raises ValueError if the GPU asked for is missing, or too old for bf16.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -269,9 +310,12 @@ def build_trainer(train: TrainConfig, folder: Path, callbacks: list[L.Callback],
         precision=_LIGHTNING_PRECISION.get(precision, precision),
         max_epochs=1,
         callbacks=callbacks,
-        logger=[CSVLogger(folder, name="", version=""), TensorBoardLogger(folder, name="tensorboard", version="")],
-        # Lightning counts micro-batches, and writes no file at all if a stage is shorter than one interval
-        log_every_n_steps=min(train.log_every_n_steps, num_steps) * train.accumulate_grad_batches,
+        logger=[
+            MetricsCsv(folder / METRICS),
+            TensorBoardLogger(
+                folder, name="tensorboard", version="", purge_step=first_step + 1 if first_step else None
+            ),
+        ],
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,

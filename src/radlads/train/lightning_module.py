@@ -9,6 +9,7 @@ import torch
 from radlads.config.schema import TrainConfig
 from radlads.distill.stage import Stage, is_trainable
 from radlads.model.modeling import RadladsForCausalLM
+from radlads.train.diagnosis import first_not_finite
 from radlads.train.optim import build_optimizers, set_learning_rates
 from radlads.train.step import GraphedParts, PartSum, Readout, backward_parts, optimizer_step
 
@@ -16,23 +17,26 @@ from radlads.train.step import GraphedParts, PartSum, Readout, backward_parts, o
 @dataclass(frozen=True)
 class StepRecord:
     """What is known of a step when it is queued: its number and tokens (with all before it), each part's count, the
-    learning rates, and, arriving later, the parts' loss sums followed by the gradient norm."""
+    learning rates, its batches, and, arriving later, the parts' loss sums followed by the gradient norm."""
 
     step: int
     tokens: int
     counts: dict[str, int]
     rates: dict[str, float]
     readout: Readout
+    batches: list[torch.Tensor]
 
-    def metrics(self, stage: str) -> dict[str, float]:
-        """A row of metrics. Waits until the step is done; ValueError if its loss or its gradient was not finite."""
+    def fault(self, stage: str) -> str | None:
+        """What is not finite, loss or gradient; None if both are. Waits until the step is done."""
         *sums, norm = self.readout.values()
-        remedy = "lower the learning rate, or look for NaN in the weights the stage started from"
         for name, value in zip(self.counts, sums, strict=True):
             if not math.isfinite(value):
-                raise ValueError(f"the loss of {stage} ({name}) is {value} at step {self.step}: {remedy}")
-        if not math.isfinite(norm):
-            raise ValueError(f"the gradient of {stage} is {norm} at step {self.step}: {remedy}")
+                return f"the loss of {stage} ({name}) is {value} at step {self.step}"
+        return None if math.isfinite(norm) else f"the gradient of {stage} is {norm} at step {self.step}"
+
+    def metrics(self) -> dict[str, float]:
+        """A row of metrics. Waits until the step is done."""
+        *sums, norm = self.readout.values()
         metrics = {
             "loss": sum(sums) / sum(self.counts.values()),
             "grad_norm": norm,
@@ -72,6 +76,7 @@ class StageModule(L.LightningModule):
         self.last_metrics: dict[str, float] = {}
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
+        self._batches: list[torch.Tensor] = []
         self._unread: list[StepRecord] = []
         self.graphed = False
         self._graphed_parts: GraphedParts | None = None
@@ -87,15 +92,20 @@ class StageModule(L.LightningModule):
         """Take another teacher, or the same one in another precision."""
         self._outside_the_tree = (teacher,)
 
+    def begin_at(self, *, steps: int, tokens: int) -> None:
+        """Count from here, where the weights and the samples that follow are those after so many steps."""
+        self.steps_done, self.tokens_done = steps, tokens
+
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         return build_optimizers(self.student, self.settings)
 
     def training_step(self, tokens: torch.Tensor, batch_idx: int) -> None:
         """Add one micro-batch [B, T + 1] to the window; step at the window's end.
 
-        ValueError for a loss or gradient that is not finite; on a GPU it may come one step late, but a step that is not
-        finite never changes a weight.
+        ValueError for a loss or gradient that is not finite, naming the tensor that was the first; on a GPU it may come
+        one step late, but a step that is not finite never changes a weight.
         """
+        self._batches.append(tokens)
         for part in self._backward_parts(tokens):
             self._sums[part.name] = self._sums[part.name] + part.sum if part.name in self._sums else part.sum
             self._counts[part.name] = self._counts.get(part.name, 0) + part.count
@@ -135,16 +145,29 @@ class StageModule(L.LightningModule):
         self.steps_done += 1
         rates = {f"lr_{group['role']}": group["lr"] for optimizer in optimizers for group in optimizer.param_groups}
         readout = Readout(torch.cat([sums, norm.to(sums).unsqueeze(0)]))
-        self._unread.append(StepRecord(self.steps_done, self.tokens_done, self._counts, rates, readout))
-        self._sums, self._counts = {}, {}
-        self._read()
-
-    def _read(self) -> None:
-        """Read all steps but the newest; that one too where waiting costs nothing (CPU) or is asked for (logging)."""
+        self._unread.append(StepRecord(self.steps_done, self.tokens_done, self._counts, rates, readout, self._batches))
+        self._sums, self._counts, self._batches = {}, {}, []
         interval = min(self.settings.log_every_n_steps, self.num_steps)
         is_logged = self.steps_done % interval == 0
-        lag = 0 if is_logged or self.steps_done == self.num_steps or self.device.type == "cpu" else 1
-        while len(self._unread) > lag:
-            self.last_metrics = self._unread.pop(0).metrics(self.stage.name)
+        waits = is_logged or self.steps_done == self.num_steps or self.device.type == "cpu"
+        self.read_steps(lag=0 if waits else 1)
         if is_logged:
-            self.log_dict(self.last_metrics, on_step=True, on_epoch=False)
+            # Not self.log_dict, which counts batches from where this process began
+            for logger in self.trainer.loggers:
+                logger.log_metrics(self.last_metrics, self.steps_done)
+
+    def read_steps(self, *, lag: int = 0) -> None:
+        """Read the metrics of all steps but the newest `lag`, waiting for them; ValueError as training_step."""
+        while len(self._unread) > lag:
+            record = self._unread.pop(0)
+            if fault := record.fault(self.stage.name):
+                raise ValueError(self._explained(fault, record.batches))
+            self.last_metrics = record.metrics()
+
+    def _explained(self, fault: str, batches: list[torch.Tensor]) -> str:
+        """The fault, which tensor was the first that is not finite, and what to do."""
+        self.forget_graph()
+        self.student.compile_blocks(False)
+        first = first_not_finite(self.stage, self.student, self.teacher, batches)
+        remedy = "lower the learning rate, or look for NaN in the weights the stage started from"
+        return f"{fault}, {first}: {remedy}"

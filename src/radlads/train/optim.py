@@ -19,9 +19,10 @@ Groups = list[dict[str, Any]]
 def build_optimizers(student: RadladsForCausalLM, train: TrainConfig) -> list[torch.optim.Optimizer]:
     """Optimisers over the parameters that require gradients; every group has a "role", "mixer" or "rest".
 
-    adamw: AdamW for all, weight decay on matrices only. muon: Muon for the blocks' matrices (its updates scaled to
-    AdamW's size, so that rates mean the same), AdamW for embedding, head and vectors. The others for all, each from its
-    own package. Raises ValueError if nothing trains, or the package or GPU that an optimiser needs is not there.
+    adamw: AdamW for all, weight decay on matrices only. muon: Muon for the blocks' matrices (beta2 is its momentum, and
+    its updates are scaled to AdamW's size, so that rates mean the same), AdamW for embedding, head and vectors. The
+    others for all, each from its own package. Raises ValueError if nothing trains, or the package or GPU that an
+    optimiser needs is not there.
     """
     by_muon: dict[str, list[torch.nn.Parameter]] = {}
     by_adam: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}

@@ -1,0 +1,329 @@
+"""`radlads longcontext`: what a model keeps of a long text, and what that costs it. Models are loaded one at a time."""
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Protocol
+
+from radlads.checkpoint.atomic import write_text
+from radlads.checkpoint.manifest import versions
+
+if TYPE_CHECKING:
+    import torch
+    from tokenizers import Tokenizer
+
+    from radlads.data.binidx import BinIdxReader
+    from radlads.model.modeling import RadladsForCausalLM
+
+RESULTS = "longcontext.json"
+PARTS = ("passkey", "needle", "loss", "costs")
+_FIRST_EDGE = 16
+
+
+class Console(Protocol):
+    """Where messages go while models run."""
+
+    def line(self, text: str) -> None: ...
+
+    def progress(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongContext:
+    """What to measure, and how. lengths: tokens of the prompts. depths: where in them the fact is told, 0 .. 1.
+
+    text: a text file or a .bin/.idx pair, None for held-out sources of the running Python. text_tokens: how much of it
+    the loss is taken on. tokenizer: for folders that have none.
+    """
+
+    folder: str
+    teacher: str | None = None
+    parts: Sequence[str] = PARTS
+    lengths: Sequence[int]
+    depths: Sequence[float]
+    num_samples: int = 100
+    batch_rows: int = 8
+    seed: int = 0
+    text: Path | None = None
+    text_tokens: int = 131072
+    tokenizer: Path | None = None
+    device: str = "auto"
+    out: Path
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.parts) - set(PARTS)):
+            raise ValueError(f"--parts knows {', '.join(PARTS)}, not {unknown[0]!r}")
+        if not self.lengths or min(self.lengths) < _FIRST_EDGE or len(set(self.lengths)) < len(self.lengths):
+            raise ValueError(f"--lengths must be different numbers of {_FIRST_EDGE} tokens or more")
+        if not self.depths or min(self.depths) < 0 or max(self.depths) > 1:
+            raise ValueError("--depths must be percentages from 0 (the start) to 100 (just before the question)")
+        for option, value in (
+            ("--samples", self.num_samples),
+            ("--batch-size", self.batch_rows),
+            ("--text-tokens", self.text_tokens),
+        ):
+            if value < 1:
+                raise ValueError(f"{option} must be 1 or more, not {value}")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `radlads longcontext`."""
+    parser.add_argument("folder", metavar="DIR", help="a model: a folder of any stage or export, or a hub name")
+    parser.add_argument("--teacher", metavar="DIR", help="measure it too, on the same prompts")
+    parser.add_argument(
+        "--parts", default=",".join(PARTS), help=f"comma-separated, of {', '.join(PARTS)} (default all)"
+    )
+    parser.add_argument("--lengths", default="1k,2k,4k,8k", help="tokens of prompts (default 1k,2k,4k,8k)")
+    parser.add_argument("--depths", default="0,25,50,75,100", help="where the fact is told, in percent of the prompt")
+    parser.add_argument("--samples", type=int, default=100, help="prompts for each length and depth (default 100)")
+    parser.add_argument("--batch-size", type=int, default=8, help="prompts at a time (default 8)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first prompt of each length and depth (default 0)")
+    parser.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="a text file or a .bin/.idx pair, for needle, loss and costs (default: this Python's held-out sources)",
+    )
+    parser.add_argument(
+        "--text-tokens", type=int, default=131072, help="tokens that the loss is taken on (default 131072)"
+    )
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="for models whose folder has none")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="a GPU where there is one")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out/longcontext"),
+        metavar="DIR",
+        help=f"folder for {RESULTS} and plots (default out/longcontext); RUN/longcontext is found by radlads report",
+    )
+
+
+def long_context_of(arguments: argparse.Namespace) -> LongContext:
+    """What add_options' arguments ask for. Raises ValueError for values that make no measurement."""
+    return LongContext(
+        folder=arguments.folder,
+        teacher=arguments.teacher,
+        parts=_words(arguments.parts),
+        lengths=sorted(_tokens(word) for word in _words(arguments.lengths)),
+        depths=[_share(word) for word in _words(arguments.depths)],
+        num_samples=arguments.samples,
+        batch_rows=arguments.batch_size,
+        seed=arguments.seed,
+        text=arguments.text,
+        text_tokens=arguments.text_tokens,
+        tokenizer=arguments.tokenizer,
+        device=arguments.device,
+        out=arguments.out,
+    )
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _tokens(word: str) -> int:
+    """512, or 8k for 8192."""
+    number, factor = (word[:-1], 1024) if word[-1] in "kK" else (word, 1)
+    if not number.isdecimal():
+        raise ValueError(f"--lengths takes numbers such as 512 or 8k, not {word!r}")
+    return int(number) * factor
+
+
+def _share(word: str) -> float:
+    try:
+        return float(word) / 100
+    except ValueError as error:
+        raise ValueError(f"--depths takes percentages such as 0,50,100, not {word!r}") from error
+
+
+def measure_long_context(settings: LongContext, console: Console) -> dict[str, Any]:
+    """Measure the model, then its teacher; write OUT/longcontext.json after every part, and return what it holds.
+
+    Raises ValueError for folders that are no model, a text that is too short or not of the tokenizer, prompts too
+    short for their fact, and states that would not fit into memory.
+    """
+    from radlads.convert.hf_source import load_tokenizer, locate
+    from radlads.evaluation.models import model_config, open_model
+    from radlads.inference.generate import check_memory, choose_device
+    from radlads.report.plots import long_context_charts
+
+    folders = {"student": locate(settings.folder)}
+    if settings.teacher is not None:
+        folders["teacher"] = locate(settings.teacher)
+    configs = {name: model_config(folder) for name, folder in folders.items()}
+    device, dtype = choose_device(settings.device)
+    for config in configs.values():
+        check_memory(config, max(settings.lengths), device, rows=settings.batch_rows)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    results = _head(settings, device, dtype)
+    vocab_size = min(config.vocab_size for config in configs.values())
+    tokenizer_folder = _tokenizer_folder(settings, folders)
+    tokenizer = load_tokenizer(tokenizer_folder, vocab_size)
+    with _corpus(settings, tokenizer, tokenizer_folder, vocab_size) as corpus:
+        for name, folder in folders.items():
+            console.line(f"{name}: {folder}")
+            model = open_model(folder, dtype).to(device)  # type: ignore[arg-type]
+            measured: dict[str, Any] = {"folder": str(folder)}
+            results["models"][name] = measured
+            for part, values in _measure(settings, model, tokenizer, corpus, console):
+                measured[part] = values
+                write_text(settings.out / RESULTS, json.dumps(results, indent=1) + "\n")
+            del model
+    for chart in long_context_charts(results["models"]):
+        chart.save_png(settings.out)
+    return results
+
+
+def _head(settings: LongContext, device: "torch.device", dtype: "torch.dtype") -> dict[str, Any]:
+    from radlads.evaluation.retrieval import TASKS
+
+    return {
+        "settings": {
+            "num_samples": settings.num_samples,
+            "seed": settings.seed,
+            "text": "held-out sources of the running Python" if settings.text is None else str(settings.text),
+            "device": _device_name(device),
+            "dtype": str(dtype).removeprefix("torch."),
+            "tasks": {name: asdict(TASKS[name]) for name in settings.parts if name in TASKS},
+        },
+        "models": {},
+        "versions": versions(),
+    }
+
+
+def _device_name(device: "torch.device") -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+def _measure(
+    settings: LongContext,
+    model: "RadladsForCausalLM",
+    tokenizer: "Tokenizer",
+    corpus: "BinIdxReader",
+    console: Console,
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Yield each part's name and rows."""
+    for part in settings.parts:
+        if part == "loss":
+            yield part, _losses(settings, model, corpus, console)
+        elif part == "costs":
+            yield part, _costs(settings, model, corpus, console)
+        else:
+            yield part, _retrieval(part, settings, model, tokenizer, corpus, console)
+
+
+def _retrieval(
+    task: str,
+    settings: LongContext,
+    model: "RadladsForCausalLM",
+    tokenizer: "Tokenizer",
+    corpus: "BinIdxReader",
+    console: Console,
+) -> list[dict[str, Any]]:
+    from radlads.evaluation.retrieval import Cell, PromptWriter, Recall, retrieval_grid
+
+    def show(cell: Cell) -> None:
+        where = f"{cell.length_tokens:,} tokens, depth {cell.depth:.0%}"
+        console.progress(f"{task} at {where}: {cell.num_right} of {cell.num_samples} right")
+
+    cells = retrieval_grid(
+        Recall(model, tokenizer, batch_rows=settings.batch_rows),
+        PromptWriter(task, tokenizer, corpus.tokens),
+        lengths=settings.lengths,
+        depths=settings.depths,
+        num_samples=settings.num_samples,
+        seed=settings.seed,
+        on_cell=show,
+    )
+    right, asked = sum(cell.num_right for cell in cells), sum(cell.num_samples for cell in cells)
+    console.line(f"{task:8} {right / asked:.1%} of {asked:,} right")
+    return [asdict(cell) for cell in cells]
+
+
+def _losses(
+    settings: LongContext, model: "RadladsForCausalLM", corpus: "BinIdxReader", console: Console
+) -> list[dict[str, Any]]:
+    from radlads.evaluation.perplexity import loss_by_position
+
+    console.progress("loss by position ...")
+    longest = max(settings.lengths)
+    bins = loss_by_position(
+        model, corpus, context_tokens=longest, edges=position_edges(longest), max_tokens=settings.text_tokens
+    )
+    first, last = bins[0], bins[-1]
+    console.line(f"loss     {first.loss:.3f} before token {first.end:,}, {last.loss:.3f} from token {last.first:,} on")
+    return [asdict(each) for each in bins]
+
+
+def _costs(
+    settings: LongContext, model: "RadladsForCausalLM", corpus: "BinIdxReader", console: Console
+) -> list[dict[str, Any]]:
+    from radlads.evaluation.costs import cost_of_context
+
+    costs = []
+    for length in settings.lengths:
+        console.progress(f"costs of {length:,} tokens ...")
+        costs.append(cost_of_context(model, corpus.tokens.take(range(length), mode="wrap").tolist()))
+    last = costs[-1]
+    console.line(
+        f"costs    after {last.context_tokens:,} tokens: {last.prefill_tokens_per_s:,.0f} tokens/s read, "
+        f"{last.decode_ms:.2f} ms a token, {last.state_bytes / 1e6:.2f} MB of state"
+    )
+    return [asdict(cost) for cost in costs]
+
+
+def position_edges(context_tokens: int) -> list[int]:
+    """0, 16, 32, 64, ... up to the context: bins that double."""
+    edges = [0]
+    while (edge := max(_FIRST_EDGE, 2 * edges[-1])) < context_tokens:
+        edges.append(edge)
+    return [*edges, context_tokens]
+
+
+def _tokenizer_folder(settings: LongContext, folders: dict[str, Path]) -> Path:
+    """--tokenizer, else the first model's folder that has a tokenizer."""
+    from radlads.checkpoint.tokenizer_files import TOKENIZER_FILE
+
+    if settings.tokenizer is not None:
+        return settings.tokenizer
+    for folder in folders.values():
+        if (folder / TOKENIZER_FILE).is_file():
+            return folder
+    raise ValueError(f"{folders['student']} has no {TOKENIZER_FILE}: name the teacher's folder with --tokenizer")
+
+
+@contextmanager
+def _corpus(
+    settings: LongContext, tokenizer: "Tokenizer", tokenizer_folder: Path, vocab_size: int
+) -> Iterator["BinIdxReader"]:
+    """The text's tokens; a plain text is tokenised into a folder that ends with the measurement."""
+    from radlads.convert.hf_source import end_of_text_id
+    from radlads.data.binidx import BinIdxReader
+    from radlads.data.build import build_binidx
+    from radlads.data.loader import check_vocabulary
+    from radlads.data.python_text import iter_documents
+
+    text = settings.text
+    if text is not None and (text.suffix in (".bin", ".idx") or text.with_name(f"{text.name}.idx").is_file()):
+        reader = BinIdxReader(text)
+        check_vocabulary(reader, vocab_size, f"{reader.path_stem}.bin")
+        yield reader
+        return
+    documents = [_text_of(text)] if text is not None else (text for _, text in iter_documents("heldout"))
+    with TemporaryDirectory() as folder:
+        stem, eos = Path(folder) / "text", end_of_text_id(tokenizer_folder, tokenizer)
+        build_binidx(documents, tokenizer, stem, vocab_size=vocab_size, eos_token_id=eos)
+        yield BinIdxReader(stem)
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: give a text file, or a .bin/.idx pair") from error

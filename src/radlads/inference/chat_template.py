@@ -1,0 +1,96 @@
+"""A model folder's chat template: messages in, tokens out, and what ends a reply."""
+
+import contextlib
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from radlads.checkpoint.atomic import read_json
+from radlads.checkpoint.tokenizer_files import GENERATION_FILE, read_tokenizer
+from radlads.convert.hf_source import end_of_text_id, load_tokenizer
+
+Message = dict[str, str]
+
+# What a template's own code may raise, whoever wrote it
+_TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+_PROBE, _ANSWER = "radlads asks", "radlads answers"
+
+
+class ChatTemplate:
+    """The chat template in a folder, with its tokenizer.
+
+    Raises ValueError for a folder without one, and for one that cannot be rendered or leaves out what the user says.
+    """
+
+    def __init__(self, folder: Path, vocab_size: int):
+        self.folder = folder
+        self.tokenizer = open_tokenizer(folder, vocab_size)
+        if not self.tokenizer.chat_template:
+            raise ValueError(
+                f"{folder} has no chat template: copy chat_template.jinja from an instruct model with this tokenizer, "
+                "or use radlads generate"
+            )
+        if _PROBE not in self.text([{"role": "user", "content": _PROBE}]):
+            raise ValueError(f"the chat template of {folder} leaves out what the user says: copy it anew")
+
+    def text(self, messages: Sequence[Message], *, asks: bool = True) -> str:
+        """The messages as one text; asks: with the beginning of the reply. Raises ValueError if the template fails."""
+        try:
+            return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=asks))
+        except _TEMPLATE_ERRORS as error:
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            raise ValueError(f"the chat template of {self.folder} fails: {reason}") from error
+
+    def token_ids(self, messages: Sequence[Message]) -> list[int]:
+        """The messages and the beginning of the reply as tokens."""
+        return self._encode(self.text(messages))
+
+    def stop_ids(self) -> frozenset[int]:
+        """The ids that end a reply: the folder's, and the special token that the template itself puts after a reply."""
+        return stop_ids(self.folder) | frozenset(self._turn_end())
+
+    def missing_tokens(self) -> list[str]:
+        """What looks like a special token in the template's output, but is none of the tokenizer's."""
+        text = self.text([{"role": "user", "content": _PROBE}])
+        marks = dict.fromkeys(re.findall(r"<\|[^|<>\s]+\|>", text))
+        return [mark for mark in marks if mark not in self.tokenizer.get_vocab()]
+
+    def _turn_end(self) -> list[int]:
+        """The token after a reply, if it is a special one."""
+        messages = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _ANSWER}]
+        _, answered, rest = self.text(messages, asks=False).rpartition(_ANSWER)
+        ids = self._encode(rest)[:1] if answered else []
+        return [number for number in ids if number in self.tokenizer.added_tokens_decoder]
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def stop_ids(folder: Path) -> frozenset[int]:
+    """The ids that end a text: the tokenizer's end of text and those of generation_config.json."""
+    path = folder / GENERATION_FILE
+    ids = read_json(path).get("eos_token_id") if path.is_file() else None
+    ids = ids if isinstance(ids, list) else [ids]
+    return frozenset({end_of_text_id(folder, read_tokenizer(folder)), *(x for x in ids if isinstance(x, int))})
+
+
+def open_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer as transformers has it. Raises ValueError as load_tokenizer does."""
+    load_tokenizer(folder, vocab_size)
+    with _quiet("transformers.configuration_utils"):  # it warns of model types that are not its own
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+@contextlib.contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    log = logging.getLogger(logger)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)

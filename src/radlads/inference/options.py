@@ -1,0 +1,84 @@
+"""Options of the commands that generate text. Imports neither torch nor transformers: help is quick."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from radlads.inference.sampling import Sampling
+
+
+def add_generate_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `radlads generate`."""
+    parser.add_argument("folder", type=Path, help="a model folder that radlads exported")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", metavar="TEXT")
+    prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="a text that is one prompt; - is stdin")
+    prompt.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help='one prompt on each line, or in a .jsonl file objects with "prompt"; answers with JSON lines',
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="of --prompts, at a time (default 8)")
+    parser.add_argument(
+        "--save-state",
+        type=Path,
+        metavar="FILE",
+        help="write the state after the prompt, to go on from later; --max-tokens 0 does nothing else",
+    )
+    parser.add_argument(
+        "--load-state", type=Path, metavar="FILE", help="go on from such a state; a prompt is read after it, if given"
+    )
+    _add_sampling_options(parser, max_tokens=256)
+    _add_device_option(parser)
+
+
+def add_chat_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `radlads chat`."""
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a model folder with a chat template")
+    parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
+    _add_sampling_options(parser, max_tokens=1024)
+    _add_device_option(parser)
+
+
+def add_serve_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `radlads serve`."""
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a model folder that radlads exported")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)")
+    parser.add_argument("--port", type=int, default=8000, help="to listen on (default 8000; 0 = any free one)")
+    parser.add_argument("--name", help="what clients call the model (default: the folder's name)")
+    parser.add_argument(
+        "--max-prompt-tokens",
+        type=int,
+        default=1_000_000,
+        help="refuse longer prompts (default 1000000; a model without softmax layers has no limit of its own)",
+    )
+    _add_device_option(parser)
+
+
+def sampling_of(arguments: argparse.Namespace) -> "Sampling":
+    """How tokens are chosen by the options of generate and chat. Raises ValueError for values out of range."""
+    from radlads.inference.sampling import Sampling
+
+    return Sampling(
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        max_tokens=arguments.max_tokens,
+        seed=arguments.seed,
+    )
+
+
+def _add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 = always the likeliest token")
+    parser.add_argument("--top-p", type=float, default=0.95, help="keep the likeliest tokens of this total probability")
+    parser.add_argument("--top-k", type=int, default=0, help="keep this many likeliest tokens; 0 = all")
+    parser.add_argument("--max-tokens", type=int, default=max_tokens, help=f"at most (default {max_tokens})")
+    parser.add_argument("--seed", type=int, help="for a repeatable text")
+
+
+def _add_device_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", default="auto", choices=["auto", "cpu", "cuda"], help="a GPU where there is one, by default"
+    )

@@ -1,0 +1,75 @@
+"""Prompts from the command line and from files, before a model sees them: what is no text is refused by a sentence."""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def checked_text(text: str) -> str:
+    """A command line's prompt. Raises ValueError if it is no UTF-8 text."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError("the prompt is not UTF-8 text: give it as such, or in a file with --prompt-file") from error
+    return text
+
+
+def read_prompt(path: Path) -> str:
+    """A file's whole text as one prompt; `-` is stdin. Raises ValueError if it is no UTF-8 text."""
+    content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    return _decoded(content, path)
+
+
+def read_prompts(path: Path) -> list[dict[str, Any]]:
+    """A file's prompts, as records with "prompt": each line of a text, or each object of a .jsonl file.
+
+    Raises ValueError that names the line for an empty prompt or one that is no text, and for a file without prompts.
+    """
+    lines = _decoded(path.read_bytes(), path).split("\n")
+    if lines[-1] == "":
+        lines.pop()
+    if not lines:
+        raise ValueError(f"{path} is empty: give one prompt on each line")
+    record = _json_record if path.suffix == ".jsonl" else _text_record
+    return [record(line.removesuffix("\r"), f"line {number} of {path}") for number, line in enumerate(lines, start=1)]
+
+
+def batches(lengths: Sequence[int], rows: int) -> Iterator[range]:
+    """Divide prompts of these lengths, in order, into batches of at most `rows` in which at most half is padding."""
+    start, longest, total = 0, 0, 0
+    for index, length in enumerate(lengths):
+        longest, total = max(longest, length), total + length
+        count = index + 1 - start
+        if index > start and (count > rows or count * longest > 2 * total):
+            yield range(start, index)
+            start, longest, total = index, length, length
+    if lengths:
+        yield range(start, len(lengths))
+
+
+def _text_record(line: str, where: str) -> dict[str, Any]:
+    if not line:
+        raise ValueError(f"{where} is empty: give a prompt on each line, or take it out")
+    return {"prompt": line}
+
+
+def _json_record(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f'{where} is no JSON: give an object such as {{"prompt": "..."}} on each line') from error
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+        raise ValueError(f'{where} has no text as "prompt": give an object such as {{"prompt": "..."}}')
+    if not record["prompt"]:
+        raise ValueError(f"{where} has an empty prompt: fill it, or take it out")
+    checked_text(record["prompt"])
+    return record
+
+
+def _decoded(content: bytes, path: Path) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from error

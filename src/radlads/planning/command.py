@@ -1,0 +1,226 @@
+"""`radlads plan`: its options, and what it says. Imports no torch before it has to."""
+
+import argparse
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, get_args
+
+from radlads.config.schema import Stage
+from radlads.planning.machines import GPUS, USABLE_SHARE, Machine
+
+if TYPE_CHECKING:
+    from radlads.planning.memory import Models
+    from radlads.planning.plan import Recipe, Request, StagePlan
+
+STAGES = get_args(Stage)
+_SUFFIXES = {"k": 1e3, "m": 1e6, "b": 1e9}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `radlads plan`. Words are checked later, so that a wrong one is answered by a sentence."""
+    parser.add_argument("size", metavar="SIZE", help="of Qwen2.5, 0.5b to 72b, or a Hugging Face folder")
+    parser.add_argument("--stage", default="all", help="align, distill, extend or all (default)")
+    parser.add_argument("--gpu", default="h200", help=f"{', '.join(GPUS)} (default h200)")
+    parser.add_argument("--gpus", type=int, default=1, help="how many (default 1)")
+    parser.add_argument(
+        "--strategy",
+        default="auto",
+        help="single, ddp, fsdp or deepspeed_stage_1, _2, _3 (default: single for one GPU, else ddp, or fsdp to fit)",
+    )
+    parser.add_argument("--price", type=float, help="of one GPU for an hour, for the cost")
+    parser.add_argument("--precision", default="bf16-true", help="bf16-true (default) or bf16, as train.precision")
+    parser.add_argument("--teacher-precision", default="same", help="same (default) or fp8, as train.teacher_precision")
+    parser.add_argument("--checkpointing", default="auto", help="none, selective, full or auto: the least that fits")
+    parser.add_argument("--micro-batch", type=int, help="sequences of a GPU at a time (default: the most that fit)")
+    parser.add_argument("--batch", type=int, help="sequences of all GPUs an optimiser step (default: the paper's)")
+    parser.add_argument("--ctx-len", type=int, help="tokens of a sequence (default: the paper's)")
+    parser.add_argument("--tokens", help="of a stage, such as 500M (default: the paper's)")
+    parser.add_argument("--mixer", default="rad_rwkv7", help="rad_rwkv7 (default) or rad_rwkv6")
+    parser.add_argument("--variant", default="group_norm", help="of rad_rwkv7: group_norm (default) or balanced")
+
+
+@dataclass(frozen=True)
+class _Planned:
+    request: "Request"
+    plan: "StagePlan"
+
+
+def plan_lines(arguments: argparse.Namespace) -> Iterator[str]:
+    """What `radlads plan` prints. Raises ValueError for values that make no plan."""
+    machine, requests = Machine(arguments.gpu, arguments.gpus), _requests(arguments)
+    if arguments.price is not None and not 0 <= arguments.price < math.inf:
+        raise ValueError(f"--price must be 0 or more, not {arguments.price}")
+    from radlads.planning.memory import Models
+    from radlads.planning.models import open_shape
+    from radlads.planning.plan import plan_stage
+
+    models = Models.of(open_shape(arguments.size, mixer=arguments.mixer, variant=arguments.variant))
+    measured = Models.of(open_shape("7b", mixer="rad_rwkv7", variant="group_norm"))
+    planned = [_Planned(request, plan_stage(models, measured, request)) for request in requests]
+    yield (
+        f"{arguments.size} ({models.student.total / 1e9:.2f}B parameters, teacher {models.teacher.total / 1e9:.2f}B) "
+        f"on {machine}, {arguments.mixer}, precision {arguments.precision}; GB are 1e9 bytes"
+    )
+    for each in planned:
+        yield from _stage_lines(each, arguments.price)
+    if len(planned) > 1:
+        yield _sum_line([each.plan for each in planned], machine, arguments.price)
+    if machine.num_gpus > 1:
+        yield from _survey_lines(models, requests)
+    yield from _paper_lines(arguments.size, models, measured, requests)
+    yield from _assumption_lines(arguments, machine, planned)
+
+
+def _requests(arguments: argparse.Namespace) -> "list[Request]":
+    from radlads.planning.memory import Precision, Strategy
+    from radlads.planning.models import Variant
+    from radlads.planning.plan import Request
+
+    _one_of("--stage", arguments.stage, (*STAGES, "all"))
+    _one_of("--strategy", arguments.strategy, ("auto", *get_args(Strategy)))
+    _one_of("--precision", arguments.precision, get_args(Precision))
+    _one_of("--teacher-precision", arguments.teacher_precision, ("same", "fp8"))
+    _one_of("--checkpointing", arguments.checkpointing, ("auto", "none", "selective", "full"))
+    _one_of("--variant", arguments.variant, get_args(Variant))
+    return [
+        Request(
+            stage=stage,
+            recipe=_recipe(stage, arguments),
+            machine=Machine(arguments.gpu, arguments.gpus),
+            strategy=arguments.strategy,
+            precision=arguments.precision,
+            teacher_precision=arguments.teacher_precision,
+            checkpointing=arguments.checkpointing,
+            micro_batch=arguments.micro_batch,
+        )
+        for stage in (STAGES if arguments.stage == "all" else (arguments.stage,))
+    ]
+
+
+def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{option} must be one of {', '.join(known)}, not {value!r}")
+
+
+def _recipe(stage: Stage, arguments: argparse.Namespace) -> "Recipe":
+    from radlads.planning.plan import RECIPES, Recipe
+
+    usual = RECIPES[stage]
+    return Recipe(
+        usual.total_tokens if arguments.tokens is None else _number(arguments.tokens),
+        usual.batch if arguments.batch is None else arguments.batch,
+        usual.sequence_tokens if arguments.ctx_len is None else arguments.ctx_len,
+    )
+
+
+def _number(text: str) -> float:
+    """500M as 500 million."""
+    factor = _SUFFIXES.get(text[-1:].lower(), 1.0)
+    try:
+        return float(text[:-1] if factor > 1 else text) * factor
+    except ValueError:
+        raise ValueError(f"--tokens must be a number such as 500M, not {text!r}") from None
+
+
+def _stage_lines(planned: _Planned, price: float | None) -> Iterator[str]:
+    plan, request = planned.plan, planned.request
+    step, recipe, usable = plan.step, request.recipe, request.machine.gpu.usable_bytes
+    yield ""
+    yield (
+        f"{step.stage}: {recipe.total_tokens / 1e6:,.0f}M tokens, {recipe.batch} x {step.sequence_tokens} a step; "
+        f"{step.strategy}, {step.sequences} x {step.sequence_tokens} a GPU at a time"
+        + ("" if step.stage == "align" else f", checkpointing {step.checkpointing}")
+    )
+    word = "fits" if plan.fits else "DOES NOT FIT"
+    yield f"  {word}: {plan.peak.total / 1e9:.1f} of {usable / 1e9:.1f} GB, fullest at: {plan.peak.moment}"
+    yield "    " + ", ".join(f"{part} {size / 1e9:.1f}" for part, size in plan.peak.parts.items() if size)
+    most = ", ".join(_most(kind, number, request.share) for kind, number in plan.largest.items())
+    yield f"  largest micro-batch: {most}"
+    if plan.fits:
+        yield f"  {_cost(plan.hours, request.machine, price)}"
+
+
+def _most(kind: str, number: int, share: int) -> str:
+    if number == 0:
+        return f"{kind}: not even 1"
+    return f"{kind}: {number}" + (" (all of a GPU's share)" if number == share else "")
+
+
+def _cost(hours: float, machine: Machine, price: float | None) -> str:
+    gpu_hours = hours * machine.num_gpus
+    text = f"{hours:.2f} hours, {gpu_hours:.1f} GPU-hours"
+    return text if price is None else f"{text}, costing {gpu_hours * price:,.2f}"
+
+
+def _sum_line(plans: "list[StagePlan]", machine: Machine, price: float | None) -> str:
+    unfit = [plan.step.stage for plan in plans if not plan.fits]
+    if unfit:
+        return f"\nas a whole: not on this machine, for {' and '.join(unfit)}"
+    return f"\nas a whole: {_cost(sum(plan.hours for plan in plans), machine, price)}"
+
+
+def _survey_lines(models: "Models", requests: "list[Request]") -> Iterator[str]:
+    """What works: every strategy's largest micro-batches."""
+    from radlads.planning.memory import Strategy
+    from radlads.planning.plan import largest_micro_batches
+
+    yield "\nlargest micro-batch by strategy (checkpointing none / selective / full; - where one sequence is too much)"
+    yield f"{'':20}" + "".join(f"{request.stage:>16}" for request in requests)
+    for strategy in get_args(Strategy)[1:]:
+        found = [largest_micro_batches(models, request, strategy).values() for request in requests]
+        yield f"{strategy:20}" + "".join(f"{' / '.join(str(n or '-') for n in each):>16}" for each in found)
+
+
+def _paper_lines(size: str, models: "Models", measured: "Models", requests: "list[Request]") -> Iterator[str]:
+    from radlads.planning.plan import PAPER_HOURS, PAPER_MACHINE, on_the_papers_machine, plan_stage
+
+    hours = PAPER_HOURS.get(size.lower())
+    if hours is None:
+        return
+    yield f"\nthe paper's hours on {PAPER_MACHINE}, and this reckoning's for the same"
+    for request in requests:
+        own = plan_stage(models, measured, on_the_papers_machine(request)).hours
+        paper = hours[request.stage]
+        yield f"  {request.stage:8} {paper:6.2f} {own:6.2f}: {paper / own:.1f} times as long"
+    yield "  Not all of that is code: products on that GPU fall short of its maker's figure, and a stage is more than"
+    yield "  its steps. Take these hours as the least (docs/planning.md)."
+
+
+def _assumption_lines(arguments: argparse.Namespace, machine: Machine, planned: list[_Planned]) -> Iterator[str]:
+    used = {each.plan.step.strategy for each in planned}
+    yield "\nassumed (docs/planning.md)"
+    yield f"  memory: tensors may take {USABLE_SHARE:.0%} of a GPU's; blocks are compiled; AdamW"
+    yield f"  {_PRECISION_NOTES[arguments.precision]}"
+    if arguments.mixer not in ("rad_rwkv7", "qwerky7"):
+        yield f"  {arguments.mixer}: activations counted from its equations; neither memory nor speed was ever measured"
+    yield from (f"  {note}" for strategy, note in _STRATEGY_NOTES.items() if strategy in used)
+    yield from _speed_notes(machine)
+
+
+def _speed_notes(machine: Machine) -> Iterator[str]:
+    from radlads.planning.speed import MEASURED_KIND, SEVERAL_GPUS, tflop_per_s
+
+    rate = f"{tflop_per_s(machine):,.0f} TFLOP/s of matrix products on {machine.kind}"
+    if machine.kind != MEASURED_KIND:
+        rate += (
+            f" ({tflop_per_s(machine) / machine.gpu.tflop_per_s:.0%} of its maker's figure, as on an {MEASURED_KIND})"
+        )
+    yield f"  speed: {rate}, and the share of them that one {MEASURED_KIND} reached at 7B"
+    if machine.num_gpus > 1:
+        yield f"  {machine.num_gpus} GPUs: communication leaves {SEVERAL_GPUS:.0%} of their speed; not measured"
+    yield "  hours are of steps alone: no compilation, loading, held-out measurements or checkpoints"
+
+
+_PRECISION_NOTES = {
+    "bf16-true": "bf16-true: weights, gradients and moments in bf16; checked on one H200 at 7B, within 1 %",
+    "bf16": "bf16: weights, gradients and moments in fp32, rounded weights kept for the way back; never measured",
+}
+_NOTES_OF_DEEPSPEED = "bf16 weights and gradients, and fp32 weights and moments in its optimiser"
+_STRATEGY_NOTES = {
+    "ddp": "ddp: all is replicated; its buckets hold the gradients themselves; not measured",
+    "fsdp": "fsdp: all is sharded, the teacher too; two blocks, embedding and head are whole at a time; not measured",
+    "deepspeed_stage_1": f"deepspeed: {_NOTES_OF_DEEPSPEED}, which is sharded; not measured",
+    "deepspeed_stage_2": f"deepspeed: {_NOTES_OF_DEEPSPEED}; optimiser and gradients are sharded; not measured",
+    "deepspeed_stage_3": f"deepspeed: {_NOTES_OF_DEEPSPEED}; all is sharded, the teacher too; not measured",
+}

@@ -1,0 +1,297 @@
+"""The most memory a training step takes on one GPU: the moments at which it may be fullest, part by part.
+
+Weights, optimiser and teacher are always there; gradients appear in the backward pass while what was kept for it goes.
+So the peak is the largest of a few moments, not the sum of each part's own peak.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+from radlads.bench.models import Shape
+from radlads.config.schema import Checkpointing, Stage
+from radlads.distill.losses import BLOCK_TOKENS
+from radlads.model.configuration import RadladsConfig
+from radlads.planning import activations
+from radlads.planning.models import Parameters, count_parameters
+
+Strategy = Literal["single", "ddp", "fsdp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"]
+Precision = Literal["bf16-true", "bf16"]
+# cuBLAS's workspaces (32 MiB for each thread and stream), RoPE tables, norms, rounding: what an H200 showed beyond what
+# is counted here, at every shape measured
+WORKSPACE_BYTES = 0.3e9
+
+
+@dataclass(frozen=True)
+class Models:
+    """Teacher and student of a plan, and their parameters."""
+
+    shape: Shape
+    student: Parameters
+    teacher: Parameters
+
+    @classmethod
+    def of(cls, shape: Shape) -> "Models":
+        """With the parameters counted."""
+        return cls(shape, count_parameters(shape.student), count_parameters(shape.teacher))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A training step on each of num_gpus GPUs: `sequences` of `sequence_tokens` at a time.
+
+    accumulates: whether gradients of other micro-batches are there already.
+    """
+
+    stage: Stage
+    sequences: int
+    sequence_tokens: int
+    strategy: Strategy = "single"
+    num_gpus: int = 1
+    precision: Precision = "bf16-true"
+    teacher_precision: Literal["same", "fp8"] = "same"
+    checkpointing: Checkpointing = "none"
+    accumulates: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Of one GPU at a time."""
+        return self.sequences * self.sequence_tokens
+
+    @property
+    def wide(self) -> bool:
+        """Whether weights and residual stream are fp32, which DeepSpeed's never are."""
+        return self.precision == "bf16" and not self.strategy.startswith("deepspeed")
+
+
+class Sharding(NamedTuple):
+    """How many GPUs share each part."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+
+def sharding(step: Step) -> Sharding:
+    """What the strategy means; the teacher is shared as the weights are."""
+    n = step.num_gpus
+    return {
+        "single": Sharding(1, 1, 1),
+        "ddp": Sharding(1, 1, 1),
+        "deepspeed_stage_1": Sharding(1, 1, n),
+        "deepspeed_stage_2": Sharding(1, n, n),
+        "deepspeed_stage_3": Sharding(n, n, n),
+        "fsdp": Sharding(n, n, n),
+    }[step.strategy]
+
+
+class ParameterBytes(NamedTuple):
+    """Bytes per parameter of the student."""
+
+    weight: int
+    gradient: int
+    optimizer: int
+
+
+def parameter_bytes(step: Step) -> ParameterBytes:
+    """AdamW's. DeepSpeed trains bf16 weights whatever the precision, and its optimiser has fp32 ones of its own."""
+    if step.strategy.startswith("deepspeed"):
+        return ParameterBytes(2, 2, 12)
+    return ParameterBytes(4, 4, 8) if step.wide else ParameterBytes(2, 2, 4)
+
+
+class Moment(NamedTuple):
+    """What a step holds at one time beside what it always holds, in bytes. `gradients`: of how many parameters."""
+
+    name: str
+    gradients: float
+    activations: float
+    head: float = 0.0
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The fullest moment of a step, in bytes by part."""
+
+    moment: str
+    parts: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        """All parts."""
+        return sum(self.parts.values())
+
+
+def peak(models: Models, step: Step) -> Peak:
+    """The fullest moment of a step."""
+    always = _always(models, step)
+    moments = _align_moments(models, step) if step.stage == "align" else _logit_moments(models, step)
+    return max((_at(moment, always, models, step) for moment in moments), key=lambda each: each.total)
+
+
+def _at(moment: Moment, always: dict[str, float], models: Models, step: Step) -> Peak:
+    beside = {
+        "gradients": _gradient_bytes(models, step, moment.gradients),
+        "activations": moment.activations,
+        "logits": moment.head,
+    }
+    return Peak(moment.name, always | beside)
+
+
+def largest_micro_batch(models: Models, step: Step, most: int, usable_bytes: float) -> int:
+    """The most sequences at a time, up to `most` of one GPU's share of a batch, that fit; 0 if one does not.
+
+    All of the share needs no accumulated gradients, fewer do.
+    """
+
+    def fits(sequences: int) -> bool:
+        tried = replace(step, sequences=sequences, accumulates=sequences < most)
+        return peak(models, tried).total <= usable_bytes
+
+    return most if fits(most) else _last(fits, most - 1)
+
+
+def _last(holds: Callable[[int], bool], most: int) -> int:
+    """The last of 1 ... most that holds, where all before it hold too; 0 for none."""
+    below, above = 0, most + 1
+    while above - below > 1:
+        middle = (below + above) // 2
+        below, above = (middle, above) if holds(middle) else (below, middle)
+    return below
+
+
+def _always(models: Models, step: Step) -> dict[str, float]:
+    shared, size = sharding(step), parameter_bytes(step)
+    trained = sum(models.student.mixers) if step.stage == "align" else models.student.total
+    return {
+        "weights": models.student.total * size.weight / shared.weights,
+        "optimiser": trained * size.optimizer / shared.optimizer,
+        "teacher": _teacher_bytes(models, step) / shared.weights,
+        "gathered": _gathered_bytes(models, step) if shared.weights > 1 else 0.0,
+        "workspace": WORKSPACE_BYTES,
+    }
+
+
+def _teacher_bytes(models: Models, step: Step) -> float:
+    if step.stage == "extend":
+        return 0.0
+    rounded = models.teacher.matrices if step.teacher_precision == "fp8" else 0
+    return 2.0 * models.teacher.total - rounded
+
+
+def _gathered_bytes(models: Models, step: Step) -> float:
+    """Sharded weights that are whole for now, in bf16: the block that runs and the next, embedding and head."""
+    student, teacher = models.student, models.teacher
+    if step.stage == "align":
+        return 2.0 * (2 * teacher.largest_block + teacher.embedding + 2 * max(student.mixers))
+    roots = student.embedding + student.head
+    if step.stage == "distill":
+        roots += teacher.embedding + teacher.head
+    return 2.0 * (2 * student.largest_block + roots)
+
+
+def _gradient_bytes(models: Models, step: Step, count: float) -> float:
+    """Of `count` parameters; where they are sharded, those of one block or of the head are whole before that."""
+    size, shared = parameter_bytes(step).gradient, sharding(step).gradients
+    if shared == 1:
+        return count * size
+    student = models.student
+    whole = max(student.mixers) if step.stage == "align" else max(student.largest_block, student.head)
+    return count * size / shared + whole * size
+
+
+def _align_moments(models: Models, step: Step) -> Iterator[Moment]:
+    """One layer's graph at a time, and the first one's, which the later layers' gradients of its values wait for.
+
+    A CUDA graph leaves gradients where it was recorded, so those of earlier micro-batches are kept beside them.
+    """
+    config, trained = models.shape.student, models.student.mixers
+    first, last = config.first_value_layer, len(trained) - 1
+    earlier = sum(trained) if step.accumulates else 0
+    # The loss keeps target and output, and the output, freed first, makes room for the teacher's residual stream
+    graphs = [activations.mixer_kept(config, layer, wide=step.wide) + 4 * config.hidden_size for layer in (0, last)]
+    backward = activations.mixer_backward(config, last)
+    collected = 4 * config.num_attention_heads * config.head_dim
+    own, held = graphs[-1], graphs[0] + collected if first is not None and last > 0 else 0.0
+    done = sum(trained) - trained[last] - (trained[0] if held else 0)
+    copies = _rounded_weights(trained[last] * (2 if held else 1), step)
+    yield Moment("last layer backward", earlier + done, step.tokens * (own + held + backward) + copies)
+    if held:
+        done = sum(trained) - trained[0]
+        yield Moment("first layer backward", earlier + done, step.tokens * (held + backward))
+    yield Moment("update", earlier + sum(trained), 0.0)
+    yield Moment("teacher", earlier, step.tokens * (held + activations.teacher_forward(models.shape.teacher)))
+
+
+def _logit_moments(models: Models, step: Step) -> Iterator[Moment]:
+    """Teacher, losses, the last and the first layer's way back, update. Between two layers everything is linear."""
+    student = models.student
+    earlier = student.total if step.accumulates else 0
+    layers = len(student.mixers)
+    if step.stage == "distill":
+        yield Moment("teacher", earlier, step.tokens * activations.teacher_forward(models.shape.teacher))
+    kept = [_kept(models, step, layer, step.checkpointing) for layer in range(layers)]
+    yield _losses(models, step, earlier, sum(kept))
+    for layer, name in ((layers - 1, "last layer"), (0, "first layer")):
+        below = sum(kept[:layer])
+        above = student.head + sum(student.mixers[layer + 1 :]) + sum(student.channel_mixers[layer + 1 :])
+        done = earlier or above
+        yield Moment(f"{name}'s channel mixer backward", done, below + _at_channel_mixer(models, step, layer))
+        done = earlier or above + student.channel_mixers[layer]
+        yield Moment(f"{name}'s mixer backward", done, below + _at_mixer(models, step, layer))
+    yield Moment("update", student.total, 0.0)
+
+
+def _losses(models: Models, step: Step, earlier: float, kept: float) -> Moment:
+    """The head's products by blocks of tokens: a block's logits are made while those of the last one are there."""
+    config = models.shape.student
+    vocab, block = config.vocab_size, min(step.tokens, BLOCK_TOKENS)
+    teachers = 1 if step.stage == "distill" else 0
+    blocks = 1 + teachers + (1 if step.tokens > BLOCK_TOKENS else 0)
+    # The final norm's input in fp32 and its output, that one's gradient, and what the teacher's head reads
+    hidden = (4 + 2 + 2 + 2 * teachers) * config.hidden_size
+    rounded = 2 * 2 * models.student.head if step.wide else 0  # the head, and a block's share of its gradient
+    head = 2 * block * blocks * vocab + rounded
+    return Moment("losses", earlier + models.student.head, kept + step.tokens * hidden, head)
+
+
+def _kept(models: Models, step: Step, layer: int, checkpointing: Checkpointing) -> float:
+    """Bytes a block keeps from its forward to its backward pass."""
+    config, student = models.shape.student, models.student
+    stream = activations.residual(config, wide=step.wide)
+    if checkpointing == "full":
+        return step.tokens * float(stream)
+    kept: float = 2 * stream + activations.channel_mixer_kept(config)
+    copies = student.channel_mixers[layer]
+    if checkpointing == "none":
+        kept += activations.mixer_kept(config, layer, wide=step.wide)
+        copies += student.mixers[layer]
+    return step.tokens * kept + _rounded_weights(copies, step)
+
+
+def _rounded_weights(count: int, step: Step) -> float:
+    """fp32 weights rounded for their products are kept for the backward pass, unless sharding gathers them anew."""
+    return 2.0 * count if step.wide and sharding(step).weights == 1 else 0.0
+
+
+def _at_channel_mixer(models: Models, step: Step, layer: int) -> float:
+    config = models.shape.student
+    present = _kept(models, step, layer, "none" if step.checkpointing == "full" else step.checkpointing)
+    added = activations.channel_mixer_backward(config) + activations.residual(config, wide=step.wide)
+    return present + step.tokens * (added + _first_values(config, step))
+
+
+def _at_mixer(models: Models, step: Step, layer: int) -> float:
+    config = models.shape.student
+    # The block's input, its gradient, and the normed input's
+    stream = 2 * activations.residual(config, wide=step.wide) + 2 * config.hidden_size
+    kept = activations.mixer_kept(config, layer, wide=step.wide) + activations.mixer_backward(config, layer)
+    present = step.tokens * (stream + kept + _first_values(config, step))
+    return present + _rounded_weights(models.student.mixers[layer], step)
+
+
+def _first_values(config: RadladsConfig, step: Step) -> int:
+    """The first layer's values, which recomputation hands to every layer, and their gradient."""
+    if config.first_value_layer is None:
+        return 0
+    return 2 * config.num_attention_heads * config.head_dim * (1 if step.checkpointing == "none" else 2)

@@ -1,0 +1,260 @@
+"""`radlads export`: a run's model as a folder to publish, which has proved that it loads alone.
+
+Owns which model a run's folder stands for, and the order of checks. Leaves formats to checkpoint/, the card's words to
+model_card.py, llama.cpp to llama_cpp.py and the hub to hub_upload.py.
+"""
+
+import hashlib
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig
+
+from radlads.checkpoint.atomic import unfinished_folder, write_text
+from radlads.checkpoint.hf_export import check_exportable, write_export
+from radlads.checkpoint.manifest import MANIFEST, read_manifest
+from radlads.checkpoint.model_folder import StoredModel, load_model, open_model
+from radlads.checkpoint.published import EMBEDDING
+from radlads.checkpoint.tokenizer_files import GENERATION_FILE, num_ids, read_tokenizer
+from radlads.checkpoint.weight_files import parse_size
+from radlads.convert.hf_source import load_tokenizer, locate
+from radlads.recipes.conversion import MARKER, RELOAD_TOLERANCE, STAGES, SUMMARY
+from radlads.recipes.hub_upload import check_repo, listing, upload
+from radlads.recipes.llama_cpp import CONVERT, check_runs, verdict, write_for_llama_cpp
+from radlads.recipes.model_card import CARD, CardFacts, model_card, read_licence
+from radlads.recipes.reload_check import logits_of, reloaded_logits
+from radlads.report.run_folder import Run, Stage, read_run
+from radlads.train.callbacks import Console
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CHECKED_TOKENS = 64
+_LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """What to export, and how. run: a conversion's folder, a stage's, or a model's; out: None to upload `run` as it is.
+
+    teacher: whose tokenizer the model gets, where the run does not say. dtype: None for the weights' own.
+    """
+
+    run: Path
+    out: Path | None = None
+    teacher: str | None = None
+    dtype: str | None = None
+    shard_size: str = "5GB"
+    for_llama_cpp: bool = False
+    repo: str | None = None
+    private: bool = False
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        if self.out is None and self.repo is None:
+            raise ValueError("name the folder to write: radlads export RUN OUT")
+        if self.repo is None and (self.dry_run or self.private):
+            raise ValueError("--dry-run and --private belong to --push-to-hub OWNER/NAME")
+        parse_size(self.shard_size)
+        if self.out is not None and self.out.exists():
+            raise ValueError(f"{self.out} exists already: remove it or choose another folder")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model of a run. tokenizer_folder: the teacher's, where its licence is too.
+
+    retied: the conversion ended by dropping the head for the embedding. stages: those that led to the model.
+    """
+
+    folder: Path
+    tokenizer_folder: Path
+    teacher_name: str | None
+    facts: Run | None
+    stages: list[Stage]
+    retied: bool
+
+
+def export_run(export: Export, console: Console) -> None:
+    """Write the model to `out`, verified, and upload it if a repository is named.
+
+    `out` appears only when the model has been loaded from it and gave the same logits. Raises ValueError if `run` holds
+    no finished model or its weights are not those of the manifest, the teacher is not to be found, or as upload.
+    """
+    if export.repo is not None:
+        check_repo(export.repo, needs_token=not export.dry_run)
+    folder = export.run
+    if export.out is not None:
+        folder = export.out
+        _write(export, folder, console)
+    if export.repo is not None and export.dry_run:
+        for line in listing(folder, export.repo):
+            console.line(line)
+    elif export.repo is not None:
+        console.line(f"uploaded to {upload(folder, export.repo, private=export.private)}")
+
+
+def check_gguf(run: Path, teacher: str | None) -> tuple[bool, list[str]]:
+    """Whether llama.cpp can run the model of a run, and the sentences that say so."""
+    source = find_source(run, teacher)
+    stored = open_model(source.folder)
+    found = verdict(stored.config, stored.weights, source.tokenizer_folder)
+    return not found.obstacles, found.lines(run)
+
+
+def find_source(run: Path, teacher: str | None) -> Source:
+    """The model that a run's folder stands for, its weights checked against the manifest.
+
+    Raises ValueError for an unfinished conversion, a folder without a model, weights that are not the manifest's, or a
+    teacher that is neither recorded nor named.
+    """
+    if (run / "config.json").is_file() and not (run / MANIFEST).is_file():
+        tokenizer_folder = run if teacher is None else locate(teacher)
+        read_tokenizer(tokenizer_folder)
+        return Source(run, tokenizer_folder, teacher, None, [], retied=False)
+    folder = _last_stage(run)
+    read_manifest(folder)
+    (last,) = read_run(folder).stages
+    stages = [*_ancestors(last), last]
+    name = teacher or next((name for name in map(_teacher_of, reversed(stages)) if name), None)
+    if name is None:
+        raise ValueError(f"{run} does not say who its teacher was: name its folder with --teacher")
+    facts = read_run(run)
+    tokenizer_folder = _existing_teacher(name, named=teacher is not None)
+    return Source(folder, tokenizer_folder, name, facts, stages, "retied" in (facts.summary or {}))
+
+
+def _last_stage(run: Path) -> Path:
+    """The folder of the stage that a conversion ended with; a stage's own."""
+    if (run / MANIFEST).is_file():
+        return run
+    if (run / SUMMARY).is_file():
+        return run / f"{len(STAGES)}-{STAGES[-1]}"
+    if (run / MARKER).is_file():
+        raise ValueError(f"{run} is an unfinished conversion: start it again, or export one of its stages' folders")
+    raise ValueError(f"{run} is no run: name the folder of a conversion, of a finished stage, or of a model")
+
+
+def _existing_teacher(name: str, *, named: bool) -> Path:
+    """The teacher's folder, which has a tokenizer."""
+    try:
+        folder = locate(name)
+        read_tokenizer(folder)
+    except ValueError as error:
+        if named:
+            raise
+        raise ValueError(f"the run's teacher is not to be had ({error}): name its folder with --teacher") from error
+    return folder
+
+
+def _teacher_of(stage: Stage) -> str | None:
+    """The teacher that a stage's configuration names, if any."""
+    values = stage.config
+    train, model = values.get("train") or {}, values.get("model") or {}
+    teacher = train.get("teacher") or {}
+    return teacher.get("hf_path") or model.get("hf_path") or teacher.get("path") or None
+
+
+def _ancestors(stage: Stage) -> list[Stage]:
+    """The stages before a stage, oldest first, as far as their folders are there and still what they were then."""
+    origin, _, digest = str(stage.manifest.get("parent", "")).partition(" sha256:")
+    for folder in (stage.folder.parent / Path(origin).name, Path(origin)):
+        if digest and (folder / MANIFEST).is_file():
+            (parent,) = read_run(folder).stages
+            if _recorded_digest(parent).startswith(digest):
+                return [*_ancestors(parent), parent]
+    return []
+
+
+def _recorded_digest(stage: Stage) -> str:
+    """manifest.weights_hash by the manifest's own hashes, which are not computed again."""
+    digests = "".join(digest for _, digest in sorted((stage.manifest.get("sha256") or {}).items()))
+    return hashlib.sha256(digests.encode()).hexdigest()
+
+
+def _write(export: Export, out: Path, console: Console) -> None:
+    """Write OUT, its model card last, once the model in it has proved to be the run's."""
+    source = find_source(export.run, export.teacher)
+    stored = open_model(source.folder)
+    check_exportable(stored.config)
+    if export.for_llama_cpp:
+        check_runs(stored.config)
+    dtype = DTYPES[export.dtype] if export.dtype else stored.weights.info(EMBEDDING).dtype
+    token_ids = _some_tokens(num_ids(load_tokenizer(source.tokenizer_folder, stored.config.vocab_size)))
+    with unfinished_folder(out, keep_failed=False) as partial:
+        console.progress(f"reading {source.folder} and writing {out} ...")
+        expected = _write_model(export, source, partial, dtype, token_ids)
+        console.progress("loading what was written ...")
+        difference = _difference(expected, partial.resolve(), dtype, token_ids, for_llama_cpp=export.for_llama_cpp)
+        _add_licence_files(source.tokenizer_folder, partial)
+        write_text(partial / CARD, model_card(_card_facts(export, source, open_model(partial), out.name, difference)))
+    how = "read again" if export.for_llama_cpp else "loaded without radlads"
+    console.line(f"wrote {out}; {how}, its logits differ from the model's by at most {difference:.1e}")
+    if export.for_llama_cpp:
+        console.line(f"convert it with {CONVERT.format(folder=out)}")
+        for note in verdict(stored.config, stored.weights, source.tokenizer_folder).notes:
+            console.line(f"- {note}")
+
+
+def _write_model(
+    export: Export, source: Source, folder: Path, dtype: torch.dtype, token_ids: list[int]
+) -> torch.Tensor:
+    """Write the model, which is in memory for no longer than that, and return its logits."""
+    model = load_model(source.folder, dtype=dtype)
+    if source.retied:
+        model.config.tie_word_embeddings = True
+        model.lm_head.weight = model.model.embed_tokens.weight
+    write = write_for_llama_cpp if export.for_llama_cpp else write_export
+    write(model, source.tokenizer_folder, folder, shard_bytes=parse_size(export.shard_size))
+    if not (folder / GENERATION_FILE).is_file():
+        GenerationConfig.from_model_config(model.config).save_pretrained(folder)
+    return logits_of(model, token_ids)
+
+
+def _difference(
+    expected: torch.Tensor, folder: Path, dtype: torch.dtype, token_ids: list[int], *, for_llama_cpp: bool
+) -> float:
+    """How far the logits of what was written are from the model's. Raises ValueError if that is more than rounding."""
+    if for_llama_cpp:  # a published checkpoint, which brings no code along
+        found = logits_of(load_model(folder, dtype=dtype), token_ids)
+    else:
+        found = reloaded_logits(folder, token_ids, dtype)
+    difference = (expected - found).abs().max().item()
+    if not difference <= max(RELOAD_TOLERANCE, 4 * torch.finfo(dtype).eps * expected.abs().max().item()):
+        raise ValueError(
+            f"what was written gives other logits than the model (by {difference:.1e}): please report this"
+        )
+    return difference
+
+
+def _some_tokens(num_tokens: int) -> list[int]:
+    """Ids that both models are asked about, always the same."""
+    draw = torch.Generator().manual_seed(0)
+    return torch.randint(num_tokens, (_CHECKED_TOKENS,), generator=draw).tolist()
+
+
+def _add_licence_files(teacher_folder: Path, folder: Path) -> None:
+    for pattern in _LICENCE_FILES:
+        for path in teacher_folder.glob(pattern):
+            shutil.copyfile(path, folder / path.name)
+
+
+def _card_facts(export: Export, source: Source, written: StoredModel, name: str, difference: float) -> CardFacts:
+    """The card's facts; a teacher that is a local folder is called by its name alone."""
+    teacher = source.teacher_name
+    is_local = teacher is not None and Path(teacher).expanduser().is_dir()
+    weights, trained = written.used, open_model(source.folder).weights.info(EMBEDDING).dtype
+    return CardFacts(
+        name=export.repo or name,
+        teacher=Path(teacher).expanduser().resolve().name if teacher is not None and is_local else teacher,
+        base_model=None if is_local else teacher,
+        licence=read_licence(source.tokenizer_folder),
+        config=written.config,
+        num_parameters=sum(math.prod(weights.info(each).shape) for each in weights),
+        difference=difference,
+        stages=source.stages,
+        run=source.facts,
+        convert=CONVERT.format(folder=name) if export.for_llama_cpp else None,
+        cast_from=None if weights.info(EMBEDDING).dtype == trained else str(trained).removeprefix("torch."),
+    )

@@ -1,0 +1,1 @@
+"""A run's page and plots, from the files in its folder."""

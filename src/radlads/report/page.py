@@ -1,0 +1,358 @@
+"""`radlads report`: a run's folder as one page and its charts as PNG. Every number comes from a file in that folder."""
+
+import shlex
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from radlads.checkpoint.atomic import write_text
+from radlads.report import html
+from radlads.report.charts import Chart
+from radlads.report.plots import STEPS, bytes_in_words, conversion_charts, long_context_charts
+from radlads.report.run_folder import EVALUATION, EXPORT, LONG_CONTEXT, Run, Stage, read_run
+
+PAGE = "report.html"
+PLOTS = "plots"
+_MODELS = ("teacher", "student")
+_IN_WORDS = {"rad_rwkv6": "RAD-RWKV6", "rad_rwkv7": "RAD-RWKV7", "qwen2": "softmax attention"}
+
+
+def write_page(folder: Path) -> Path:
+    """Write RUN/report.html and RUN/plots/*.png, and return the page's path. Raises ValueError as read_run."""
+    run = read_run(folder)
+    before = conversion_charts(
+        by_stage(run, lambda stage: stage.metrics), by_stage(run, lambda stage: stage.heldout), heldout_losses(run)
+    )
+    after = long_context_charts(_models(run))
+    plots = folder / PLOTS
+    plots.mkdir(exist_ok=True)
+    for chart in [*before, *after]:
+        chart.save_png(plots)
+    style = (files("radlads.report") / "page.css").read_text(encoding="utf-8")
+    write_text(folder / PAGE, html.page(_title(run), style, _body(run, before, after)))
+    return folder / PAGE
+
+
+def by_stage(run: Run, rows: Callable[[Stage], list[dict[str, float]]]) -> dict[str, list[dict[str, float]]]:
+    """A stage's rows by its name, by name and folder where a stage was run more than once."""
+    counts = Counter(stage.name for stage in run.stages)
+    names = [stage.name if counts[stage.name] == 1 else f"{stage.name} {stage.folder.name}" for stage in run.stages]
+    return {name: rows(stage) for name, stage in zip(names, run.stages, strict=True)}
+
+
+def heldout_losses(run: Run) -> dict[str, float]:
+    """By step, of the summary: one measurement on the same text for all. Nothing where there is no summary."""
+    return {step: run.summary[step]["loss"] for step in ("teacher", *STEPS) if run.summary and step in run.summary}
+
+
+def _body(run: Run, before: Sequence[Chart], after: Sequence[Chart]) -> list[str]:
+    losses = [chart for chart in before if chart.name != "heldout"]
+    retrieval = [chart for chart in after if chart.name.startswith(("passkey", "needle"))]
+    position = [chart for chart in after if chart.name == "loss-by-position"]
+    costs = [chart for chart in after if chart.name.startswith("cost-")]
+    measure = _long_context_command(run)
+    return [
+        f"<header>\n<h1>{escape(_title(run))}</h1>",
+        html.paragraph(_origin(run), "lead"),
+        html.figures(_headline(run)) + "</header>",
+        html.section("What was converted", html.facts(_conversion(run))),
+        html.section("Recipe and budget", _recipe(run)),
+        html.section("Training", html.charts(losses) or html.missing()),
+        html.section("Teacher and student on held-out text", _heldout(run, before)),
+        html.section("Tasks", _tasks(run)),
+        html.section("Loss by position", html.charts(position) or html.missing(measure), _loss_note(run)),
+        html.section("Facts in long texts", html.charts(retrieval) or html.missing(measure), _retrieval_note(run)),
+        html.section("Speed and memory", _costs(run, costs), "" if costs else html.missing(measure, what="by length")),
+        html.section("Samples", _samples(run)),
+        html.section("Loading the model", _loading(run)),
+        html.section("Configuration and versions", _configuration(run)),
+    ]
+
+
+def _title(run: Run) -> str:
+    return f"{_teacher_name(run)} as {_mixers(run.student)}"
+
+
+def _origin(run: Run) -> str:
+    stages = ", ".join(stage.folder.name for stage in run.stages)
+    return f"A conversion by radlads {_versions(run).get('radlads', '')}. Stages: {stages}."
+
+
+def _teacher_name(run: Run) -> str:
+    """The folder or hub name of the teacher, as the first stage's configuration has it."""
+    teacher = run.stages[0].config.get("train", {}).get("teacher", {})
+    name = teacher.get("path") or teacher.get("hf_path") or "teacher"
+    return Path(name).name or name
+
+
+def _mixers(model: Mapping[str, Any]) -> str:
+    counts = Counter(model.get("time_mixers", ()))
+    if len(counts) == 1:
+        return _IN_WORDS.get(next(iter(counts)), next(iter(counts)))
+    return " + ".join(f"{count} × {_IN_WORDS.get(name, name)}" for name, count in counts.items()) or "student"
+
+
+def _headline(run: Run) -> list[tuple[str, str]]:
+    """The figures that a reader asks for first, of those that were measured."""
+    found = []
+    summary = run.summary or {}
+    last = next((step for step in ("retied", *reversed(STEPS)) if step in summary), None)
+    if "gap_closed" in summary:
+        found.append((f"{summary['gap_closed']:.1%}", "of the held-out gap between setup and teacher closed"))
+    if last is not None and "teacher" in summary:
+        found.append((f"{summary[last]['loss']:.3f}", f"held-out loss; teacher {summary['teacher']['loss']:.3f}"))
+        found.append((f"{summary[last]['top1']:.1%}", "of likeliest tokens are the teacher's"))
+    for key, text in (
+        ("bytes", "smaller state than the teacher's at {} tokens"),
+        ("decode_ms", "the teacher's speed at position {}"),
+    ):
+        if pairs := _pairs(summary.get(key, {})):
+            position, teacher, student = pairs[-1]
+            found.append((_times(teacher / student), text.format(f"{position:,}")))
+    return found
+
+
+def _conversion(run: Run) -> dict[str, str]:
+    model, teacher = run.student, run.stages[0].config.get("train", {}).get("teacher", {})
+    heads, kv_heads = model.get("num_attention_heads"), model.get("num_key_value_heads")
+    variant = "group norm" if model.get("groupnorm_att") else "balanced" if model.get("balance_state") else ""
+    return {
+        "Teacher": str(teacher.get("path") or teacher.get("hf_path") or ""),
+        "Student": f"{_mixers(model)}{f', {variant}' if variant else ''}",
+        "Layers": f"{model.get('num_hidden_layers')} of width {model.get('hidden_size')}",
+        "Heads": f"{heads} of size {model.get('head_dim')}, {kv_heads} of keys and values",
+        "Parameters": _parameters(run),
+        "Vocabulary": f"{model['vocab_size']:,} tokens" if "vocab_size" in model else "",
+        "Started from": str(run.stages[0].manifest.get("parent", "")),
+        "Training text": str(run.stages[0].config.get("train", {}).get("data_file", "")),
+    }
+
+
+def _parameters(run: Run) -> str:
+    return f"{run.num_parameters:,}" if run.num_parameters else ""
+
+
+def _recipe(run: Run) -> str:
+    head = ["stage", "tokens", "minutes", "tokens/s", "context", "batch", "learning rate", "loss", "precision"]
+    tokens = sum(stage.manifest.get("tokens", 0) for stage in run.stages)
+    minutes = sum(stage.manifest.get("seconds", 0) for stage in run.stages) / 60
+    total = f"{tokens:,} tokens and {minutes:.1f} minutes of training in all, held-out measurements included."
+    if run.summary and "peak_rss_gb" in run.summary:
+        total += f" At most {run.summary['peak_rss_gb']:.1f} GB of main memory."
+    return html.table(head, map(_recipe_row, run.stages)) + html.paragraph(total, "note")
+
+
+def _recipe_row(stage: Stage) -> list[str]:
+    train, model = stage.config.get("train", {}), stage.config.get("model", {})
+    tokens, seconds = stage.manifest.get("tokens", 0), stage.manifest.get("seconds", 0)
+    batch = train.get("micro_bsz", 0) * train.get("accumulate_grad_batches", 1)
+    weights = train.get("teacher", {})
+    loss = f"{weights.get('kl_weight')} KL + {weights.get('ce_weight')} CE"
+    return [
+        stage.name,
+        f"{tokens:,}",
+        f"{seconds / 60:.1f}",
+        f"{tokens / seconds:,.0f}" if seconds else "",
+        f"{model.get('ctx_len', ''):,}" if "ctx_len" in model else "",
+        f"{batch:,}" if batch else "",
+        f"{train['lr_init']:g} to {train['lr_final']:g}" if "lr_final" in train else "",
+        str(train.get("align_loss", "")) if stage.name == "align" else loss,
+        str(train.get("precision", "")),
+    ]
+
+
+def _heldout(run: Run, before: Sequence[Chart]) -> str:
+    if run.summary is None:
+        rows = [[stage.name, *_measured(stage.manifest["heldout"])] for stage in run.stages if _has_heldout(stage)]
+        if not rows:
+            return html.missing()
+        note = "Each stage's own held-out windows: their lengths may differ from stage to stage."
+        return html.table(["after", "loss", "KL", "top-1"], rows) + html.paragraph(note, "note")
+    steps = [step for step in ("teacher", *STEPS, "retied") if step in run.summary]
+    rows = [[step, *_measured(run.summary[step])] for step in steps]
+    note = (
+        "Loss and KL in nats per token; top-1: how often the likeliest token is the teacher's. setup: the teacher's "
+        "weights copied, nothing trained. The share of the gap closed is (setup − extend) / (setup − teacher) in loss."
+    )
+    left = html.table(["", "loss", "KL", "top-1"], rows) + html.paragraph(note, "note")
+    return html.columns(left, html.charts(chart for chart in before if chart.name == "heldout"))
+
+
+def _has_heldout(stage: Stage) -> bool:
+    return isinstance(stage.manifest.get("heldout"), dict)
+
+
+def _measured(values: Mapping[str, Any]) -> list[str]:
+    kl, top1 = values.get("kl"), values.get("top1")
+    return [f"{values['loss']:.4f}", "" if kl is None else f"{kl:.4f}", "" if top1 is None else f"{top1:.1%}"]
+
+
+def _tasks(run: Run) -> str:
+    """radlads eval's table, a row for each task and metric, a column for each model."""
+    if run.evaluation is None:
+        words = ["eval", *map(str, _model_folders(run)), "--teacher", _teacher_path(run), "--baselines"]
+        return html.missing(_command(*words, "--tasks", "paper", "--output", str(run.folder / EVALUATION)))
+    scores = run.evaluation.get("scores", [])
+    models = list(dict.fromkeys(score["model"] for score in scores))
+    found = {(score["task"], score["metric"], score["model"]): score for score in scores}
+    rows = []
+    for task, metric in dict.fromkeys((score["task"], score["metric"]) for score in scores):
+        present = [found.get((task, metric, model)) for model in models]
+        first = next(score for score in present if score is not None)
+        chance = "" if first["chance"] is None else f"{first['chance']:.1%}"
+        rows.append([task, metric, f"{first['num_questions']:,}", chance, *map(_score, present)])
+    note = (
+        "± one standard error. In brackets the score relative to the teacher's, (score − chance) / (teacher − chance); "
+        "left out where the teacher itself is within two standard errors of chance."
+    )
+    return html.table(["task", "metric", "questions", "chance", *models], rows) + html.paragraph(note, "note")
+
+
+def _score(score: Mapping[str, Any] | None) -> str:
+    if score is None:
+        return ""
+    as_share, error, relative = score["chance"] is not None, score["stderr"], score.get("relative")
+    text = f"{score['value']:.1%}" if as_share else f"{score['value']:.4f}"
+    if error is not None:
+        text += f" ± {100 * error:.1f}" if as_share else f" ± {error:.4f}"
+    return text if relative is None else f"{text} ({relative:.0%})"
+
+
+def _loss_note(run: Run) -> str:
+    models = _models(run)
+    if not any(model.get("loss") for model in models.values()):
+        return ""
+    text = (run.long_context or {})["settings"]["text"]
+    bins = next(model["loss"] for model in models.values() if model.get("loss"))
+    tokens = sum(each["num_tokens"] for each in bins)
+    return html.paragraph(f"{tokens:,} tokens of {text}, windows of {bins[-1]['end']:,}.", "note")
+
+
+def _retrieval_note(run: Run) -> str:
+    if run.long_context is None or not run.long_context["settings"].get("tasks"):
+        return ""
+    settings = run.long_context["settings"]
+    kinds = []
+    if "passkey" in settings["tasks"]:
+        kinds.append(f"passkey: {settings['tasks']['passkey']['digits']} digits among sentences repeated")
+    if "needle" in settings["tasks"]:
+        kinds.append(f"needle: {settings['tasks']['needle']['digits']} digits within {settings['text']}")
+    return html.paragraph(
+        f"Percent of {settings['num_samples']} prompts in each cell that are continued with exactly the number told, "
+        f"every token of it, greedily; a standard error of at most {50 / settings['num_samples'] ** 0.5:.1f}. "
+        f"{'; '.join(kinds)}. Depth 0 is the start of the prompt. First seed "
+        f"{settings['seed']}.",
+        "note",
+    )
+
+
+def _costs(run: Run, drawn: Sequence[Chart]) -> str:
+    summary = run.summary or {}
+    rows = [
+        [f"state at {tokens:,} tokens", bytes_in_words(teacher), bytes_in_words(student), _times(teacher / student)]
+        for tokens, teacher, student in _pairs(summary.get("bytes", {}))
+    ]
+    rows += [
+        [f"token at position {tokens:,}", f"{teacher:.2f} ms", f"{student:.2f} ms", _times(teacher / student)]
+        for tokens, teacher, student in _pairs(summary.get("decode_ms", {}))
+    ]
+    rest = html.charts(drawn)
+    if drawn and run.long_context is not None:
+        settings = run.long_context["settings"]
+        rest += html.paragraph(f"Charts: one sequence, {settings['dtype']}, {settings['device']}.", "note")
+    if not rows:
+        return rest
+    note = (
+        "One sequence. State: keys and values in bf16, recurrent states in fp32. × is the teacher's over the student's."
+    )
+    return html.table(["", "teacher", "student", "×"], rows) + html.paragraph(note, "note") + rest
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:,.0f}×" if ratio >= 10 else f"{ratio:.2f}×"
+
+
+def _pairs(values: Mapping[str, Mapping[str, float]]) -> list[tuple[int, float, float]]:
+    """(position, teacher's, student's) of what summary.json holds by model and position."""
+    teacher, student = (values.get(name, {}) for name in _MODELS)
+    return [(int(position), teacher[position], student[position]) for position in student if position in teacher]
+
+
+def _samples(run: Run) -> str:
+    sample = (run.summary or {}).get("sample")
+    if not sample:
+        return html.missing()
+    texts = [html.heading(f"The {name}") + html.code(sample[name]) for name in _MODELS if name in sample]
+    return html.paragraph("Both continue the same prompt, drawing with the same seed:") + (
+        html.code(sample["prompt"]) + html.columns(*texts)
+    )
+
+
+def _loading(run: Run) -> str:
+    if run.export is None:
+        folder = run.stages[-1].folder
+        lines = "from pathlib import Path\n\nfrom radlads.checkpoint.model_folder import load_model\n\n"
+        return html.paragraph("There is no export in this run; a stage's folder loads with radlads:") + html.code(
+            f"{lines}model = load_model(Path({str(folder)!r}))"
+        )
+    name = str(run.export)
+    lines = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({name!r})\n"
+        f"model = AutoModelForCausalLM.from_pretrained({name!r}, trust_remote_code=True)"
+    )
+    parts = [html.paragraph("With transformers alone, or on the command line:"), html.code(lines)]
+    parts.append(html.code(f"radlads generate {shlex.quote(name)} --prompt 'Once upon a time'"))
+    difference = (run.summary or {}).get("reload_max_abs_diff")
+    if difference is not None:
+        text = (
+            f"Reloaded in a process without radlads, its logits differ from the student's by at most {difference:.1e}."
+        )
+        parts.append(html.paragraph(text, "note"))
+    return "\n".join(parts)
+
+
+def _configuration(run: Run) -> str:
+    versions = html.facts({name: str(version) for name, version in _versions(run).items()})
+    recipes = [html.folded(f"{stage.folder.name}/config.yaml", stage.recipe) for stage in run.stages if stage.recipe]
+    hashes = {
+        f"{stage.folder.name}/{name}": f"sha256 {digest}"
+        for stage in run.stages
+        for name, digest in stage.manifest.get("sha256", {}).items()
+    }
+    return "\n".join([versions, *recipes, html.heading("Weights"), html.facts(hashes)])
+
+
+def _versions(run: Run) -> Mapping[str, Any]:
+    versions: Mapping[str, Any] = run.stages[-1].manifest.get("versions", {})
+    return versions
+
+
+def _models(run: Run) -> Mapping[str, Mapping[str, Any]]:
+    """What radlads longcontext measured, teacher first."""
+    models = (run.long_context or {}).get("models", {})
+    return {name: models[name] for name in _MODELS if name in models}
+
+
+def _teacher_path(run: Run) -> str:
+    teacher = run.stages[0].config.get("train", {}).get("teacher", {})
+    return str(teacher.get("path") or teacher.get("hf_path") or "TEACHER")
+
+
+def _model_folders(run: Run) -> list[Path]:
+    """The stages, and the export in place of the last one."""
+    folders = [stage.folder for stage in run.stages]
+    return folders if run.export is None else [*folders[:-1], run.folder / EXPORT]
+
+
+def _long_context_command(run: Run) -> str:
+    words = ["longcontext", str(_model_folders(run)[-1]), "--teacher", _teacher_path(run)]
+    return _command(*words, "--out", str(run.folder / LONG_CONTEXT.parent))
+
+
+def _command(*words: str) -> str:
+    """A radlads command, each option on a line of its own."""
+    return shlex.join(["radlads", *words]).replace(" --", " \\\n    --")

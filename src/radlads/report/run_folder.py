@@ -1,0 +1,174 @@
+"""A run's folder, read: what `radlads demo`, `train`, `eval` and `longcontext` left in it. Computes nothing."""
+
+import csv
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from radlads.checkpoint.atomic import read_json
+from radlads.checkpoint.manifest import MANIFEST
+from radlads.checkpoint.weights import SafetensorsFolder
+
+SUMMARY = "summary.json"
+EVALUATION = "eval.json"
+LONG_CONTEXT = Path("longcontext") / "longcontext.json"
+EXPORT = "hf"
+_CELL = ("length_tokens", "depth", "num_right", "num_samples")
+_LONG_CONTEXT_COLUMNS = {
+    "passkey": _CELL,
+    "needle": _CELL,
+    "loss": ("first", "end", "loss", "num_tokens"),
+    "costs": ("context_tokens", "prefill_tokens_per_s", "decode_ms", "state_bytes"),
+}
+_ORDER = ("align", "distill", "extend")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A finished stage. metrics, heldout: rows of the CSV files, empty cells left out. recipe: config.yaml's text."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    model: Mapping[str, Any]
+    metrics: list[dict[str, float]]
+    heldout: list[dict[str, float]]
+    recipe: str
+
+    @property
+    def name(self) -> str:
+        """align, distill or extend."""
+        return str(self.manifest["stage"])
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """config.yaml's content."""
+        content = yaml.safe_load(self.recipe)
+        return content if isinstance(content, dict) else {}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a folder holds; None, or nothing, for what is not there."""
+
+    folder: Path
+    stages: list[Stage]
+    num_parameters: int
+    summary: Mapping[str, Any] | None
+    evaluation: Mapping[str, Any] | None
+    long_context: Mapping[str, Any] | None
+
+    @property
+    def student(self) -> Mapping[str, Any]:
+        """config.json of the last stage."""
+        return self.stages[-1].model
+
+    @property
+    def export(self) -> Path | None:
+        """The folder of the exported model."""
+        path = self.folder / EXPORT
+        return path if (path / "config.json").is_file() else None
+
+
+def num_parameters(folder: Path) -> int:
+    """Parameters in a folder's safetensors files, whose headers alone are read; 0 where they are no longer there."""
+    if not any(folder.glob("*.safetensors")):
+        return 0
+    weights = SafetensorsFolder(folder)
+    return sum(math.prod(weights.info(name).shape) for name in weights)
+
+
+def read_run(folder: Path) -> Run:
+    """The run in a folder: a conversion's, one with stage folders in it, or a stage's own.
+
+    Raises ValueError if there is no finished stage, or a file is damaged.
+    """
+    stages = sorted((_read_stage(path) for path in _stage_folders(folder)), key=_place)
+    if not stages:
+        raise ValueError(f"{folder} holds no finished stage: name the folder of a conversion, or one of stage folders")
+    return Run(
+        folder=folder,
+        stages=stages,
+        num_parameters=num_parameters(stages[-1].folder),
+        summary=_checked(folder / SUMMARY, _check_summary),
+        evaluation=_checked(folder / EVALUATION, _check_evaluation),
+        long_context=_checked(folder / LONG_CONTEXT, _check_long_context),
+    )
+
+
+def _checked(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[str, Any] | None:
+    """A JSON file, if it is there. Raises ValueError if `check` misses something in it."""
+    content = _json(path)
+    try:
+        if content is not None:
+            check(content)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} lacks {error} or is of another version: measure again, or remove it") from error
+    return content
+
+
+def _check_summary(summary: dict[str, Any]) -> None:
+    for step in ("teacher", "setup", *_ORDER, "retied"):
+        if step in summary:
+            _need(summary[step], "loss", "kl", "top1")
+    _need(summary.get("sample", {"prompt": ""}), "prompt")
+
+
+def _check_evaluation(evaluation: dict[str, Any]) -> None:
+    for score in evaluation["scores"]:
+        _need(score, "task", "metric", "model", "value", "stderr", "chance", "num_questions")
+
+
+def _check_long_context(results: dict[str, Any]) -> None:
+    _need(results["settings"], "num_samples", "seed", "text", "device", "dtype", "tasks")
+    for model in results["models"].values():
+        for part, columns in _LONG_CONTEXT_COLUMNS.items():
+            for row in model.get(part, ()):
+                _need(row, *columns)
+
+
+def _need(row: dict[str, Any], *columns: str) -> None:
+    for column in columns:
+        row[column]
+
+
+def read_csv(path: Path) -> list[dict[str, float]]:
+    """Rows of a file of numbers, empty cells left out. Raises ValueError for a cell that is no number."""
+    with path.open(newline="", encoding="utf-8") as file:
+        try:
+            return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is damaged: it holds something else than numbers") from error
+
+
+def _stage_folders(folder: Path) -> Iterator[Path]:
+    if (folder / MANIFEST).is_file():
+        yield folder
+    elif folder.is_dir():
+        yield from (path.parent for path in folder.glob(f"*/{MANIFEST}") if path.parent.suffix != ".partial")
+
+
+def _read_stage(folder: Path) -> Stage:
+    manifest = read_json(folder / MANIFEST)
+    if manifest.get("stage") not in _ORDER:
+        raise ValueError(f"{folder / MANIFEST} is damaged: run the stage again")
+    recipe = folder / "config.yaml"
+    return Stage(
+        folder=folder,
+        manifest=manifest,
+        model=_json(folder / "config.json") or {},
+        metrics=read_csv(folder / "metrics.csv") if (folder / "metrics.csv").is_file() else [],
+        heldout=read_csv(folder / "heldout.csv") if (folder / "heldout.csv").is_file() else [],
+        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
+    )
+
+
+def _place(stage: Stage) -> tuple[int, str]:
+    return _ORDER.index(stage.name), stage.folder.name
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    return read_json(path) if path.is_file() else None

@@ -1,0 +1,95 @@
+"""When checkpoints are written, what the stage takes from the one it begins at, and ending early after one."""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from radlads.config.schema import TrainConfig
+from radlads.train.callbacks import Console, HeldoutCallback
+from radlads.train.lightning_module import StageModule
+from radlads.train.snapshots import (
+    Position,
+    checkpoints_in,
+    remove,
+    restore_optimizers,
+    restore_random_numbers,
+    write_checkpoint,
+)
+from radlads.train.stopping import StopRequests
+
+
+class Checkpointing(L.Callback):
+    """Writes checkpoints after every so many steps or minutes, and one when a signal asks the run to stop.
+
+    Belongs after all callbacks that measure, so that a checkpoint holds what they found. begin: the checkpoint whose
+    optimisers and random numbers the stage goes on with, and `position` what it says.
+    """
+
+    def __init__(
+        self,
+        train: TrainConfig,
+        stage_folder: Path,
+        run: Mapping[str, Any],
+        stop: StopRequests,
+        console: Console,
+        *,
+        measured: HeldoutCallback | None = None,
+        begin: Path | None = None,
+        position: Position | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._train, self._folder, self._run, self._stop, self._console = train, stage_folder, run, stop, console
+        self._measured, self._begin, self._position, self._clock = measured, begin, position or Position(), clock
+        self._random_numbers_from = begin
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._stop.listen()  # Lightning has taken signals since the run began
+        self._began = self._written = self._clock()
+        self._step_seen = self._position.step
+        if self._begin is not None:
+            restore_optimizers(self._begin, trainer.optimizers)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx: int) -> None:
+        # Not earlier, because a data loader that begins draws a number
+        if self._random_numbers_from is not None:
+            restore_random_numbers(self._random_numbers_from)
+            self._random_numbers_from = None
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
+        assert isinstance(pl_module, StageModule)
+        step = pl_module.steps_done
+        if step == self._step_seen or step == pl_module.num_steps:
+            return
+        self._step_seen = step
+        if self._stop.received is None and not self._is_due(step):
+            return
+        path = self._write(trainer, pl_module)
+        if self._stop.received is not None:
+            self._console.line(
+                f"{self._stop.received.name}: stopped after step {step} of {pl_module.num_steps}, with the checkpoint "
+                f"{path}; start the same command again to go on from there"
+            )
+            raise self._stop.stopped()
+
+    def seconds(self) -> float:
+        """Wall time of the stage, all runs before this one included."""
+        return self._position.seconds + self._clock() - self._began
+
+    def _is_due(self, step: int) -> bool:
+        every_steps, every_s = self._train.checkpoint_every_steps, 60 * self._train.checkpoint_every_minutes
+        by_time = every_s > 0 and self._clock() - self._written >= every_s
+        return by_time or (every_steps > 0 and step % every_steps == 0)
+
+    def _write(self, trainer: L.Trainer, module: StageModule) -> Path:
+        module.read_steps()  # a step that is not finite ends the run before it reaches a checkpoint
+        samples = module.steps_done * self._train.micro_bsz * self._train.accumulate_grad_batches
+        heldout = tuple(self._measured.history) if self._measured else ()
+        position = Position(module.steps_done, samples, module.tokens_done, self.seconds(), heldout)
+        path = write_checkpoint(self._folder, module.student, trainer.optimizers, position, self._run)
+        for old in checkpoints_in(self._folder)[: -self._train.keep_checkpoints]:
+            remove(old)
+        self._written = self._clock()
+        return path

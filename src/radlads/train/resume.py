@@ -1,0 +1,124 @@
+"""Where a stage begins: anew, or at one of its checkpoints, and only at one of the same run."""
+
+import hashlib
+import shutil
+from collections.abc import Iterable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from radlads.checkpoint.atomic import read_json
+from radlads.checkpoint.manifest import sha256
+from radlads.config.compare import deciding, differences
+from radlads.config.schema import Config
+from radlads.data.binidx import BinIdxReader
+from radlads.model.modeling import RadladsForCausalLM
+from radlads.train.callbacks import Console
+from radlads.train.snapshots import CHECKPOINTS, RUN, checkpoints_in, fault_of, remove
+
+# Of every tensor, so that models that differ are told apart without reading all of a large one
+_NUMBERS_COMPARED = 1024
+_MAY_CHANGE = frozenset(
+    f"train.{name}"
+    for name in ("lr_init", "lr_final", "lr2_init", "lr2_final", "gradient_clip_val", "log_every_n_steps")
+)
+"""What may be another value than the checkpoint's where the user names it: neither data nor schedule shift by it."""
+
+
+def describe_run(
+    config: Config,
+    student: RadladsForCausalLM,
+    teacher: RadladsForCausalLM | None,
+    corpora: Iterable[tuple[BinIdxReader, Fraction]],
+) -> dict[str, Any]:
+    """What tells a run apart: what its configuration decides, the models it starts from, the tokens it trains on."""
+    tokens = [f"{share} of {reader.num_tokens} tokens, index {_index_hash(reader)}" for reader, share in corpora]
+    models = {"student at the start": fingerprint(student), "teacher": fingerprint(teacher) if teacher else None}
+    return deciding(config) | models | {"training tokens": ", ".join(tokens)}
+
+
+def fingerprint(model: RadladsForCausalLM) -> str:
+    """A hash of the first numbers of every parameter, in fp32."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        numbers = parameter.detach().flatten()[:_NUMBERS_COMPARED].float().cpu()
+        digest.update(numbers.view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _index_hash(reader: BinIdxReader) -> str:
+    return sha256(reader.path_stem.parent / f"{reader.path_stem.name}.idx")[:16]
+
+
+def first_checkpoint(setting: str, stage_folder: Path, run: dict[str, Any], console: Console) -> Path | None:
+    """The checkpoint that train.resume = `setting` means, whole and of this run; None for a start from the beginning.
+
+    Call with the stage's unfinished folder locked. What is of no use to the run is removed from it, and said so.
+    Raises ValueError if the checkpoint is damaged, naming the one before; if it is another run's, with all that
+    differs; or if there is none where one is named.
+    """
+    held = checkpoints_in(stage_folder)
+    for incomplete in (stage_folder / CHECKPOINTS).glob("step-*.partial"):
+        shutil.rmtree(incomplete)
+    if setting == "never" or (setting == "auto" and not held):
+        _empty(stage_folder, held, console)
+        return None
+    chosen = held[-1] if setting == "auto" else _named(Path(setting), stage_folder, held)
+    _check_whole(chosen, held)
+    _check_same_run(chosen, run, may_change=frozenset() if setting == "auto" else _MAY_CHANGE, console=console)
+    if chosen not in held:
+        _empty(stage_folder, held, console)
+    for newer in [each for each in held if chosen in held and held.index(each) > held.index(chosen)]:
+        console.line(f"{newer} is removed: the run goes on from an earlier checkpoint")
+        remove(newer)
+    return chosen
+
+
+def _empty(stage_folder: Path, held: list[Path], console: Console) -> None:
+    if any(stage_folder.iterdir()):
+        what = f"{len(held)} checkpoints" if held else "no checkpoint"
+        console.line(f"{stage_folder}: an unfinished run ({what}) is thrown away and started over")
+    for path in stage_folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _named(path: Path, stage_folder: Path, held: list[Path]) -> Path:
+    """The checkpoint at `path`, by its name in `held` if it is one of the stage's own."""
+    if not path.is_dir():
+        raise ValueError(f"train.resume {path} is not a checkpoint's folder: name one, or auto, or never")
+    for own in held:
+        if own.samefile(path):
+            return own
+    if held:
+        raise ValueError(
+            f"{stage_folder} holds checkpoints of its own, and train.resume names another, {path}: remove the folder, "
+            "or choose another one with --train.proj_name"
+        )
+    return path
+
+
+def _check_whole(chosen: Path, held: list[Path]) -> None:
+    fault = fault_of(chosen)
+    if fault is None:
+        return
+    before = held[: held.index(chosen)] if chosen in held else []
+    sound = next((each for each in reversed(before) if fault_of(each) is None), None)
+    again = "start over with --train.resume never (radlads demo: --set train.resume=never)"
+    if sound is not None:
+        again = f"go on from the one before with --train.resume {sound} (radlads demo: --set train.resume={sound})"
+    raise ValueError(f"the checkpoint {chosen} cannot be used, as {fault}: {again}")
+
+
+def _check_same_run(chosen: Path, run: dict[str, Any], *, may_change: frozenset[str], console: Console) -> None:
+    held = read_json(chosen / RUN)
+    kept = {key: value for key, value in held.items() if key not in may_change}
+    if different := differences(kept, {key: value for key, value in run.items() if key not in may_change}):
+        raise ValueError(
+            f"{chosen} is a checkpoint of a different run ({'; '.join(different)}): set back what differs, choose "
+            "another folder with --train.proj_name, or throw that run away with --train.resume never"
+        )
+    for difference in differences(held, run):
+        console.line(f"from {chosen.name} on: {difference}")

@@ -1,0 +1,194 @@
+"""Checkpoints inside a stage: folders `step-000123` that hold all that a run needs to go on, bit for bit.
+
+A checkpoint is a model folder (config.json, model.safetensors) with the optimisers' tensors (state.safetensors), where
+the run stands (position.json), what run it is (run.json), its metrics.csv, and manifest.json with a hash of each. It
+has its name once it is complete. The frozen teacher is in none. Leaves to others when to write one, and which to take.
+"""
+
+import json
+import random
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from radlads.checkpoint.atomic import read_json, unfinished_folder, write_text
+from radlads.checkpoint.manifest import MANIFEST, sha256, versions
+from radlads.checkpoint.model_folder import save_model
+from radlads.checkpoint.safetensors_writer import write_safetensors
+from radlads.checkpoint.weights import SafetensorsFolder, StoredWeights, TensorInfo, load_strict
+from radlads.distill.heldout import Heldout
+from radlads.model.modeling import RadladsForCausalLM
+from radlads.train.metrics_csv import METRICS
+
+CHECKPOINTS = "checkpoints"
+STATE, POSITION, RUN = "state.safetensors", "position.json", "run.json"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: optimiser steps, samples and tokens behind it, seconds spent, and each held-out measurement
+    with its step and tokens."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    heldout: tuple[tuple[int, int, Heldout], ...] = ()
+
+
+def checkpoints_in(stage_folder: Path) -> list[Path]:
+    """The stage's checkpoints that have their name, by step."""
+    found = (stage_folder / CHECKPOINTS).glob("step-*")
+    return sorted((path for path in found if path.name[5:].isdecimal()), key=lambda path: int(path.name[5:]))
+
+
+def write_checkpoint(
+    stage_folder: Path,
+    student: RadladsForCausalLM,
+    optimizers: Sequence[torch.optim.Optimizer],
+    position: Position,
+    run: Mapping[str, Any],
+) -> Path:
+    """Write the checkpoint of `position` with the random numbers' state as it is now, and return its folder.
+
+    Raises OSError that names the folder if it cannot be written; nothing is left of it then.
+    """
+    target = stage_folder / CHECKPOINTS / f"step-{position.step:06d}"
+    with unfinished_folder(target, keep_failed=False) as folder:
+        save_model(student, folder)
+        moments, groups = _optimizer_state(optimizers)
+        buffers = {f"buffer.{name}": buffer for name, buffer in student.named_buffers()}
+        state = _Tensors(moments | buffers | _random_tensors())
+        write_safetensors(state, list(state), folder / STATE)
+        content = {**asdict(position), "optimizers": groups, "random": _random_numbers()}
+        write_text(folder / POSITION, json.dumps(content) + "\n")
+        write_text(folder / RUN, json.dumps(run, indent=2) + "\n")
+        if (stage_folder / METRICS).is_file():
+            shutil.copyfile(stage_folder / METRICS, folder / METRICS)
+        hashes = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+        write_text(folder / MANIFEST, json.dumps({"versions": versions(), "sha256": hashes}, indent=2) + "\n")
+    return target
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, which loses its name first: a run killed in between leaves none that looks whole."""
+    doomed = checkpoint.with_name(f"{checkpoint.name}.partial")
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def fault_of(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, by their hashes; None if all are as they were written."""
+    try:
+        hashes = read_json(checkpoint / MANIFEST).get("sha256")
+    except (OSError, ValueError):
+        hashes = None
+    if not isinstance(hashes, dict) or not {STATE, POSITION, RUN} <= hashes.keys():
+        return f"its {MANIFEST} is missing or damaged"
+    for name, expected in hashes.items():
+        if not (checkpoint / name).is_file():
+            return f"its {name} is missing"
+        if sha256(checkpoint / name) != expected:
+            return f"its {name} is damaged or cut short"
+    return None
+
+
+def read_position(checkpoint: Path) -> Position:
+    """Where the checkpoint's run stood."""
+    held = read_json(checkpoint / POSITION)
+    heldout = tuple((step, tokens, Heldout(**values)) for step, tokens, values in held["heldout"])
+    return Position(held["step"], held["samples"], held["tokens"], held["seconds"], heldout)
+
+
+def restore_student(checkpoint: Path, student: RadladsForCausalLM) -> None:
+    """Copy the checkpoint's weights and buffers into the student, wherever it is."""
+    load_strict(student, SafetensorsFolder(checkpoint), checkpoint)
+    state = SafetensorsFolder(checkpoint / STATE)
+    for name, buffer in student.named_buffers():
+        buffer.copy_(state[f"buffer.{name}"])
+
+
+def restore_optimizers(checkpoint: Path, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Give the optimisers, built as the run's were, their state of the checkpoint."""
+    stored, groups = SafetensorsFolder(checkpoint / STATE), read_json(checkpoint / POSITION)["optimizers"]
+    for number, (optimizer, held) in enumerate(zip(optimizers, groups, strict=True)):
+        state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in held["state"].items()}
+        for name in stored:
+            owner, _, rest = name.partition(".")
+            if owner == f"optimizer_{number}":
+                index, _, key = rest.partition(".")
+                state.setdefault(int(index), {})[key] = stored[name].clone()
+        present = optimizer.state_dict()["param_groups"]
+        held_groups = [
+            {**now, **{key: tuple(value) if isinstance(value, list) else value for key, value in then.items()}}
+            for now, then in zip(present, held["groups"], strict=True)
+        ]
+        optimizer.load_state_dict({"state": state, "param_groups": held_groups})
+
+
+def restore_random_numbers(checkpoint: Path) -> None:
+    """Set the random numbers of Python, NumPy and torch, on every GPU too, to where the checkpoint's run had them."""
+    held = read_json(checkpoint / POSITION)["random"]
+    version, numbers, gauss = held["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, *rest = held["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    stored = SafetensorsFolder(checkpoint / STATE)
+    torch.set_rng_state(stored["random.cpu"].clone())
+    if "random.cuda.0" in stored and torch.cuda.is_available():
+        devices = range(min(torch.cuda.device_count(), sum(name.startswith("random.cuda.") for name in stored)))
+        torch.cuda.set_rng_state_all([stored[f"random.cuda.{device}"].clone() for device in devices])
+
+
+def _optimizer_state(
+    optimizers: Sequence[torch.optim.Optimizer],
+) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """All tensors by name, and of each optimiser the rest: its groups' settings, and state that is no tensor."""
+    tensors: dict[str, torch.Tensor] = {}
+    rest = []
+    for number, optimizer in enumerate(optimizers):
+        content = optimizer.state_dict()
+        numbers: dict[str, dict[str, Any]] = {}
+        for index, values in content["state"].items():
+            for key, value in values.items():
+                if isinstance(value, torch.Tensor):
+                    tensors[f"optimizer_{number}.{index}.{key}"] = value
+                else:
+                    numbers.setdefault(str(index), {})[key] = value
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in content["param_groups"]]
+        rest.append({"groups": groups, "state": numbers})
+    return tensors, rest
+
+
+def _random_tensors() -> dict[str, torch.Tensor]:
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"random.cpu": torch.get_rng_state()} | {f"random.cuda.{n}": state for n, state in enumerate(on_gpus)}
+
+
+def _random_numbers() -> dict[str, Any]:
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return {"python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *rest]}
+
+
+class _Tensors(StoredWeights):
+    """Tensors by name, each on the CPU when it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]):
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._tensors[name].detach().cpu()
+
+    def info(self, name: str) -> TensorInfo:
+        return TensorInfo(tuple(self._tensors[name].shape), self._tensors[name].dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)

@@ -1,0 +1,49 @@
+"""Signals that ask a run to end: it finishes its step, writes a checkpoint and exits with 128 + the signal's number."""
+
+import signal
+import threading
+from types import FrameType
+from typing import Any, Self
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""What a scheduler, a service manager or Ctrl-C sends; SLURM's --signal=USR1@300 too."""
+
+
+class Stopped(SystemExit):
+    """A run ended because a signal asked for it; `code`, 128 + its number, is the process's exit code."""
+
+
+class StopRequests:
+    """Remembers the first of SIGNALS that arrives while its block lasts; a Ctrl-C after it raises KeyboardInterrupt.
+
+    Outside the main thread, where Python takes no signals, nothing is ever asked for.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._earlier: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._earlier = {signum: signal.getsignal(signum) for signum in SIGNALS}
+        self.listen()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for signum, handler in self._earlier.items():
+            signal.signal(signum, handler)
+
+    def listen(self) -> None:
+        """Take the signals, again where another library has taken them in between."""
+        for signum in self._earlier:
+            signal.signal(signum, self._remember)
+
+    def _remember(self, signum: int, frame: FrameType | None) -> None:
+        if self.received is not None and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = self.received or signal.Signals(signum)
+
+    def stopped(self) -> Stopped:
+        """What to raise once the run may end."""
+        assert self.received is not None
+        return Stopped(128 + self.received)

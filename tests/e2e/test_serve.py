@@ -1,0 +1,217 @@
+"""The server as OpenAI's own client library sees it, over loopback."""
+
+import argparse
+import json
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import tiny
+import torch
+
+from radlads.checkpoint.hf_export import export
+from radlads.checkpoint.model_folder import load_model
+from radlads.cli import main
+from radlads.convert.hf_source import open_teacher
+from radlads.convert.student import build_student
+from radlads.inference.chat_template import ChatTemplate
+from radlads.inference.generate import Sampling, generate_tokens
+
+openai = pytest.importorskip("openai")
+pytest.importorskip("uvicorn")
+from radlads.inference.serve import build_server, listening  # noqa: E402
+
+TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "[{{ message['role'] }}] {{ message['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}[a] {% endif %}"
+)
+NAME = "tiny"
+MAX_PROMPT_TOKENS = 5000
+
+
+@pytest.fixture(scope="module")
+def folder(teacher, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("serve") / "hf"
+    torch.manual_seed(0)
+    student, _ = build_student(open_teacher(teacher), tiny.stage_config(folder.parent, "align").model)
+    for parameter in student.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    student.lm_head.weight.data[256] = 0  # greedy texts do not end by themselves
+    export(student, teacher, folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(folder):
+    settings = argparse.Namespace(folder=folder, name=NAME, device="cpu", max_prompt_tokens=MAX_PROMPT_TOKENS)
+    server = build_server(settings)
+    with listening("127.0.0.1", 0) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    """The greedy text that generate() of ours gives for a prompt, or for a user's message."""
+    model, template = load_model(folder), ChatTemplate(folder, tiny.VOCAB)
+
+    def text(prompt, num_tokens, *, chat=False):
+        messages = [{"role": "user", "content": prompt}]
+        ids = template.token_ids(messages) if chat else template.tokenizer(prompt)["input_ids"]
+        sampling = Sampling(temperature=0, max_tokens=num_tokens, num_ids=257)
+        (tokens,) = generate_tokens(model, [ids], sampling, template.stop_ids())
+        return template.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    return text
+
+
+def complete(client, prompt, num_tokens, **keys):
+    return client.completions.create(model=NAME, prompt=prompt, max_tokens=num_tokens, temperature=0, **keys)
+
+
+def chat(client, text, num_tokens, **keys):
+    messages = [{"role": "user", "content": text}]
+    return client.chat.completions.create(
+        model=NAME, messages=messages, max_completion_tokens=num_tokens, temperature=0, **keys
+    )
+
+
+def test_models_are_listed(client):
+    assert [model.id for model in client.models.list()] == [NAME]
+    assert client.models.retrieve(NAME).id == NAME
+    with pytest.raises(openai.NotFoundError, match="only 'tiny'"):
+        client.models.retrieve("other")
+
+
+def test_sixteen_clients_at_once_each_get_their_own_text(client, expected):
+    def ask(number):
+        prompt, length = f"prompt {number * number}", 10 + number
+        if number % 4 == 0:
+            answer = complete(client, prompt, length)
+            assert answer.usage.completion_tokens <= length and answer.choices[0].finish_reason
+            return answer.choices[0].text
+        if number % 4 == 1:
+            return "".join(chunk.choices[0].text for chunk in complete(client, prompt, length, stream=True))
+        if number % 4 == 2:
+            return chat(client, prompt, length).choices[0].message.content
+        chunks = chat(client, prompt, length, stream=True)
+        return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+
+    with ThreadPoolExecutor(16) as threads:
+        answers = list(threads.map(ask, range(16)))
+    texts = [expected(f"prompt {n * n}", 10 + n, chat=n % 4 > 1) for n in range(16)]
+    # A stream keeps back the bytes of a character that is not whole at its end
+    streamed = [text.rstrip("\N{REPLACEMENT CHARACTER}") if n % 2 else text for n, text in enumerate(texts)]
+    assert answers == streamed and len(set(texts)) == 16
+
+
+def test_requests_whose_client_leaves_are_stopped(client, expected):
+    stream = complete(client, "a long story", 10**6, stream=True)
+    next(iter(stream))
+    stream.close()
+    with pytest.raises(openai.APITimeoutError):
+        complete(client.with_options(timeout=0.5), "a long story", 10**6)
+    with pytest.raises(openai.APITimeoutError):
+        chat(client.with_options(timeout=0.5), "a long story", 10**6)
+    assert complete(client, "then", 12).choices[0].text == expected("then", 12)
+
+
+def test_a_prompt_as_long_as_is_allowed_is_read_in_pieces(client, expected):
+    prompt = "x" * MAX_PROMPT_TOKENS
+    answer = complete(client, prompt, 5)
+    assert answer.choices[0].text == expected(prompt, 5)
+    assert answer.usage.prompt_tokens == MAX_PROMPT_TOKENS
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_over_long_prompt_is_refused(client, stream):
+    with pytest.raises(openai.BadRequestError, match="at most 5000 are read"):
+        complete(client, "x" * (MAX_PROMPT_TOKENS + 1), 5, stream=stream)
+    with pytest.raises(openai.BadRequestError, match="at most 5000 are read"):
+        chat(client, "x" * 100_000, 5, stream=stream)
+
+
+def test_a_temperature_draws_and_a_stop_text_ends(client, expected):
+    warm = [client.completions.create(model=NAME, prompt="x", max_tokens=20, temperature=1.0, seed=s) for s in (1, 2)]
+    assert warm[0].choices[0].text != warm[1].choices[0].text
+    text = expected("then", 40)
+    stop = next(character for character in text if character.isascii() and character.isprintable())
+    assert complete(client, "then", 40, stop=stop).choices[0].text == text[: text.index(stop) + 1]
+
+
+def posted(url, path, content):
+    request = urllib.request.Request(url + path, content, {"Content-Type": "application/json"})
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=60)
+    return refused.value.code, json.load(refused.value)["error"]["message"]
+
+
+def said(content, role="user", **keys):
+    return json.dumps({"messages": [{"role": role, "content": content}]} | keys).encode()
+
+
+CHATS, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "message"),
+    [
+        (CHATS, b"{", "not JSON"),
+        (CHATS, b"\xff\x00", "not"),
+        (CHATS, b"[]", "valid dictionary"),
+        (CHATS, b"{}", "messages"),
+        (CHATS, b'{"messages": []}', "messages"),
+        (CHATS, b'{"messages": [{"content": "Hi"}]}', "messages.0.role"),
+        (CHATS, said([{"type": "image_url"}]), "messages.0.content"),
+        (CHATS, said("Hi", role="tool"), "no tools"),
+        (CHATS, said("\ud800"), "surrogates not allowed"),
+        (CHATS, said("Hi", model="gpt-5"), "pinned to 'tiny'"),
+        (COMPLETIONS, b'{"prompt": ""}', "prompt"),
+        (COMPLETIONS, b'{"prompt": ["a", "b"]}', "prompt"),
+        (COMPLETIONS, b'{"prompt": "a", "temperature": -1}', "temperature"),
+        (COMPLETIONS, b'{"prompt": "a", "temperature": NaN}', "temperature"),
+        (COMPLETIONS, b'{"prompt": "a", "max_tokens": 0}', "max_tokens"),
+        (COMPLETIONS, b'{"prompt": "a", "n": 2}', "n: "),
+        (COMPLETIONS, b'{"prompt": "a", "colour": "red"}', "colour"),
+    ],
+)
+def test_a_malformed_request_is_a_sentence(url, path, content, message):
+    code, found = posted(url, path, content)
+    assert code in (400, 422) and message in found
+
+
+def test_a_port_in_use_is_a_sentence(folder, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        assert main(["serve", str(folder), "--port", port]) == 2
+    error = capsys.readouterr().err
+    assert f"port {port} at 127.0.0.1 is in use: choose another --port" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "options", [["--port", "70000"], ["--host", "no.such.host.invalid"], ["--max-prompt-tokens", "0"]]
+)
+def test_an_address_that_is_none_is_a_sentence(folder, capsys, options):
+    assert main(["serve", str(folder), *options]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_is_no_model_is_a_sentence(tmp_path, capsys):
+    assert main(["serve", str(tmp_path), "--port", "0"]) == 2
+    assert "no config.json" in capsys.readouterr().err

@@ -1,0 +1,280 @@
+"""Chat: what a turn reads, what replies are, templates that do not fit; and files of prompts."""
+
+import io
+import json
+import signal
+
+import pytest
+import tiny
+import torch
+from transformers import AutoTokenizer
+
+from radlads.checkpoint.hf_export import export
+from radlads.checkpoint.model_folder import load_model
+from radlads.cli import main
+from radlads.convert.hf_source import open_teacher
+from radlads.convert.student import build_student
+from radlads.inference.chat import Conversation, converse
+from radlads.inference.chat_template import ChatTemplate
+from radlads.inference.generate import Sampling, generate_tokens
+from radlads.inference.prompts import batches
+
+TEMPLATE = (
+    "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+# Numbers earlier turns from the end, so that every turn changes all of them
+CHANGING = "{% for message in messages %}[{{ loop.revindex }}] {{ message['content'] }}\n{% endfor %}>"
+GREEDY = Sampling(temperature=0, max_tokens=8)
+
+
+@pytest.fixture(scope="module", params=["rad_rwkv7", "qwen2"])
+def folder(request, teacher, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chat")
+    config = tiny.stage_config(folder, "align", **{"model.tmix": request.param})
+    torch.manual_seed(0)
+    student, _ = build_student(open_teacher(teacher), config.model)
+    for parameter in student.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    export(student, teacher, folder / "hf")
+    set_template(folder / "hf", TEMPLATE)
+    return folder / "hf"
+
+
+def set_template(folder, template):
+    (folder / "chat_template.jinja").write_text(template)
+
+
+@pytest.fixture
+def template(folder):
+    yield lambda text: set_template(folder, text)
+    set_template(folder, TEMPLATE)
+
+
+def conversation(folder, sampling=GREEDY, **keys):
+    return Conversation(load_model(folder), ChatTemplate(folder, tiny.VOCAB), sampling, **keys)
+
+
+def tokens_read(talk):
+    """The lengths of what the model reads from now on; replies come one token at a time by another way."""
+    lengths = []
+    talk.model.model.embed_tokens.register_forward_hook(lambda module, args, out: lengths.append(args[0].shape[1]))
+    return lengths
+
+
+def rendered(folder, messages):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+
+
+def test_a_turn_reads_its_own_tokens_only_and_answers_as_if_it_had_read_all(folder):
+    talk, messages, known = conversation(folder, system="Be brief."), [{"role": "system", "content": "Be brief."}], 0
+    lengths = tokens_read(talk)
+    for text in ("Who are you?", "Where do you live?", "Why there?"):
+        lengths.clear()
+        reply = "".join(talk.reply(text))
+        messages.append({"role": "user", "content": text})
+        ids = rendered(folder, messages)
+        assert talk.num_read == len(ids) - known == sum(length for length in lengths if length > 1)
+        assert not talk.began_anew
+        (expected,) = generate_tokens(talk.model, [ids], GREEDY, talk.template.stop_ids())
+        assert reply == talk.template.tokenizer.decode(expected, skip_special_tokens=True).rstrip(
+            "\N{REPLACEMENT CHARACTER}"
+        )
+        messages.append({"role": "assistant", "content": reply})
+        known = len(ids)
+    assert talk.messages == messages
+
+
+def test_a_template_that_changes_earlier_turns_has_all_of_it_read_again(folder, template):
+    template(CHANGING)
+    talk, notices, replies = conversation(folder), [], []
+    lines = iter(["Who?", "Where?", "Why?", None])
+    converse(talk, lambda: next(lines), replies.append, notices.append)
+    assert talk.began_anew and talk.num_read == len(rendered(folder, talk.messages[:-1]))
+    assert len(notices) == 1 and "read again" in notices[0]
+
+
+def test_reset_forgets_all_but_the_system_message(folder):
+    talk = conversation(folder, system="Be brief.")
+    first = "".join(talk.reply("Who are you?"))
+    "".join(talk.reply("Where?"))
+    talk.reset()
+    assert "".join(talk.reply("Who are you?")) == first
+    assert [message["role"] for message in talk.messages] == ["system", "user", "assistant"]
+
+
+def test_an_interrupted_reply_is_part_of_the_conversation_as_far_as_it_went(folder):
+    talk = conversation(folder, Sampling(seed=1, max_tokens=60))
+    written = []
+
+    def write(text):
+        written.append(text)
+        if len(written) == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    lines = iter(["Who?", None])
+    converse(talk, lambda: next(lines), write, lambda text: None)
+    assert talk.messages[-1] == {"role": "assistant", "content": "".join(written[:3])}
+    "".join(talk.reply("And?"))
+    assert not talk.began_anew and talk.messages[-2]["content"] == "And?"
+
+
+def test_a_reading_that_is_interrupted_leaves_no_half_read_state(folder, monkeypatch):
+    talk, undisturbed = conversation(folder), conversation(folder)
+    for each in (talk, undisturbed):
+        "".join(each.reply("Who?"))
+    block = talk.model.model.layers[1]
+    hook = block.register_forward_pre_hook(lambda *args: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        "".join(talk.reply("Lost?"))
+    hook.remove()
+    assert len(talk.messages) == 2
+    assert "".join(talk.reply("Where?")) == "".join(undisturbed.reply("Where?"))
+
+
+def test_a_reply_ends_where_the_template_or_the_model_ends_it(folder, template):
+    assert conversation(folder).template.stop_ids() == {256}
+    template("{% for message in messages %}{{ message['content'] }}\n{% endfor %}>")
+    assert conversation(folder).template.stop_ids() == {256}
+
+
+def test_marks_that_the_tokenizer_lacks_are_told(folder, template):
+    template("{% for message in messages %}<|im_start|>{{ message['content'] }}<|end|>{% endfor %}")
+    assert conversation(folder).template.missing_tokens() == ["<|im_start|>"]
+
+
+def run(monkeypatch, capsys, argv, said=b""):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(said)))
+    code = main([str(word) for word in argv])
+    return code, *capsys.readouterr()
+
+
+def test_chat_answers_lines_that_are_piped_in(folder, monkeypatch, capsys):
+    argv = ["chat", folder, "--temperature", "0", "--max-tokens", "8", "--device", "cpu"]
+    code, out, err = run(monkeypatch, capsys, argv, b"Who?\n\n/reset\nWho?\r\nWhere?")
+    talk = conversation(folder)
+    first, second = ("".join(talk.reply(text)) for text in ("Who?", "Where?"))
+    assert (code, out) == (0, f"{first}\n{first}\n{second}\n")
+    assert err == "radlads: the conversation begins anew\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{% for %}", "fails: "),
+        ("{{ messages[7].content.x }}", "fails: "),
+        ("{{ raise_exception('no system role') }}", "fails: no system role"),
+        ("{{ 1 / 0 }}", "fails: division by zero"),
+        ("Hello!", "leaves out what the user says"),
+        ("", "has no chat template"),
+    ],
+)
+def test_a_template_that_does_not_work_is_a_sentence(folder, template, text, message, monkeypatch, capsys):
+    template(text)
+    code, _, err = run(monkeypatch, capsys, ["chat", folder, "--device", "cpu"])
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_a_folder_without_a_template_is_a_sentence(folder, monkeypatch, capsys):
+    (folder / "chat_template.jinja").unlink()
+    code, _, err = run(monkeypatch, capsys, ["chat", folder])
+    set_template(folder, TEMPLATE)
+    assert code == 2 and "has no chat template" in err and err.count("\n") == 1
+
+
+def test_binary_input_is_a_sentence(folder, monkeypatch, capsys):
+    code, _, err = run(monkeypatch, capsys, ["chat", folder, "--device", "cpu"], b"\xff\xfe\n")
+    assert code == 2 and "not UTF-8" in err and err.count("\n") == 1
+
+
+ASK = ["--temperature", "0.7", "--seed", "5", "--max-tokens", "9", "--device", "cpu"]
+
+
+def test_a_file_of_prompts_is_answered_as_its_prompts_one_by_one(folder, tmp_path, monkeypatch, capsys):
+    prompts = ["The fox", "A much longer prompt about foxes and dogs", "x", "Ünïcode", "The end"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    argv = ["generate", folder, *ASK, "--batch-size", "2"]
+    code, out, _ = run(monkeypatch, capsys, [*argv, "--prompts", tmp_path / "prompts.txt"])
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [answer["prompt"] for answer in answers] == prompts
+    for number, answer in enumerate(answers):
+        seed = ["--seed", str(5 + number)]
+        _, alone, _ = run(monkeypatch, capsys, ["generate", folder, *ASK, *seed, "--prompt", prompts[number]])
+        assert alone == answer["text"] + "\n"
+    records = [{"id": number, "prompt": prompt} for number, prompt in enumerate(prompts)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    _, again, _ = run(monkeypatch, capsys, [*argv, "--prompts", tmp_path / "prompts.jsonl"])
+    assert [json.loads(line) for line in again.splitlines()] == [
+        {**r, **a} for r, a in zip(records, answers, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("prompts.txt", b"", "is empty: give one prompt"),
+        ("prompts.txt", b"one\n\ntwo\n", "line 2 of"),
+        ("prompts.txt", b"\x80\x81", "not UTF-8"),
+        ("prompts.jsonl", b'{"prompt": "a"}\n{', "line 2 of"),
+        ("prompts.jsonl", b'{"prompt": 3}', 'has no text as "prompt"'),
+        ("prompts.jsonl", b'["a"]', 'has no text as "prompt"'),
+        ("prompts.jsonl", b'{"prompt": ""}', "has an empty prompt"),
+        ("prompts.jsonl", b'{"prompt": "\\ud800"}', "not UTF-8"),
+    ],
+)
+def test_prompts_that_are_none_are_a_sentence(folder, tmp_path, monkeypatch, capsys, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    code, _, err = run(monkeypatch, capsys, ["generate", folder, "--prompts", tmp_path / name])
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "nothing to continue"),
+        (["--prompt", "\udcff"], "not UTF-8"),
+        (["--prompt-file", "/no/such/file"], "/no/such/file"),
+        (["--prompts", "x", "--save-state", "y"], "stores one text"),
+        (["--prompt", "x", "--save-state", __file__], "exists already"),
+        (["--prompt", "x", "--load-state", __file__], "truncated or no state file"),
+        (["--prompt", "x", "--load-state", "/no/state"], "no such file"),
+        (["--prompt", "x", "--batch-size", "0"], "--batch-size"),
+        (["--prompt", "x", "--max-tokens", "0"], "max_tokens 1 or more"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_a_sentence(folder, options, message, monkeypatch, capsys):
+    code, _, err = run(monkeypatch, capsys, ["generate", folder, *options])
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_a_document_is_read_once_and_asked_about_later(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "document").write_text("The fox lives in the wood. " * 100)
+    asked = ["generate", folder, *ASK]
+    _, whole, _ = run(monkeypatch, capsys, [*asked, "--prompt-file", tmp_path / "document"])
+    state = tmp_path / "state"
+    saves = ["--save-state", state, "--max-tokens", "0"]
+    code, out, err = run(
+        monkeypatch, capsys, [*asked, "--prompt-file", "-", *saves], b"The fox lives in the wood. " * 100
+    )
+    assert (code, out) == (0, "") and f"wrote {state}: 2,700 tokens" in err
+    assert run(monkeypatch, capsys, [*asked, "--load-state", state])[1] == whole
+    (tmp_path / "prompts").write_text("Who?\nWhere?\n")
+    _, out, _ = run(monkeypatch, capsys, [*asked, "--load-state", state, "--prompts", tmp_path / "prompts"])
+    alone = run(monkeypatch, capsys, [*asked, "--load-state", state, "--prompt", "Who?"])[1]
+    assert json.loads(out.splitlines()[0])["text"] + "\n" == alone != whole
+
+
+def test_a_state_of_other_weights_is_refused(folder, teacher, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, capsys, ["generate", folder, "--prompt", "x", "--save-state", tmp_path / "s", "--max-tokens", "0"])
+    model = load_model(folder)
+    model.model.norm.weight.data.mul_(1.01)
+    export(model, teacher, tmp_path / "other")
+    code, _, err = run(monkeypatch, capsys, ["generate", tmp_path / "other", "--load-state", tmp_path / "s"])
+    assert code == 2 and "the state of another model" in err
+
+
+def test_batches_are_at_most_half_padding():
+    assert list(batches([5, 5, 5, 5, 5], 2)) == [range(0, 2), range(2, 4), range(4, 5)]
+    assert list(batches([1, 1, 1000, 900, 1], 8)) == [range(0, 2), range(2, 5)]
+    assert list(batches([], 8)) == []

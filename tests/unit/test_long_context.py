@@ -1,0 +1,170 @@
+"""Facts in long prompts: how prompts are made, how answers are counted, and the command as a whole."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from radlads.checkpoint.hf_export import export
+from radlads.checkpoint.tokenizer_files import read_tokenizer
+from radlads.cli import main
+from radlads.convert.hf_source import open_teacher
+from radlads.convert.student import build_student, build_teacher
+from radlads.evaluation.costs import cost_of_context
+from radlads.evaluation.long_context import position_edges
+from radlads.evaluation.retrieval import FILLER, Prompt, PromptWriter, Recall, retrieval_grid
+from radlads.inference.decoder import prefill
+from radlads.inference.generate import generate_tokens
+from radlads.inference.sampling import Sampling
+from radlads.model.cache import RecurrentCacheLayer
+
+TEXT = np.frombuffer(b"a text to hide things in, " * 9, dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def student(teacher, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    torch.manual_seed(1)
+    student, _ = build_student(open_teacher(teacher), tiny.stage_config(folder, "align").model)
+    export(student, teacher, folder / "hf")
+    return folder / "hf", student.eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(teacher):
+    return read_tokenizer(teacher)
+
+
+@pytest.mark.parametrize("task", ["passkey", "needle"])
+@pytest.mark.parametrize("depth", [0, 0.3, 1])
+def test_a_prompt_has_its_length_and_tells_its_answer_once(tokenizer, task, depth):
+    prompt = PromptWriter(task, tokenizer, TEXT).write(401, depth, seed=3)
+    assert len(prompt.tokens) == 401
+    text, answer = tokenizer.decode(prompt.tokens), tokenizer.decode(prompt.answer)
+    assert text.count(answer) == 1
+    assert text.endswith(" is")
+    assert text[text.index(answer) - 3 : text.index(answer)] == " is"
+
+
+@pytest.mark.parametrize("depth", [0, 0.25, 1])
+def test_the_fact_stands_at_its_depth_and_the_rest_is_whole(tokenizer, depth):
+    prompt = PromptWriter("passkey", tokenizer, TEXT).write(600, depth, seed=0)
+    text = tokenizer.decode(prompt.tokens)
+    before, _, rest = text.partition("\nThe pass key is")
+    after = rest.partition("Remember it.\n")[2].partition("\nWhat is")[0]
+    hay = before.partition("memorize it.\n")[2]
+    assert len(hay) == round(depth * len(hay + after))
+    assert (FILLER * 9).startswith(hay + after)
+
+
+def test_needles_are_hidden_in_the_text_given(tokenizer):
+    text = np.arange(200)
+    prompt = PromptWriter("needle", tokenizer, text).write(500, 0, seed=0)
+    hay = prompt.tokens[-len("\nWhat is the magic number of Oslo? The magic number of Oslo is") - 250 :][:150]
+    assert all((after - before) % 200 == 1 for before, after in itertools.pairwise(hay))
+
+
+def test_prompts_depend_on_task_length_depth_and_seed_alone(tokenizer):
+    writer = PromptWriter("needle", tokenizer, TEXT)
+    assert writer.write(300, 0.5, seed=1) == PromptWriter("needle", tokenizer, TEXT).write(300, 0.5, seed=1)
+    answers = {tuple(writer.write(300, 0.5, seed=seed).answer) for seed in range(20)}
+    assert len(answers) == 20
+
+
+def test_a_length_without_room_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="100 tokens are too few for a passkey prompt, which takes 1"):
+        PromptWriter("passkey", tokenizer, TEXT).write(100, 0, seed=0)
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+def test_batches_count_what_single_prompts_say(student, teacher, tokenizer, softmax):
+    model = build_teacher(open_teacher(teacher)) if softmax else student[1]
+    asked = [PromptWriter("passkey", tokenizer, TEXT).write(220, 0.5, seed=seed).tokens for seed in range(5)]
+    greedy = Sampling(temperature=0, max_tokens=6, num_ids=257)
+    said = [generate_tokens(model, [tokens], greedy)[0] for tokens in asked]
+    right = [Prompt(tokens, answer[: 4 + i % 3]) for i, (tokens, answer) in enumerate(zip(asked, said, strict=True))]
+    recall = Recall(model, tokenizer, batch_rows=2)
+    assert recall.num_right(right) == 5
+    wrong = [*right[:4], Prompt(right[4].tokens, [*right[4].answer[:-1], (right[4].answer[-1] + 1) % 256])]
+    assert recall.num_right(wrong) == 4
+
+
+def test_the_grid_asks_every_length_at_every_depth_with_new_seeds(tokenizer):
+    asked = []
+
+    class Knowing:
+        def num_right(self, prompts):
+            asked.append(prompts)
+            return len({tuple(prompt.answer) for prompt in prompts})
+
+    writer = PromptWriter("passkey", tokenizer, TEXT)
+    cells = retrieval_grid(Knowing(), writer, lengths=[250, 300], depths=[0, 1], num_samples=3, seed=7)
+    assert [(cell.length_tokens, cell.depth) for cell in cells] == [(250, 0), (250, 1), (300, 0), (300, 1)]
+    assert all(cell.num_right == cell.num_samples == 3 for cell in cells)
+    assert asked[0][2] == writer.write(250, 0, seed=9)
+
+
+def test_costs_count_the_bytes_that_a_cache_holds(student, teacher):
+    for model in (student[1], build_teacher(open_teacher(teacher))):
+        cost = cost_of_context(model, range(60))
+        _, cache = prefill(model, torch.arange(60)[None])
+        held = [
+            tensor
+            for layer in cache.layers
+            for tensor in (layer.state if isinstance(layer, RecurrentCacheLayer) else (layer.keys, layer.values))
+            if tensor is not None
+        ]
+        assert cost.state_bytes == sum(tensor.numel() * tensor.element_size() for tensor in held)
+        assert cost.prefill_tokens_per_s > 0 and cost.decode_ms > 0
+
+
+def test_edges_double():
+    assert position_edges(16) == [0, 16]
+    assert position_edges(100) == [0, 16, 32, 64, 100]
+    assert position_edges(128) == [0, 16, 32, 64, 128]
+
+
+def longcontext(*words):
+    return main(["longcontext", *map(str, words)])
+
+
+def test_the_command_measures_model_and_teacher(student, teacher, tmp_path, capsys):
+    (tmp_path / "book.txt").write_text("It was a dark and stormy night. " * 40)
+    options = ["--lengths", "256", "--depths", "0,100", "--samples", 3, "--batch-size", 2, "--text-tokens", 600]
+    where = ["--text", tmp_path / "book.txt", "--out", tmp_path / "out", "--device", "cpu"]
+    assert longcontext(student[0], "--teacher", teacher, *options, *where) == 0
+    results = json.loads((tmp_path / "out" / "longcontext.json").read_text())
+    assert list(results["models"]) == ["student", "teacher"]
+    for model in results["models"].values():
+        assert [(cell["length_tokens"], cell["depth"]) for cell in model["needle"]] == [(256, 0.0), (256, 1.0)]
+        assert sum(each["num_tokens"] for each in model["loss"]) == 512
+        assert [cost["context_tokens"] for cost in model["costs"]] == [256]
+    assert results["models"]["teacher"]["costs"][0]["state_bytes"] == 3 * 2 * 2 * 16 * 4 * 256
+    names = {path.stem for path in (tmp_path / "out").glob("*.png")}
+    assert {"passkey-student", "needle-teacher", "loss-by-position", "cost-state-bytes"} <= names
+    assert "passkey  0.0% of 6 right" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--lengths", "1m"], "--lengths takes numbers such as 512 or 8k, not '1m'"),
+        (["--lengths", "4"], "--lengths must be different numbers of 16 tokens or more"),
+        (["--depths", "0,120"], "--depths must be percentages from 0"),
+        (["--depths", "half"], "--depths takes percentages such as 0,50,100, not 'half'"),
+        (["--parts", "passkey,ruler"], "--parts knows passkey, needle, loss, costs, not 'ruler'"),
+        (["--samples", "0"], "--samples must be 1 or more"),
+        (["--lengths", "64", "--parts", "passkey"], "64 tokens are too few for a passkey prompt"),
+        (["--lengths", "9k", "--parts", "loss", "--text", "TEXT"], "less than one held-out window of 9217"),
+        (["--text", "/no/such/file"], "/no/such/file: No such file"),
+        (["--lengths", "100000000000", "--parts", "costs"], "shorten the prompt"),
+    ],
+)
+def test_mistakes_are_one_sentence(teacher, tmp_path, capsys, words, message):
+    (tmp_path / "text").write_text("short")
+    words = [tmp_path / "text" if word == "TEXT" else word for word in words]
+    assert longcontext(teacher, "--out", tmp_path / "out", "--device", "cpu", *words) == 2
+    assert message in capsys.readouterr().err

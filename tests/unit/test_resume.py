@@ -1,0 +1,277 @@
+"""Going on with a stage at a checkpoint: as if it had never stopped, and never with another run's."""
+
+import json
+import os
+import random
+import shutil
+import signal
+from contextlib import contextmanager
+from fractions import Fraction
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from radlads.checkpoint.atomic import unfinished_folder
+from radlads.checkpoint.model_folder import load_model
+from radlads.checkpoint.weights import SafetensorsFolder
+from radlads.config.compare import differences
+from radlads.convert.hf_source import open_teacher
+from radlads.convert.student import build_student, build_teacher
+from radlads.data.binidx import BinIdxReader
+from radlads.train import checkpointing, snapshots, stopping
+from radlads.train.fit import run_stage
+from radlads.train.lightning_module import StageModule
+from radlads.train.resume import describe_run, first_checkpoint
+
+SIX_STEPS = {"my_exit_tokens": 16 * 2 * 6, "micro_bsz": 1, "accumulate_grad_batches": 2}
+CHECKPOINTS = {"checkpoint_every_steps": 1, "keep_checkpoints": 3}
+
+
+def config_of(data, stage="align", **overrides):
+    keys = SIX_STEPS | {"validation_data_file": str(data / "heldout"), "heldout_tokens": 64} | overrides
+    return tiny.stage_config(data, stage, **{f"train.{key}": value for key, value in keys.items()})
+
+
+def run(teacher, config, folder):
+    """Run the stage, or go on with it, from fixed random numbers; returns what the console was told."""
+    source, console = open_teacher(teacher), tiny.Silent()
+    for seed in (torch.manual_seed, random.seed, np.random.seed):
+        seed(0)
+    student = build_student(source, config.model)[0]
+    run_stage(config, student, build_teacher(source), folder, console, parent="test")
+    return console.lines
+
+
+@contextmanager
+def signal_in_step(step, signum=signal.SIGTERM):
+    """Send this process a signal while it computes a step."""
+    earlier = StageModule.training_step
+
+    def training_step(self, tokens, batch_idx):
+        if self.steps_done == step - 1 and batch_idx % 2 == 0:
+            os.kill(os.getpid(), signum)
+        return earlier(self, tokens, batch_idx)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StageModule, "training_step", training_step)
+        yield
+
+
+def drawn():
+    return random.random(), np.random.rand(), torch.rand(1).item()
+
+
+@pytest.fixture(scope="module")
+def straight(teacher, corpus_folder, tmp_path_factory):
+    """The align stage run without a stop."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    run(teacher, config_of(corpus_folder), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stopped_once(teacher, corpus_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    with signal_in_step(4), pytest.raises(stopping.Stopped):
+        run(teacher, config_of(corpus_folder, **CHECKPOINTS), folder)
+    return folder
+
+
+@pytest.fixture
+def stopped(stopped_once, tmp_path):
+    """The name of an align stage whose unfinished run stopped after step 4, with checkpoints of steps 2, 3 and 4."""
+    shutil.copytree(stopped_once.with_name("run.partial"), tmp_path / "run.partial")
+    return tmp_path / "run"
+
+
+def held(folder):
+    return snapshots.checkpoints_in(folder.with_name("run.partial"))
+
+
+def described(folder):
+    """What the run of an unfinished stage says of itself."""
+    return json.loads((held(folder)[0] / "run.json").read_text())
+
+
+def first(folder, setting="auto", **changes):
+    console = tiny.Silent()
+    return first_checkpoint(setting, folder.with_name("run.partial"), described(folder) | changes, console), console
+
+
+def assert_same(folder, expected):
+    for name in ("model.safetensors", "metrics.csv", "heldout.csv"):
+        assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides"),
+    [
+        ("distill", {"optimizer": "muon", "heldout_every_steps": 2, "weight_decay": 0.1}),
+        ("extend", {"precision": "bf16-true", "warmup_steps": 5, "lr_decay_type": "linear"}),
+    ],
+)
+def test_a_stopped_run_ends_as_one_that_never_stopped(teacher, corpus_folder, tmp_path, stage, overrides):
+    config, folder = config_of(corpus_folder, stage, **overrides), tmp_path / "run"
+    run(teacher, config, tmp_path / "straight")
+    numbers = drawn()
+    with signal_in_step(4), pytest.raises(stopping.Stopped):
+        run(teacher, config, folder)
+    lines = run(teacher, config, folder)
+    assert any("going on after step 4 of 6" in line for line in lines)
+    assert drawn() == numbers
+    assert_same(folder, tmp_path / "straight")
+    assert not (folder / "checkpoints").exists()
+    facts = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("straight", "run")]
+    assert facts[0]["tokens"] == facts[1]["tokens"] and facts[0]["sha256"] == facts[1]["sha256"]
+
+
+@pytest.mark.parametrize("forgotten", ["restore_optimizers", None])
+def test_it_takes_the_optimisers_to_end_the_same(teacher, corpus_folder, straight, stopped, monkeypatch, forgotten):
+    if forgotten:
+        monkeypatch.setattr(checkpointing, forgotten, lambda *arguments: None)
+    run(teacher, config_of(corpus_folder), stopped)
+    same = (stopped / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
+    assert same is not bool(forgotten)
+
+
+def test_a_checkpoint_is_a_model_folder_and_holds_no_teacher(stopped):
+    folder = held(stopped)[-1]
+    model = load_model(folder)
+    assert {path.name for path in folder.iterdir()} >= {"run.json", "position.json", "metrics.csv", "manifest.json"}
+    stored = SafetensorsFolder(folder / "state.safetensors")
+    moments = sum(stored.info(name).num_bytes for name in stored if ".exp_avg" in name)
+    assert moments == 2 * 4 * sum(p.numel() for name, p in model.named_parameters() if "self_attn" in name)
+    files = [path for path in folder.iterdir() if path.suffix == ".safetensors"]
+    assert sum(path.stat().st_size for path in files) < 4 * model.num_parameters() + moments + 50_000
+
+
+def test_the_newest_are_kept(stopped):
+    assert [path.name for path in held(stopped)] == ["step-000002", "step-000003", "step-000004"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_stops_after_a_checkpoint(teacher, corpus_folder, tmp_path, signum):
+    before = signal.getsignal(signum)
+    with signal_in_step(1, signum), pytest.raises(stopping.Stopped) as caught:
+        run(teacher, config_of(corpus_folder), tmp_path / "run")
+    assert caught.value.code == 128 + signum
+    assert [path.name for path in held(tmp_path / "run")] == ["step-000001"]
+    assert signal.getsignal(signum) is before
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    with stopping.StopRequests() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_signal_in_the_last_step_lets_the_stage_finish(teacher, corpus_folder, straight, stopped):
+    with signal_in_step(6), pytest.raises(stopping.Stopped):
+        run(teacher, config_of(corpus_folder), stopped)
+    assert_same(stopped, straight)
+
+
+def test_checkpoints_are_due_by_steps_and_by_minutes(tmp_path):
+    now, train = [0.0], SimpleNamespace(checkpoint_every_steps=4, checkpoint_every_minutes=2.0)
+    each = checkpointing.Checkpointing(
+        train, tmp_path, {}, stopping.StopRequests(), tiny.Silent(), clock=lambda: now[0]
+    )
+    each.on_train_start(SimpleNamespace(optimizers=[]), None)
+    assert [step for step in range(1, 10) if each._is_due(step)] == [4, 8]
+    now[0] = 120.0
+    assert each._is_due(1)
+    train.checkpoint_every_minutes = train.checkpoint_every_steps = 0
+    assert not each._is_due(4)
+
+
+def test_another_configuration_is_refused_with_all_that_differs(teacher, corpus_folder, stopped):
+    with pytest.raises(ValueError) as caught:
+        changes = {"lr_init": 2e-3, "beta2": 0.95, "proj_dir": "elsewhere", "keep_checkpoints": 7}
+        run(teacher, config_of(corpus_folder, **changes), stopped)
+    assert "(train.beta2 is 0.99 there and 0.95 here; train.lr_init is 0.001 there and 0.002 here)" in str(caught.value)
+    assert len(held(stopped)) == 3
+
+
+def test_another_student_teacher_or_corpus_is_another_run(teacher, corpus_folder, tmp_path):
+    def description(teacher, corpus):
+        torch.manual_seed(0)
+        source, config = open_teacher(teacher), config_of(corpus_folder)
+        corpora = [(BinIdxReader(corpus), Fraction(1))]
+        return describe_run(config, build_student(source, config.model)[0], build_teacher(source), corpora)
+
+    present = description(teacher, corpus_folder / "train")
+    assert differences(present, description(teacher, corpus_folder / "train")) == []
+    other = description(tiny.teacher_folder(tmp_path / "other", tied=True), corpus_folder / "train")
+    assert [text.split(" is ")[0] for text in differences(present, other)] == ["student at the start", "teacher"]
+    other = description(teacher, tiny.corpus(tmp_path / "train", num_tokens=20_020))
+    assert [text.split(" is ")[0] for text in differences(present, other)] == ["training tokens"]
+
+
+def test_never_starts_over_and_says_so(stopped):
+    chosen, console = first(stopped, "never")
+    assert chosen is None
+    assert console.lines == [f"{stopped}.partial: an unfinished run (3 checkpoints) is thrown away and started over"]
+    assert list(stopped.with_name("run.partial").iterdir()) == []
+
+
+def test_a_named_checkpoint_is_gone_on_with_and_newer_ones_go(teacher, corpus_folder, straight, stopped):
+    lines = run(teacher, config_of(corpus_folder, resume=str(held(stopped)[0])), stopped)
+    assert any("after step 2 of 6" in line for line in lines)
+    assert sum("is removed" in line for line in lines) == 2
+    assert_same(stopped, straight)
+
+
+def test_a_checkpoint_from_elsewhere_starts_a_folder(teacher, corpus_folder, tmp_path, straight, stopped):
+    shutil.copytree(held(stopped)[1], tmp_path / "copied")
+    run(teacher, config_of(corpus_folder, resume=str(tmp_path / "copied")), tmp_path / "new")
+    assert_same(tmp_path / "new", straight)
+    with pytest.raises(ValueError, match="holds checkpoints of its own"):
+        first(stopped, str(tmp_path / "copied"))
+    with pytest.raises(ValueError, match="is not a checkpoint's folder: name one, or auto, or never"):
+        first(stopped, str(tmp_path / "nowhere"))
+
+
+def test_a_named_checkpoint_may_go_on_with_another_learning_rate(stopped):
+    named = held(stopped)[-1]
+    chosen, console = first(stopped, str(named), **{"train.lr_init": 5e-4})
+    assert chosen == named
+    assert console.lines == ["from step-000004 on: train.lr_init is 0.001 there and 0.0005 here"]
+    with pytest.raises(ValueError, match=r"different run \(train\.micro_bsz is 1 there and 2 here\)"):
+        first(stopped, str(named), **{"train.micro_bsz": 2})
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.safetensors", "position.json", "manifest.json"])
+@pytest.mark.parametrize("harm", ["cut", "flip", "gone"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(stopped, name, harm):
+    second, newest = held(stopped)[1:]
+    content = (newest / name).read_bytes()
+    (newest / name).unlink()
+    if harm != "gone":
+        middle = len(content) // 2
+        flipped = bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        (newest / name).write_bytes(content[:middle] + (flipped if harm == "flip" else b""))
+    with pytest.raises(ValueError) as caught:
+        first(stopped)
+    assert f"the checkpoint {newest} cannot be used, as its " in str(caught.value)
+    assert name in str(caught.value) or (name, harm) == ("manifest.json", "flip")
+    assert f"--train.resume {second} " in str(caught.value)
+    assert len(held(stopped)) == 3
+
+
+def test_where_no_checkpoint_is_whole_starting_over_is_offered(stopped):
+    for path in held(stopped):
+        (path / "state.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"start over with --train\.resume never"):
+        first(stopped)
+
+
+def test_two_processes_do_not_share_a_stage(teacher, corpus_folder, stopped):
+    refused = pytest.raises(ValueError, match=r"run\.partial is being written by another process")
+    with unfinished_folder(stopped, keep_earlier=True), refused:
+        run(teacher, config_of(corpus_folder), stopped)
+    assert (stopped / "checkpoints").exists()

@@ -1,0 +1,133 @@
+"""A text read once: its state goes to a file and back, bit for bit, and into no other model."""
+
+import dataclasses
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from radlads.convert.hf_source import open_teacher
+from radlads.convert.student import build_student
+from radlads.inference import decoder, saved_state
+from radlads.inference.decoder import prefill
+from radlads.inference.generate import Sampling, generate_tokens, stream_tokens
+from radlads.inference.saved_state import fingerprint, load_state, read_text, save_state
+
+DOCUMENT = [number * 7 % 251 for number in range(150)]
+QUESTION = list(b"what was that?")
+DRAWN = Sampling(seed=3, max_tokens=12)
+MINE = "0" * 64
+
+
+@pytest.fixture(autouse=True)
+def pieces_of_64_tokens(monkeypatch):
+    monkeypatch.setattr(saved_state, "PREFILL_TOKENS", 64)
+    monkeypatch.setitem(decoder.Decoder.prefill.__wrapped__.__kwdefaults__, "piece", 64)
+
+
+@pytest.fixture(scope="module", params=["rad_rwkv6", "rad_rwkv7", "qwen2"])
+def model(request, teacher, tmp_path_factory):
+    config = tiny.stage_config(tmp_path_factory.mktemp("none"), "align", **{"model.tmix": request.param})
+    torch.manual_seed(0)
+    student, _ = build_student(open_teacher(teacher), config.model)
+    for parameter in student.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return student.eval()
+
+
+def saved_and_loaded(model, tokens, path):
+    save_state(read_text(model, tokens), MINE, path)
+    return load_state(model, MINE, path)
+
+
+@pytest.mark.parametrize("length", [1, 64, 65, 128, 150])
+def test_going_on_from_a_file_is_going_on_without_it_bit_for_bit(model, tmp_path, length):
+    document = DOCUMENT[:length]
+    after = saved_and_loaded(model, document, tmp_path / "state")
+    assert after.num_tokens == length and 1 <= len(after.tail) <= 64
+    logits, _ = prefill(model, torch.tensor([after.tail + QUESTION]), piece=64, cache=after.rows(1))
+    assert torch.equal(logits, prefill(model, torch.tensor([document + QUESTION]), piece=64)[0])
+    for question in ([], QUESTION):
+        uninterrupted = list(stream_tokens(model, document + question, DRAWN))
+        assert list(stream_tokens(model, question, DRAWN, after=after)) == uninterrupted
+
+
+def test_a_text_is_read_in_parts_as_it_is_read_whole(model):
+    parts = read_text(model, DOCUMENT[100:], read_text(model, DOCUMENT[:100]))
+    whole = read_text(model, DOCUMENT)
+    assert parts.tail == whole.tail
+    expected = [prefill(model, torch.tensor([read.tail]), cache=read.rows(1))[0] for read in (whole, parts)]
+    assert torch.equal(*expected)
+
+
+def test_many_questions_about_one_text(model, tmp_path):
+    after = saved_and_loaded(model, DOCUMENT, tmp_path / "state")
+    questions = [QUESTION, QUESTION[:3], []]
+    alone = [
+        list(stream_tokens(model, question, dataclasses.replace(DRAWN, seed=3 + row), after=after))
+        for row, question in enumerate(questions)
+    ]
+    assert generate_tokens(model, questions, DRAWN, after=after) == alone
+
+
+def test_an_empty_text_has_no_state(model):
+    with pytest.raises(ValueError, match="prompt is empty"):
+        read_text(model, [])
+
+
+@pytest.fixture
+def state_file(model, tmp_path):
+    save_state(read_text(model, DOCUMENT), MINE, tmp_path / "state")
+    return tmp_path / "state"
+
+
+def refused(model, path, message, model_fingerprint=MINE):
+    with pytest.raises(ValueError, match=message):
+        load_state(model, model_fingerprint, path)
+
+
+def test_another_models_state_is_refused(model, state_file):
+    refused(model, state_file, "the state of another model", "1" * 64)
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.999])
+def test_a_truncated_state_is_refused(model, state_file, share):
+    content = state_file.read_bytes()
+    state_file.write_bytes(content[: int(share * len(content))])
+    refused(model, state_file, "truncated or no state file")
+
+
+def test_a_changed_byte_is_refused(model, state_file):
+    content = bytearray(state_file.read_bytes())
+    content[-9] ^= 1
+    state_file.write_bytes(content)
+    refused(model, state_file, "is damaged")
+
+
+def test_what_is_no_state_file_is_refused(model, tmp_path):
+    refused(model, tmp_path / "nothing", "no such file")
+    (tmp_path / "text").write_text("Once upon a time")
+    refused(model, tmp_path / "text", "truncated or no state file")
+    save_file({"weight": torch.ones(2)}, tmp_path / "weights", metadata={"format": "pt"})
+    refused(model, tmp_path / "weights", "no state file of this version")
+
+
+def test_a_state_is_never_written_over_another(model, state_file):
+    content = state_file.read_bytes()
+    with pytest.raises(ValueError, match="exists already"):
+        save_state(read_text(model, QUESTION), MINE, state_file)
+    assert state_file.read_bytes() == content
+    assert sorted(path.name for path in state_file.parent.iterdir()) == ["state"]
+
+
+def test_a_fingerprint_knows_weights_of_the_same_sizes_apart(teacher, tmp_path):
+    config = open_teacher(teacher).config
+    folder = tmp_path / "other"
+    folder.mkdir()
+    weights = load_file(teacher / "model.safetensors")
+    save_file(weights, folder / "model.safetensors")
+    assert fingerprint(folder, config) == fingerprint(teacher, config)
+    name = sorted(weights)[5]
+    save_file(weights | {name: weights[name] * 1.001}, folder / "model.safetensors")
+    assert fingerprint(folder, config) != fingerprint(teacher, config)
