@@ -6,6 +6,7 @@ published format, RWKV6Qwen2ForCausalLM or RWKV7Qwen2ForCausalLM, without code.
 """
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -28,8 +29,19 @@ def main() -> int:
     parser.add_argument("--dtype", choices=DTYPES, help="what the weights are cast to (default: as they are)")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="whose tokenizer files OUT gets (default: IN's)")
     parser.add_argument("--shard-size", default="5GB", help="largest shard of a folder, such as 5GB (default) or 500MB")
+    parser.add_argument(
+        "--retie",
+        action="store_true",
+        help="drop the head of a tied teacher's student: its embedding is the head again",
+    )
     arguments = parser.parse_args()
-    convert = convert_to_published if arguments.published else convert_to_safetensors
+    if arguments.retie and arguments.published:
+        parser.error("--retie and --published exclude each other: published checkpoints have a head of their own")
+    convert = (
+        convert_to_published
+        if arguments.published
+        else functools.partial(convert_to_safetensors, retie=arguments.retie)
+    )
     try:
         convert(
             arguments.source,

@@ -647,9 +647,8 @@ def _print_summary(summary: dict[str, Any], out: Path) -> None:
     for name in ("teacher", "student"):
         print(f"\n--- the {name} continues {summary['sample']['prompt']!r}\n{summary['sample'][name]}")
     print(f"\nexport reloads without radlads: logits differ by at most {summary['reload_max_abs_diff']:.1e}")
-    print(
-        f"{summary['seconds']:.0f} s, at most {summary['peak_rss_gb']:.1f} GB; model: {out}/hf, plots: {out}/report.png"
-    )
+    print(f"{summary['seconds']:.0f} s, at most {summary['peak_rss_gb']:.1f} GB")
+    print(f"model: {out}/hf, report: {out}/report.html")
 
 
 if __name__ == "__main__":

@@ -18,12 +18,12 @@ from radlads.checkpoint.model_folder import load_model
 from radlads.cli import main
 from radlads.convert.hf_source import open_teacher
 from radlads.convert.student import build_student
+from radlads.inference import serve
 from radlads.inference.chat_template import ChatTemplate
 from radlads.inference.generate import Sampling, generate_tokens
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
-from radlads.inference.serve import build_server, listening  # noqa: E402
 
 TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
@@ -49,8 +49,8 @@ def folder(teacher, tmp_path_factory):
 @pytest.fixture(scope="module")
 def url(folder):
     settings = argparse.Namespace(folder=folder, name=NAME, device="cpu", max_prompt_tokens=MAX_PROMPT_TOKENS)
-    server = build_server(settings)
-    with listening("127.0.0.1", 0) as listener:
+    server = serve.build_server(settings)
+    with serve.listening("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         while not server.started:
@@ -210,6 +210,12 @@ def test_a_port_in_use_is_a_sentence(folder, capsys):
 def test_an_address_that_is_none_is_a_sentence(folder, capsys, options):
     assert main(["serve", str(folder), *options]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_missing_packages_are_a_sentence(folder, capsys, monkeypatch):
+    monkeypatch.setattr(serve, "PACKAGES", ("openai", "no_such_package"))
+    assert main(["serve", str(folder), "--port", "0"]) == 2
+    assert capsys.readouterr().err == "radlads: serving needs no_such_package: pip install 'radlads[serve]'\n"
 
 
 def test_what_is_no_model_is_a_sentence(tmp_path, capsys):

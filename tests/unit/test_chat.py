@@ -28,17 +28,30 @@ CHANGING = "{% for message in messages %}[{{ loop.revindex }}] {{ message['conte
 GREEDY = Sampling(temperature=0, max_tokens=8)
 
 
-@pytest.fixture(scope="module", params=["rad_rwkv7", "qwen2"])
-def folder(request, teacher, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("chat")
-    config = tiny.stage_config(folder, "align", **{"model.tmix": request.param})
+def exported(teacher, folder, mixer):
     torch.manual_seed(0)
-    student, _ = build_student(open_teacher(teacher), config.model)
+    student, _ = build_student(open_teacher(teacher), tiny.stage_config(folder, "align", **{"model.tmix": mixer}).model)
     for parameter in student.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     export(student, teacher, folder / "hf")
     set_template(folder / "hf", TEMPLATE)
     return folder / "hf"
+
+
+@pytest.fixture(scope="module")
+def folder(teacher, tmp_path_factory):
+    return exported(teacher, tmp_path_factory.mktemp("chat"), "rad_rwkv7")
+
+
+@pytest.fixture(scope="module")
+def softmax_folder(teacher, tmp_path_factory):
+    """Its cache grows while it answers."""
+    return exported(teacher, tmp_path_factory.mktemp("chat"), "qwen2")
+
+
+@pytest.fixture(params=["folder", "softmax_folder"])
+def either(request):
+    return request.getfixturevalue(request.param)
 
 
 def set_template(folder, template):
@@ -67,14 +80,14 @@ def rendered(folder, messages):
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
 
 
-def test_a_turn_reads_its_own_tokens_only_and_answers_as_if_it_had_read_all(folder):
-    talk, messages, known = conversation(folder, system="Be brief."), [{"role": "system", "content": "Be brief."}], 0
+def test_a_turn_reads_its_own_tokens_only_and_answers_as_if_it_had_read_all(either):
+    talk, messages, known = conversation(either, system="Be brief."), [{"role": "system", "content": "Be brief."}], 0
     lengths = tokens_read(talk)
     for text in ("Who are you?", "Where do you live?", "Why there?"):
         lengths.clear()
         reply = "".join(talk.reply(text))
         messages.append({"role": "user", "content": text})
-        ids = rendered(folder, messages)
+        ids = rendered(either, messages)
         assert talk.num_read == len(ids) - known == sum(length for length in lengths if length > 1)
         assert not talk.began_anew
         (expected,) = generate_tokens(talk.model, [ids], GREEDY, talk.template.stop_ids())
@@ -120,8 +133,8 @@ def test_an_interrupted_reply_is_part_of_the_conversation_as_far_as_it_went(fold
     assert not talk.began_anew and talk.messages[-2]["content"] == "And?"
 
 
-def test_a_reading_that_is_interrupted_leaves_no_half_read_state(folder, monkeypatch):
-    talk, undisturbed = conversation(folder), conversation(folder)
+def test_a_reading_that_is_interrupted_leaves_no_half_read_state(either, monkeypatch):
+    talk, undisturbed = conversation(either), conversation(either)
     for each in (talk, undisturbed):
         "".join(each.reply("Who?"))
     block = talk.model.model.layers[1]
@@ -248,9 +261,9 @@ def test_arguments_that_make_no_sense_are_a_sentence(folder, options, message, m
     assert code == 2 and message in err and err.count("\n") == 1
 
 
-def test_a_document_is_read_once_and_asked_about_later(folder, tmp_path, monkeypatch, capsys):
+def test_a_document_is_read_once_and_asked_about_later(either, tmp_path, monkeypatch, capsys):
     (tmp_path / "document").write_text("The fox lives in the wood. " * 100)
-    asked = ["generate", folder, *ASK]
+    asked = ["generate", either, *ASK]
     _, whole, _ = run(monkeypatch, capsys, [*asked, "--prompt-file", tmp_path / "document"])
     state = tmp_path / "state"
     saves = ["--save-state", state, "--max-tokens", "0"]

@@ -10,7 +10,6 @@ import pytest
 import tiny
 import torch
 from huggingface_hub import HfApi, constants, metadata_load
-from transformers import GenerationConfig
 
 from radlads.checkpoint.manifest import weights_hash, write_manifest
 from radlads.checkpoint.model_folder import load_model, save_model
@@ -102,18 +101,21 @@ def test_shards_and_number_type_are_the_ones_asked_for(run, tmp_path):
     weights = SafetensorsFolder(tmp_path / "out")
     assert {weights.info(name).dtype for name in weights} == {torch.bfloat16}
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| weights | bfloat16; what follows was measured in float32 |" in card
+    assert "| weights | bfloat16, cast from float32 after the measurements |" in card
 
 
-def test_what_a_teacher_has_comes_along_and_what_it_lacks_is_made(run, teacher, tmp_path):
-    other = shutil.copytree(teacher, tmp_path / "teacher")
-    (other / "generation_config.json").unlink()
-    (other / "chat_template.jinja").write_text("{{ messages }}")
-    (other / "LICENSE").write_text("as you like")
-    assert export(run, tmp_path / "out", "--teacher", other) == 0
+def test_what_a_teacher_has_comes_along_and_what_it_lacks_is_made(tmp_path):
+    teacher = tiny.teacher_folder(tmp_path / "teacher", vocab_size=257)  # no padding, which needs the file anyway
+    (teacher / "generation_config.json").unlink()
+    (teacher / "chat_template.jinja").write_text("{{ messages }}")
+    (teacher / "LICENSE").write_text("as you like")
+    assert export(stage(teacher, tmp_path / "run"), tmp_path / "out") == 0
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
     assert (tmp_path / "out" / "LICENSE").read_text() == "as you like"
-    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == 256
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == 256
+    (teacher / "generation_config.json").write_text('{"temperature": 0.5}')
+    assert export(tmp_path / "run", tmp_path / "again") == 0
+    assert (tmp_path / "again" / "generation_config.json").read_text() == '{"temperature": 0.5}'
 
 
 def test_the_card_has_the_runs_figures_and_says_what_is_not_measured(run, tmp_path):

@@ -393,6 +393,14 @@ def test_a_folder_that_is_no_model_is_told(tmp_path, capsys):
     assert "is not a model folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("values", [{"time_mixers": 3}, {"rope_parameters": "yarn"}, {"dtype": ["a"]}])
+def test_a_damaged_configuration_is_told(student, tmp_path, capsys, values):
+    config = json.loads((student / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | values))
+    assert evaluate(tmp_path) == USER_ERROR
+    assert "config.json describes no model that can be read here" in capsys.readouterr().err
+
+
 def test_without_lm_eval_the_remedy_is_told(student, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
     assert evaluate(student) == USER_ERROR

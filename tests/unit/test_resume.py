@@ -189,6 +189,19 @@ def test_checkpoints_are_due_by_steps_and_by_minutes(tmp_path):
     assert not each._is_due(4)
 
 
+def test_a_step_that_is_not_finite_reaches_no_checkpoint(tmp_path):
+    """On a GPU the newest step is not read yet when a checkpoint is due."""
+
+    def read_steps():
+        raise ValueError("the loss is nan")
+
+    train = SimpleNamespace(checkpoint_every_steps=1, checkpoint_every_minutes=0)
+    each = checkpointing.Checkpointing(train, tmp_path, {}, stopping.StopRequests(), tiny.Silent())
+    with pytest.raises(ValueError, match="the loss is nan"):
+        each._write(None, SimpleNamespace(read_steps=read_steps))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_another_configuration_is_refused_with_all_that_differs(teacher, corpus_folder, stopped):
     with pytest.raises(ValueError) as caught:
         changes = {"lr_init": 2e-3, "beta2": 0.95, "proj_dir": "elsewhere", "keep_checkpoints": 7}

@@ -252,6 +252,25 @@ def test_the_commands_convert_there_and_back(run, teacher, tmp_path):
     assert_same(open_weights(tmp_path / "out"), load_file(teacher / "model.safetensors"))
 
 
+def test_a_tied_teachers_student_is_tied_again(run, teacher, tmp_path):
+    model, _ = build_student(open_teacher(teacher), ModelConfig(tmix="rad_rwkv7"))
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight * 1.01)
+    save_model(model, tmp_path / "close")
+    assert run("convert_to_safetensors.py", tmp_path / "close", tmp_path / "out", "--retie") == (0, "")
+    tied = load_model(tmp_path / "out")
+    assert tied.config.tie_word_embeddings and tied.lm_head.weight is tied.model.embed_tokens.weight
+    assert torch.equal(tied.lm_head.weight, model.model.embed_tokens.weight)
+    code, said = run("convert_to_safetensors.py", tmp_path / "out", tmp_path / "again", "--retie")
+    assert code == 2 and "tied already" in said
+
+
+def test_a_head_of_its_own_is_not_tied(run, teacher, tmp_path):
+    save_model(build_student(open_teacher(teacher), ModelConfig(tmix="rad_rwkv7"))[0], tmp_path / "apart")
+    code, said = run("convert_to_safetensors.py", tmp_path / "apart", tmp_path / "out", "--retie")
+    assert code == 2 and "another matrix than its embedding" in said and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("script", "target"),
     [

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -59,14 +61,20 @@ def check_exportable(config: RadladsConfig) -> None:
 
 
 def copy_all_but_weights(
-    folder: Path, target: Path, *, tokenizer_folder: Path | None = None, dtype: torch.dtype | None = None
+    folder: Path,
+    target: Path,
+    *,
+    tokenizer_folder: Path | None = None,
+    dtype: torch.dtype | None = None,
+    changed: Mapping[str, object] = MappingProxyType({}),
 ) -> None:
     """Copy what makes weights a model: config.json if there is one, tokenizer, and our code for a model of ours.
 
     `tokenizer_folder`: where the tokenizer is, if not in `folder`. `dtype`: what the weights have been cast to.
+    `changed`: new values in config.json.
     """
     if (folder / "config.json").is_file():
-        values = read_json(folder / "config.json")
+        values = read_json(folder / "config.json") | dict(changed)
         if dtype is not None:
             values["torch_dtype" if "torch_dtype" in values else "dtype"] = str(dtype).removeprefix("torch.")
         _write_config(values, target)

@@ -60,12 +60,12 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> RadladsFo
     Raises ValueError as open_model, and for weights that do not fit (load_strict).
     """
     stored = open_model(folder)
-    model = _unfilled_model(stored.config, dtype)
+    model = unfilled_model(stored.config, dtype)
     load_strict(model, stored.used, folder)
     return model.eval()
 
 
-def _unfilled_model(config: RadladsConfig, dtype: torch.dtype) -> RadladsForCausalLM:
+def unfilled_model(config: RadladsConfig, dtype: torch.dtype) -> RadladsForCausalLM:
     """A model whose parameters are yet to be filled, all of them: initial values would take minutes, in fp32."""
     if not is_registered(config):  # a user's own mixer may have more than parameters
         return RadladsForCausalLM(config).to(dtype)  # type: ignore[arg-type]
@@ -84,18 +84,21 @@ def open_model(folder: Path) -> StoredModel:
     missing or unreadable.
     """
     values = read_config(folder, RadladsForCausalLM.__name__, *ARCHITECTURES)
-    is_published = published_kind(values) is not None
-    try:
-        sizes_of(values)
-        config = published_config(values, folder) if is_published else RadladsConfig.from_dict(values)
-    except (StrictDataclassError, ValueError, TypeError, AttributeError, KeyError) as error:
-        reason = str(error).replace("\n", " ")
-        raise ValueError(f"{folder}/config.json describes no model that can be read here: {reason}") from error
-    weights = SafetensorsFolder(folder)
-    if not is_published:
+    config, weights = config_of(values, folder), SafetensorsFolder(folder)
+    if published_kind(values) is None:
         return StoredModel(config, weights, weights)
     untie_if_head_differs(config, weights)
     return StoredModel(config, weights, UsedWeights(weights, config))
+
+
+def config_of(values: dict, folder: Path) -> RadladsConfig:
+    """The configuration that our or a published config.json's values are. Raises ValueError for one of no model."""
+    try:
+        sizes_of(values)
+        return RadladsConfig.from_dict(values) if published_kind(values) is None else published_config(values, folder)
+    except (StrictDataclassError, ValueError, TypeError, AttributeError, LookupError) as error:
+        reason = str(error).replace("\n", " ")
+        raise ValueError(f"{folder}/config.json describes no model that can be read here: {reason}") from error
 
 
 def read_config(folder: Path, *architectures: str) -> dict:

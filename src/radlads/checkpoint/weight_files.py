@@ -11,8 +11,10 @@ from radlads.checkpoint.manifest import MANIFEST
 from radlads.checkpoint.pth import PthFile, write_pth
 from radlads.checkpoint.safetensors_writer import SHARD_BYTES, write_safetensors, write_shards
 from radlads.checkpoint.tokenizer_files import copy_tokenizer, read_tokenizer
-from radlads.checkpoint.weights import CastWeights, SafetensorsFolder, StoredWeights
+from radlads.checkpoint.weights import EMBEDDING, HEAD, CastWeights, SafetensorsFolder, StoredWeights, TiedWeights
 
+# Two unrelated matrices of equal size are 1.4 of it apart; training moves a head by a few hundredths
+FURTHEST_HEAD = 0.7
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -56,15 +58,22 @@ def convert_to_safetensors(
     tokenizer_folder: Path | None = None,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
+    retie: bool = False,
 ) -> None:
     """Write the weights of a `.pth` file, or others, as `target`: a `.safetensors` file or else a folder of shards.
 
     `dtype` is what floating-point tensors are cast to (default: none). A folder's shards hold at most `shard_bytes`
     (one tensor at least); where the source is a model folder too, the rest of the model comes along, so that
-    AutoModelForCausalLM can load it, with the tokenizer of `tokenizer_folder` if it is given. Raises ValueError if
-    `target` exists or the weights cannot be read, and OSError if the disk is full; nothing is left then.
+    AutoModelForCausalLM can load it, with the tokenizer of `tokenizer_folder` if it is given. `retie`: drop the head of a
+    model folder whose teacher's head was its embedding, which is the head again from then on.
+
+    Raises ValueError if `target` exists, the weights cannot be read, or there is no head to be tied, and OSError if the
+    disk is full; nothing is left then.
     """
-    weights = CastWeights(open_weights(source), dtype)
+    weights: StoredWeights = CastWeights(open_weights(source), dtype)
+    if retie:
+        _check_can_be_tied(weights, source, target)
+        weights = TiedWeights(weights)
     if tokenizer_folder is not None:
         read_tokenizer(tokenizer_folder)
     if target.suffix == ".safetensors":
@@ -76,9 +85,28 @@ def convert_to_safetensors(
     with unfinished_folder(target, keep_failed=False) as partial:
         write_shards(weights, partial, shard_bytes=shard_bytes)
         if source.is_dir():
-            copy_all_but_weights(source, partial, tokenizer_folder=tokenizer_folder, dtype=dtype)
+            changed = {"tie_word_embeddings": True} if retie else {}
+            copy_all_but_weights(source, partial, tokenizer_folder=tokenizer_folder, dtype=dtype, changed=changed)
         elif tokenizer_folder is not None:
             copy_tokenizer(tokenizer_folder, partial)
+
+
+def _check_can_be_tied(weights: StoredWeights, source: Path, target: Path) -> None:
+    """Raise ValueError unless the head of a model folder began as its embedding and is still close to it."""
+    if target.suffix == ".safetensors" or not (source / "config.json").is_file():
+        raise ValueError("a head is tied in a model's configuration: name a model folder, and a folder to write")
+    if HEAD not in weights or EMBEDDING not in weights:
+        raise ValueError(f"{source} has no head beside its embedding: it is tied already")
+    if weights.info(HEAD).shape != weights.info(EMBEDDING).shape or _distance(weights) > FURTHEST_HEAD:
+        raise ValueError(
+            f"the head of {source} is another matrix than its embedding: its teacher was not tied, keep it"
+        )
+
+
+def _distance(weights: StoredWeights) -> float:
+    """How far the head is from the embedding, relative to the embedding."""
+    head, embedding = weights[HEAD].float(), weights[EMBEDDING].float()
+    return float(torch.linalg.vector_norm(head - embedding) / torch.linalg.vector_norm(embedding))
 
 
 def parse_size(text: str) -> int:

@@ -32,6 +32,9 @@ DTYPE_NAMES = {
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
 class TensorInfo(NamedTuple):
     """What is known of a stored tensor without reading it."""
 
@@ -90,6 +93,27 @@ class CastWeights(StoredWeights):
 
     def __len__(self) -> int:
         return len(self._weights)
+
+
+class TiedWeights(StoredWeights):
+    """Other weights without the head: for models whose embedding is the head."""
+
+    def __init__(self, weights: StoredWeights):
+        self._weights, self._names = weights, [name for name in weights if name != HEAD]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name == HEAD:
+            raise KeyError(name)
+        return self._weights[name]
+
+    def info(self, name: str) -> TensorInfo:
+        return self._weights.info(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class SafetensorsFolder(StoredWeights):

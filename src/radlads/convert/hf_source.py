@@ -31,6 +31,8 @@ FAMILIES = {
     "LlamaForCausalLM": Family(attention_bias=False, qk_norm=False),
 }
 SUPPORTED_ARCHITECTURES = tuple(FAMILIES)
+# Weights, configuration, tokenizer, and what a model card says of the licence
+_TEACHER_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -80,9 +82,7 @@ def locate(path_or_name: str | Path) -> Path:
     if str(path_or_name).count("/") != 1 or str(path_or_name).startswith((".", "/", "~")):
         raise ValueError(f"{path_or_name} is neither a folder nor a hub name such as Qwen/Qwen2.5-0.5B-Instruct")
     try:
-        return Path(
-            snapshot_download(str(path_or_name), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
-        )
+        return Path(snapshot_download(str(path_or_name), allow_patterns=_TEACHER_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
@@ -111,7 +111,7 @@ def teacher_config(values: dict, folder: Path) -> RadladsConfig:
 
 
 def _refuse_what_we_lack(values: dict, family: Family, folder: Path) -> None:
-    if values.get("use_sliding_window") or "sliding_attention" in (values.get("layer_types") or ()):
+    if values.get("use_sliding_window") or "sliding_attention" in str(values.get("layer_types")):
         raise ValueError(
             f"{folder} uses sliding-window attention, which is not supported: choose a full-attention teacher"
         )

@@ -4,6 +4,7 @@ from collections import Counter
 
 import torch
 
+from radlads.checkpoint.model_folder import unfilled_model
 from radlads.config.schema import ModelConfig
 from radlads.convert.hf_source import SIZES, TeacherSource
 from radlads.convert.weight_map import transfer
@@ -13,7 +14,7 @@ from radlads.model.modeling import RadladsForCausalLM
 
 def build_teacher(source: TeacherSource, *, dtype: torch.dtype = torch.float32) -> RadladsForCausalLM:
     """The teacher with its weights, frozen and in evaluation mode."""
-    teacher = RadladsForCausalLM(source.config).to(dtype)  # type: ignore[arg-type]
+    teacher = unfilled_model(source.config, dtype)
     transfer(source.weights, teacher, source.folder, tied=source.config.tie_word_embeddings)
     return teacher.eval().requires_grad_(False)
 

@@ -70,14 +70,19 @@ def fp8_copy(teacher: RadladsForCausalLM, device: torch.device, dtype: torch.dty
     rest = copy.state_dict()
     kept = {name: value.to(device, dtype) for name, value in teacher.state_dict().items() if name in rest}
     copy.load_state_dict({name: value for name, value in kept.items() if rest[name].is_meta}, strict=False, assign=True)
+    copy.tie_weights()
     assert not any(value.is_meta for value in copy.state_dict().values())
     return copy.requires_grad_(False).eval()
 
 
 def check_device(device: torch.device) -> None:
-    """Raise ValueError for a GPU that cannot multiply 8-bit numbers by rows."""
-    if device.type != "cuda":
+    """Raise ValueError for a device without 8-bit products; a CPU multiplies what the numbers stand for."""
+    if device.type == "cpu":
         return
+    if device.type != "cuda":
+        raise ValueError(
+            f"train.teacher_precision fp8 needs a GPU with 8-bit products, which {device.type} has not: set same"
+        )
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_CAPABILITY:
         raise ValueError(

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from radlads.checkpoint.atomic import read_json
-from radlads.checkpoint.model_folder import load_model, read_config
-from radlads.checkpoint.published import ARCHITECTURES, published_config, published_kind
+from radlads.checkpoint.model_folder import config_of, load_model, read_config
+from radlads.checkpoint.published import ARCHITECTURES
 from radlads.convert.hf_source import SUPPORTED_ARCHITECTURES, load_tokenizer, open_teacher, teacher_config
 from radlads.convert.student import build_teacher
 from radlads.model.configuration import RadladsConfig
@@ -34,9 +34,7 @@ def is_teacher(folder: Path) -> bool:
 def model_config(folder: Path) -> RadladsConfig:
     """The configuration of any folder that open_model opens. Raises ValueError for a folder that is no model."""
     values = read_config(folder, RadladsForCausalLM.__name__, *ARCHITECTURES, *SUPPORTED_ARCHITECTURES)
-    if is_teacher(folder):
-        return teacher_config(values, folder)
-    return published_config(values, folder) if published_kind(values) else RadladsConfig.from_dict(values)
+    return teacher_config(values, folder) if is_teacher(folder) else config_of(values, folder)
 
 
 def open_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:

@@ -52,7 +52,7 @@ def generate_text(arguments: argparse.Namespace, notice: Callable[[str], None]) 
     if arguments.save_state:
         after, prompt = read_text(opened.model, opened.encode(prompt), after), ""
         size = save_state(after, opened.fingerprint(), arguments.save_state)
-        notice(f"wrote {arguments.save_state}: {after.num_tokens:,} tokens, {size / 1e6:.1f} MB")
+        notice(f"wrote {arguments.save_state}: {after.num_tokens:,} tokens, {size / 1e6:.3g} MB")
     if records:
         yield from _answers(opened, records, sampling, after, arguments.batch_size)
     elif not only_saves:

@@ -9,7 +9,8 @@ import asyncio
 import threading
 import time
 import uuid
-from collections.abc import Awaitable
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -198,9 +199,17 @@ class _Completions(_SamplesWhenWarm, CompletionHandler):
 
 def build_app(served: ServedModel) -> FastAPI:
     """The routes: /v1/chat/completions, /v1/completions, /v1/models and /health."""
-    state = _OneManager(_Generation(served.max_prompt_tokens))
+    generation = _Generation(served.max_prompt_tokens)
+    state = _OneManager(generation)
     chats, completions = _Chats(served, state), _Completions(served, state)  # type: ignore[arg-type]
-    app = FastAPI(title="radlads")
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        # The inference thread reports to this loop: let it see that its requests are cancelled before the loop closes
+        await generation.async_submit(lambda: None)
+
+    app = FastAPI(title="radlads", lifespan=lifespan)
     _add_errors(app)
 
     @app.post("/v1/chat/completions")
@@ -237,10 +246,14 @@ def _request_id() -> str:
 async def _while_connected(request: Request, answering: Awaitable[Response]) -> Response:
     """The answer, unless the client leaves before it is there: then its generation is stopped."""
     task = asyncio.ensure_future(answering)
-    while not (await asyncio.wait({task}, timeout=DISCONNECT_POLL_S))[0]:
-        if await request.is_disconnected():
-            task.cancel()
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
+    try:
+        while not (await asyncio.wait({task}, timeout=DISCONNECT_POLL_S))[0]:
+            if await request.is_disconnected():
+                task.cancel()
+                return Response(status_code=CLIENT_CLOSED_REQUEST)
+    except asyncio.CancelledError:
+        task.cancel()
+        return _error(503, "the server is shutting down")
     return task.result()
 
 

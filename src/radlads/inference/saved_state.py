@@ -81,6 +81,7 @@ def save_state(read: ReadText, model_fingerprint: str, path: Path) -> int:
         tensors = _tensors(read)
         metadata = {"format": FORMAT, "fingerprint": model_fingerprint, "sha256": _digest(tensors)}
         save_file(tensors, partial, metadata=metadata)
+        partial.chmod(0o644)  # safetensors makes files for their owner alone
     return path.stat().st_size
 
 

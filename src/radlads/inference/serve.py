@@ -1,7 +1,10 @@
 """`radlads serve`: a model folder as an OpenAI-compatible server. Routes and generation are openai_api.py's."""
 
 import argparse
+import asyncio
 import errno
+import importlib.util
+import logging
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +24,7 @@ from radlads.model.modeling import RadladsForCausalLM
 if TYPE_CHECKING:
     import uvicorn
 
+PACKAGES = ("fastapi", "openai", "uvicorn")
 SHUTDOWN_S = 3
 MAX_PORT = 65535
 
@@ -35,6 +39,7 @@ def serve(arguments: argparse.Namespace, notice: Callable[[str], None]) -> None:
     with listening(arguments.host, arguments.port) as listener:
         server = build_server(arguments)
         host, port = listener.getsockname()[:2]
+        listener.listen()  # a client that reads the next line may connect at once
         notice(f"serving {server_name(arguments)} at http://{host}:{port}/v1 (Ctrl-C ends)")
         with suppress(KeyboardInterrupt):  # uvicorn has shut down and passes the signal on
             server.run(sockets=[listener])
@@ -42,13 +47,14 @@ def serve(arguments: argparse.Namespace, notice: Callable[[str], None]) -> None:
 
 def build_server(arguments: argparse.Namespace) -> "uvicorn.Server":
     """A server that has its model and waits for a socket. Errors as serve."""
-    try:
-        import uvicorn
+    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
+        raise ValueError(f"serving needs {', '.join(missing)}: pip install 'radlads[serve]'")
+    import uvicorn
 
-        from radlads.inference.openai_api import ServedModel, build_app
-    except ModuleNotFoundError as error:
-        raise ValueError(f"serving needs {error.name}: pip install 'radlads[serve]'") from error
+    from radlads.inference.openai_api import ServedModel, build_app
+
     transformers.logging.set_verbosity_error()  # it warns of every request
+    logging.getLogger("uvicorn.error").addFilter(_is_worth_a_line)
     device, dtype = choose_device(arguments.device)
     model = load_model(arguments.folder, dtype=dtype)
     tokenizer = open_tokenizer(arguments.folder, model.config.vocab_size)
@@ -61,6 +67,11 @@ def build_server(arguments: argparse.Namespace) -> "uvicorn.Server":
     )
     config = uvicorn.Config(build_app(served), log_level="warning", timeout_graceful_shutdown=SHUTDOWN_S)
     return uvicorn.Server(config)
+
+
+def _is_worth_a_line(record: logging.LogRecord) -> bool:
+    """Not the traceback of a stream that ends because the server does."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError)
 
 
 def server_name(arguments: argparse.Namespace) -> str:

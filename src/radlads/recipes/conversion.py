@@ -36,6 +36,7 @@ from radlads.model.configuration import state_bytes
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.recipes.reload_check import reload_max_abs_diff
 from radlads.recipes.report import write_report
+from radlads.report.page import write_page
 from radlads.train.callbacks import Console
 from radlads.train.fit import recipe_hash, run_stage
 
@@ -83,7 +84,7 @@ class Conversion:
 
 
 def run_conversion(conversion: Conversion, console: Console) -> dict[str, Any]:
-    """Convert, measure, export to `out/hf`, write summary.json and report.png, and return the summary.
+    """Convert, measure, export to `out/hf`, write summary.json, report.png and report.html, and return the summary.
 
     Goes on where an earlier run of the same conversion stopped: a finished stage is kept, an unfinished one begins at
     its newest checkpoint. Raises ValueError if `out` holds another conversion or another process works in it, and for a
@@ -148,6 +149,7 @@ def _convert(
     summary["versions"] = versions()
     write_report({stage: out / f"{n}-{stage}" for n, stage in enumerate(STAGES, start=1)}, summary, out / "report.png")
     write_text(out / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    write_page(out)
     return summary
 
 

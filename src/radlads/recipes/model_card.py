@@ -149,7 +149,10 @@ def _description(facts: CardFacts) -> list[str]:
         ["parameters", f"{facts.num_parameters:,}"],
         ["hidden size", str(config.hidden_size)],
         ["vocabulary", f"{config.vocab_size:,}"],
-        ["weights", dtype if facts.cast_from is None else f"{dtype}; what follows was measured in {facts.cast_from}"],
+        [
+            "weights",
+            dtype if facts.cast_from is None else f"{dtype}, cast from {facts.cast_from} after the measurements",
+        ],
         ["state of a sequence after 1k, 8k, 64k tokens", f"{sizes} MB"],
         ["logits after reloading, largest difference", f"{facts.difference:.1e}"],
     ]

@@ -25,7 +25,9 @@ class StopRequests:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._earlier = {signum: signal.getsignal(signum) for signum in SIGNALS}
+            # None is a handler that Python did not install, and cannot put back
+            found = {signum: signal.getsignal(signum) for signum in SIGNALS}
+            self._earlier = {signum: handler for signum, handler in found.items() if handler is not None}
         self.listen()
         return self
 
