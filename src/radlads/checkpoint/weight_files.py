@@ -64,8 +64,8 @@ def convert_to_safetensors(
 
     `dtype` is what floating-point tensors are cast to (default: none). A folder's shards hold at most `shard_bytes`
     (one tensor at least); where the source is a model folder too, the rest of the model comes along, so that
-    AutoModelForCausalLM can load it, with the tokenizer of `tokenizer_folder` if it is given. `retie`: drop the head of a
-    model folder whose teacher's head was its embedding, which is the head again from then on.
+    AutoModelForCausalLM can load it, with the tokenizer of `tokenizer_folder` if it is given. `retie`: drop the head of
+    a model folder whose teacher's head was its embedding, which is the head again from then on.
 
     Raises ValueError if `target` exists, the weights cannot be read, or there is no head to be tied, and OSError if the
     disk is full; nothing is left then.
