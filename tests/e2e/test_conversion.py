@@ -80,7 +80,9 @@ def test_a_finished_conversion_is_shown_again_and_another_refused(finished, teac
     assert (finished / "summary.json").read_bytes() == before
     capsys.readouterr()
     assert main(command(teacher, corpus_folder, finished, "--mixer", "rad_rwkv6")) == 2
-    assert "holds another conversion (different: mixer, stages)" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "holds another conversion (different: mixer, stages): " in said
+    assert "model.tmix is 'rad_rwkv7' there and 'rad_rwkv6' here; " in said
 
 
 def test_two_processes_do_not_share_a_folder(finished, teacher, corpus_folder, capsys):

@@ -12,11 +12,11 @@ import torch
 
 from radlads.checkpoint.hf_export import export
 from radlads.cli import INTERRUPTED, USER_ERROR, main
-from radlads.convert.hf_source import open_teacher
+from radlads.convert.hf_source import open_teacher, open_tokenizer
 from radlads.convert.student import build_student
 from radlads.evaluation.baselines import limit_attention, setup_student
 from radlads.evaluation.likelihood import log_likelihoods
-from radlads.evaluation.models import open_model, open_tokenizer
+from radlads.evaluation.models import open_model
 from radlads.evaluation.scores import Score, scores, table, task_names
 
 pytest.importorskip("lm_eval")

@@ -1,11 +1,15 @@
 """A teacher as it comes: a Hugging Face folder, or a hub name that is fetched into one."""
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from radlads.checkpoint.atomic import read_json
 from radlads.checkpoint.model_folder import read_config
@@ -132,6 +136,25 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
             f"{vocab_size - 1}: the tokenizer belongs to another model"
         )
     return tokenizer
+
+
+def open_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer as transformers has it. Raises ValueError as load_tokenizer does."""
+    load_tokenizer(folder, vocab_size)
+    with quiet("transformers.configuration_utils"):  # it warns of model types that are not its own
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+@contextlib.contextmanager
+def quiet(logger: str) -> Iterator[None]:
+    """No warnings of this logger for a while."""
+    log = logging.getLogger(logger)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def end_of_text_id(folder: Path, tokenizer: Tokenizer) -> int:

@@ -186,8 +186,8 @@ def _relative(score: Score, references: dict[tuple[str, str], Score]) -> float |
 
 
 def _results(entry: _Entry, tasks: "Tasks", evaluation: Evaluation, device: "torch.device") -> dict[str, Any] | None:
+    from radlads.convert.hf_source import open_tokenizer
     from radlads.evaluation.harness import run_tasks
-    from radlads.evaluation.models import open_tokenizer
 
     model = entry.load().to(device)  # type: ignore[arg-type]
     folder = _tokenizer_folder(entry.folder, evaluation)

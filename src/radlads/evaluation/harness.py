@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from radlads.convert.hf_source import quiet
 from radlads.evaluation.likelihood import Answer, log_likelihoods
-from radlads.evaluation.models import quiet
 from radlads.model.modeling import RadladsForCausalLM
 
 if TYPE_CHECKING:

@@ -1,17 +1,14 @@
 """A model to evaluate as it comes: a teacher, a stage of a conversion, an export, or a published checkpoint."""
 
-import contextlib
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig
 
 from radlads.checkpoint.atomic import read_json
 from radlads.checkpoint.model_folder import config_of, load_model, read_config
 from radlads.checkpoint.published import ARCHITECTURES
-from radlads.convert.hf_source import SUPPORTED_ARCHITECTURES, load_tokenizer, open_teacher, teacher_config
+from radlads.convert.hf_source import SUPPORTED_ARCHITECTURES, open_teacher, teacher_config
 from radlads.convert.student import build_teacher
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
@@ -35,22 +32,3 @@ def model_config(folder: Path) -> RadladsConfig:
     """The configuration of any folder that open_model opens. Raises ValueError for a folder that is no model."""
     values = read_config(folder, RadladsForCausalLM.__name__, *ARCHITECTURES, *SUPPORTED_ARCHITECTURES)
     return teacher_config(values, folder) if is_teacher(folder) else config_of(values, folder)
-
-
-def open_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer as transformers has it. Raises ValueError as load_tokenizer does."""
-    load_tokenizer(folder, vocab_size)
-    with quiet("transformers.configuration_utils"):  # it warns of model types that are not its own
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-
-
-@contextlib.contextmanager
-def quiet(logger: str) -> Iterator[None]:
-    """No warnings of this logger for a while."""
-    log = logging.getLogger(logger)
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)

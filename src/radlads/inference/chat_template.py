@@ -1,17 +1,14 @@
 """A model folder's chat template: messages in, tokens out, and what ends a reply."""
 
-import contextlib
-import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from radlads.checkpoint.atomic import read_json
 from radlads.checkpoint.tokenizer_files import GENERATION_FILE, read_tokenizer
-from radlads.convert.hf_source import end_of_text_id, load_tokenizer
+from radlads.convert.hf_source import end_of_text_id, open_tokenizer
 
 Message = dict[str, str]
 
@@ -76,21 +73,3 @@ def stop_ids(folder: Path) -> frozenset[int]:
     ids = read_json(path).get("eos_token_id") if path.is_file() else None
     ids = ids if isinstance(ids, list) else [ids]
     return frozenset({end_of_text_id(folder, read_tokenizer(folder)), *(x for x in ids if isinstance(x, int))})
-
-
-def open_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer as transformers has it. Raises ValueError as load_tokenizer does."""
-    load_tokenizer(folder, vocab_size)
-    with _quiet("transformers.configuration_utils"):  # it warns of model types that are not its own
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-
-
-@contextlib.contextmanager
-def _quiet(logger: str) -> Iterator[None]:
-    log = logging.getLogger(logger)
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)

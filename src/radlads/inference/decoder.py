@@ -5,7 +5,6 @@ sampling.py and the kernels to fused_step.py. Shape letters: B rows, T tokens, C
 """
 
 import functools
-import importlib.util
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -16,7 +15,7 @@ from radlads.inference.sampling import Sampling, choose, row_generators
 from radlads.model.cache import RadladsCache, RecurrentCacheLayer
 from radlads.model.configuration import rope_attention_factor, rope_inverse_frequencies
 from radlads.model.contracts import SharedInputs
-from radlads.model.modeling import RadladsForCausalLM
+from radlads.model.modeling import RadladsForCausalLM, has_triton
 from radlads.model.rad_rwkv7 import RadRwkv7
 from radlads.model.registry import is_registered
 from radlads.model.swiglu import SwiGLU
@@ -260,7 +259,7 @@ def build_step(model: RadladsForCausalLM, rows: int, *, fused: bool = True) -> S
     """The fastest way of taking a step that this model, device and number of rows allow."""
     if len(model.config.recurrent_layers) < model.config.num_hidden_layers:
         return CachedStep(model)
-    if fused and model.device.type == "cuda" and triton_is_installed() and can_be_fused(model, rows):
+    if fused and model.device.type == "cuda" and has_triton(model.device) and can_be_fused(model, rows):
         from radlads.inference.fused_step import FusedStep
 
         return FusedStep(model, rows)
@@ -282,10 +281,6 @@ def can_be_fused(model: RadladsForCausalLM, rows: int) -> bool:
 
 
 @functools.cache
-def triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 @torch.inference_mode()
 def prefill(
     model: RadladsForCausalLM,

@@ -21,7 +21,7 @@ from radlads.checkpoint.atomic import partial_name, read_json, write_text
 from radlads.checkpoint.hf_export import export
 from radlads.checkpoint.manifest import MANIFEST, read_manifest, sha256, versions, weights_hash
 from radlads.checkpoint.model_folder import load_model
-from radlads.config.compare import deciding
+from radlads.config.compare import deciding, differences
 from radlads.config.load import load_config
 from radlads.config.schema import Config
 from radlads.convert.hf_source import TeacherSource, end_of_text_id, load_tokenizer, open_teacher
@@ -95,7 +95,7 @@ def run_conversion(conversion: Conversion, console: Console) -> dict[str, Any]:
         raise ValueError(f"{source.folder} has a head of its own, not its embedding: convert it without --retie")
     tokenizer = load_tokenizer(source.folder, source.config.vocab_size)
     configs = stage_configs(conversion)
-    claim_folder(conversion.out, _identity(conversion, source, configs), console)
+    claim_folder(conversion.out, _identity(conversion, source, configs), _settings(configs), console)
     with only_process_in(conversion.out):
         if (conversion.out / SUMMARY).is_file():
             console.line(f"{conversion.out} holds this conversion already; remove the folder to run it again")
@@ -193,15 +193,17 @@ _OWNED_KEYS = {
 _PAST = {"copy": "copied", "transform": "transformed", "fresh": "fresh", "drop": "dropped"}
 
 
-def claim_folder(out: Path, identity: dict[str, str], console: Console) -> None:
-    """Mark `out` as this conversion's, or go on in it. Raises ValueError if it is another's, saying what differs."""
+def claim_folder(out: Path, identity: dict[str, str], settings: dict[str, Any], console: Console) -> None:
+    """Mark `out` as this conversion's, or go on in it. Raises ValueError if it is another's, saying what differs; of
+    the settings too, if its marker has them."""
     marker = out / MARKER
     if marker.is_file():
         held = read_json(marker)
         if different := [key for key in identity if held.get(key) != identity[key]]:
+            changes = differences(held["settings"], settings) if "settings" in held else []
             raise ValueError(
                 f"{out} holds another conversion (different: {', '.join(different)}): "
-                "remove it, or choose another --out"
+                f"{'; '.join([*changes, 'remove it'])}, or choose another --out"
             )
         if not (out / SUMMARY).is_file():
             console.line(f"going on with the unfinished conversion in {out}")
@@ -209,7 +211,7 @@ def claim_folder(out: Path, identity: dict[str, str], console: Console) -> None:
     if out.exists() and any(not path.name.startswith(f".{MARKER}") for path in out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no conversion: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    write_text(marker, json.dumps(identity, indent=2) + "\n")
+    write_text(marker, json.dumps({**identity, "settings": settings}, indent=2) + "\n")
 
 
 @contextmanager
@@ -319,6 +321,13 @@ def _identity(conversion: Conversion, source: TeacherSource, configs: dict[str, 
         "stages": recipe_hash(*(deciding(config) for config in configs.values())),
         "retie": str(conversion.retie),
     }
+
+
+def _settings(configs: dict[str, Config]) -> dict[str, Any]:
+    """What the configurations decide: each key's value, by stage where the stages' differ."""
+    by_stage = {stage: deciding(config) for stage, config in configs.items()}
+    values = {key: {stage: held[key] for stage, held in by_stage.items()} for key in by_stage["align"]}
+    return {key: held if len(set(held.values())) > 1 else held["align"] for key, held in values.items()}
 
 
 def _measured(heldout: Heldout) -> dict[str, float]:
