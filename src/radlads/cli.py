@@ -20,7 +20,8 @@ INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 done, 1 a benchmark's case or a check failed, 2 the user can mend it
-    (one sentence on stderr), 130 Ctrl-C."""
+    (one sentence on stderr), 130, 138 or 143 Ctrl-C, SIGUSR1 or SIGTERM
+    (docs/reliability.md)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
     warnings.filterwarnings("ignore", category=FutureWarning)

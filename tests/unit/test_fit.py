@@ -7,11 +7,15 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from torch.utils.data import DataLoader
 
 from radlads.checkpoint.manifest import read_manifest
 from radlads.checkpoint.model_folder import load_model
 from radlads.convert.hf_source import open_teacher
 from radlads.convert.student import build_student, build_teacher
+from radlads.data.binidx import BinIdxReader
+from radlads.data.loader import HeldoutWindows
+from radlads.distill.heldout import measure
 from radlads.model import modeling, rad_rwkv7
 from radlads.model.rad_rwkv7 import RadRwkv7
 from radlads.model.swiglu import SwiGLU
@@ -113,6 +117,17 @@ def test_a_finished_folder_holds_all_that_is_promised(teacher, corpus_folder, tm
     assert any("tok/s" in line and "left" in line for line in console.lines)
     tokens = torch.randint(256, (1, 9))
     assert torch.equal(load_model(folder)(tokens).logits, student(tokens).logits)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamwschedulefree"])
+def test_what_is_written_is_what_was_measured(teacher, corpus_folder, tmp_path, optimizer):
+    if optimizer == "adamwschedulefree":
+        pytest.importorskip("schedulefree")
+    keys = {"validation_data_file": str(corpus_folder / "heldout"), "heldout_tokens": 640, "heldout_every_steps": 2}
+    result, student, _ = run(teacher, corpus_folder, tmp_path / "run", optimizer=optimizer, **keys)
+    windows = DataLoader(HeldoutWindows(BinIdxReader(corpus_folder / "heldout"), 16, 640), batch_size=4)
+    for model in (student, load_model(tmp_path / "run")):
+        assert measure(model, None, windows).loss == pytest.approx(result.heldout.loss, rel=1e-6)
 
 
 def test_the_mean_over_layers_is_the_loss(teacher, corpus_folder, tmp_path):

@@ -24,6 +24,7 @@ from radlads.data.binidx import BinIdxReader
 from radlads.train import checkpointing, snapshots, stopping
 from radlads.train.fit import run_stage
 from radlads.train.lightning_module import StageModule
+from radlads.train.metrics_csv import MetricsCsv
 from radlads.train.resume import describe_run, first_checkpoint
 
 SIX_STEPS = {"my_exit_tokens": 16 * 2 * 6, "micro_bsz": 1, "accumulate_grad_batches": 2}
@@ -288,3 +289,12 @@ def test_two_processes_do_not_share_a_stage(teacher, corpus_folder, stopped):
     with unfinished_folder(stopped, keep_earlier=True), refused:
         run(teacher, config_of(corpus_folder), stopped)
     assert (stopped / "checkpoints").exists()
+
+
+def test_metrics_go_on_after_the_rows_that_are_there(tmp_path):
+    path = tmp_path / "metrics.csv"
+    MetricsCsv(path).log_metrics({"loss": 1.5, "b": 2.0})
+    later = MetricsCsv(path)
+    later.log_metrics({"loss": 0.1 + 0.2, "b": 3.0})
+    later.log_metrics({"loss": 1.0, "a": 4.0})
+    assert path.read_text().split() == ["a,b,loss", ",2.0,1.5", ",3.0,0.30000000000000004", "4.0,,1.0"]

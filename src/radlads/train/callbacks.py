@@ -12,6 +12,7 @@ import torch
 
 from radlads.distill.heldout import Heldout, measure
 from radlads.train.lightning_module import StageModule
+from radlads.train.optim import weights_to_keep
 
 
 class Console(Protocol):
@@ -83,7 +84,7 @@ class HeldoutCallback(L.Callback):
 
     def _measure(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert isinstance(module, StageModule)
-        with trainer.strategy.precision_plugin.forward_context():
+        with weights_to_keep(trainer.optimizers), trainer.strategy.precision_plugin.forward_context():
             result = measure(module.student, module.teacher, self._batches)
         self.history.append((module.steps_done, module.tokens_done, result))
         if trainer.is_global_zero:

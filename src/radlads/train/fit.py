@@ -33,6 +33,7 @@ from radlads.train.callbacks import Console, HeldoutCallback, Progress
 from radlads.train.checkpointing import Checkpointing
 from radlads.train.lightning_module import StageModule
 from radlads.train.metrics_csv import METRICS, MetricsCsv
+from radlads.train.optim import weights_to_keep
 from radlads.train.resume import describe_run, first_checkpoint
 from radlads.train.snapshots import CHECKPOINTS, Position, read_position, restore_student
 from radlads.train.stopping import StopRequests
@@ -284,6 +285,9 @@ def _fit(trainer: L.Trainer, module: StageModule, batches: DataLoader) -> None:
             raise KeyboardInterrupt from None
         raise
     assert module.steps_done == module.num_steps
+    with weights_to_keep(trainer.optimizers):
+        for optimizer in trainer.optimizers:
+            optimizer.param_groups.clear()  # or leaving the block would change the weights back
 
 
 def build_trainer(train: TrainConfig, folder: Path, callbacks: list[L.Callback], *, first_step: int = 0) -> L.Trainer:
