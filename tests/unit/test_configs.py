@@ -311,3 +311,9 @@ def test_a_size_of_another_model_is_refused(key, value):
     config = load_config([CONFIGS / "qwen7b.yaml"], {f"model.{key}": value})
     with pytest.raises(ValueError, match=rf"^model\.{key} is {value}, but the model has .*: give the size file"):
         check_sizes(config.model, "model", model_of("qwen7b"))
+
+
+def test_a_teachers_precision_is_idle_without_a_teacher():
+    assert without_effect(load_config([], {"train.teacher_precision": "fp8"})) == ["train.teacher_precision"]
+    named = {"train.teacher_precision": "fp8", "train.teacher.hf_path": "./teacher"}
+    assert without_effect(load_config([], named)) == []

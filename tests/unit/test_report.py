@@ -37,6 +37,8 @@ def words(page):
         "Qwen/Some-Teacher",
         "87,000 tokens and 2.9 minutes of training",
         "align 29,000 1.0 500 16 4",
+        "0.001 to 1e-05 KL fp32",
+        "0.001 to 1e-05 0.5 KL + 0.5 CE fp32",
         "teacher 2.0123 0.0000 100.0%",
         "extend 2.2500 0.3000 77.7%",
         "93.2% of the held-out gap",

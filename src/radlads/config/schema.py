@@ -362,7 +362,7 @@ def without_effect(config: Config) -> list[str]:
     model, teacher, train = config.model, config.train.teacher.model, config.train
     return [
         *_set_to_something(model, ModelConfig(), "model", _IDLE_MODEL_KEYS),
-        *_set_to_something(train, TrainConfig(), "train", _IDLE_TRAIN_KEYS),
+        *_set_to_something(train, TrainConfig(), "train", _IDLE_TRAIN_KEYS + _idle_without_teacher(train)),
         *_set_to_something(teacher, TeacherConfig().model, "train.teacher.model", _idle_teacher_model_keys()),
     ]
 
@@ -376,6 +376,12 @@ _IDLE_TRAIN_KEYS = (
     *("load_partial", "train_stage", "epoch_save", "val_check_interval", "check_val_every_n_epoch", "strategy"),
     "ds_bucket_mb",
 )
+
+
+def _idle_without_teacher(train: TrainConfig) -> tuple[str, ...]:
+    return () if train.teacher.path or train.teacher.hf_path else ("teacher_precision",)
+
+
 SIZE_KEYS = (
     *("vocab_size", "n_layer", "n_embd", "dim_att", "dim_ffn", "head_size", "num_key_value_heads", "rms_norm_eps"),
     "rope",

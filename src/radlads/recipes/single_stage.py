@@ -19,7 +19,7 @@ from radlads.convert.student import build_student, build_teacher, layer_mixers
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.train.callbacks import Console
-from radlads.train.fit import StageResult, run_stage
+from radlads.train.fit import StageResult, open_corpora, run_stage
 
 
 def train_stage(config: Config, console: Console) -> StageResult:
@@ -30,6 +30,7 @@ def train_stage(config: Config, console: Console) -> StageResult:
     """
     train = config.train
     check_available(config)
+    open_corpora(train)  # a name that is mistyped is known before the models are read
     teacher_path = train.teacher.path or train.teacher.hf_path
     torch.manual_seed(train.seed_everything)
     teacher = _teacher(config, teacher_path) if teacher_path else None

@@ -145,12 +145,23 @@ def _recipe(run: Run) -> str:
     return html.table(head, map(_recipe_row, run.stages)) + html.paragraph(total, "note")
 
 
+def _loss(stage: str, train: dict[str, Any]) -> str:
+    """What a stage minimised; weights belong to extend with a teacher alone."""
+    teacher = train.get("teacher", {})
+    if stage == "align":
+        return str(train.get("align_loss", ""))
+    if stage == "distill":
+        return "KL"
+    if not (teacher.get("path") or teacher.get("hf_path")):
+        return "CE"
+    weights = {"KL": teacher.get("kl_weight"), "CE": teacher.get("ce_weight")}
+    return " + ".join(f"{weight:g} {name}" for name, weight in weights.items() if weight)
+
+
 def _recipe_row(stage: Stage) -> list[str]:
     train, model = stage.config.get("train", {}), stage.config.get("model", {})
     tokens, seconds = stage.manifest.get("tokens", 0), stage.manifest.get("seconds", 0)
     batch = train.get("micro_bsz", 0) * train.get("accumulate_grad_batches", 1)
-    weights = train.get("teacher", {})
-    loss = f"{weights.get('kl_weight')} KL + {weights.get('ce_weight')} CE"
     return [
         stage.name,
         f"{tokens:,}",
@@ -159,7 +170,7 @@ def _recipe_row(stage: Stage) -> list[str]:
         f"{model.get('ctx_len', ''):,}" if "ctx_len" in model else "",
         f"{batch:,}" if batch else "",
         f"{train['lr_init']:g} to {train['lr_final']:g}" if "lr_final" in train else "",
-        str(train.get("align_loss", "")) if stage.name == "align" else loss,
+        _loss(stage.name, train),
         str(train.get("precision", "")),
     ]
 

@@ -88,7 +88,7 @@ def run_stage(
         raise ValueError(f"the {stage.name} stage needs a teacher: set train.teacher.hf_path to its folder or hub name")
     samples, num_steps = training_samples(config, student.config.vocab_size)
     heldout = heldout_batches(config, student.config.vocab_size)
-    run = describe_run(config, student, teacher, _corpora(train))
+    run = describe_run(config, student, teacher, open_corpora(train))
     module = StageModule(stage, student, teacher if stage.needs_teacher or heldout else None, train, num_steps)
     with StopRequests() as stop:
         with unfinished_folder(folder, keep_earlier=True) as partial:
@@ -102,7 +102,7 @@ def run_stage(
             progress = Progress(console, len(samples) * config.model.ctx_len)
             callbacks: list[L.Callback] = [each for each in (progress, measured, checkpointing) if each is not None]
             trainer = build_trainer(train, partial, callbacks, first_step=position.step)
-            watched = WatchedCorpora(samples, [reader for reader, _ in _corpora(train)], first=position.samples)
+            watched = WatchedCorpora(samples, [reader for reader, _ in open_corpora(train)], first=position.samples)
             _train(trainer, module, DataLoader(watched, batch_size=train.micro_bsz), config)
             seconds = checkpointing.seconds()
             last = measured.history[-1][2] if measured else None
@@ -149,7 +149,7 @@ def _write_stage(student: RadladsForCausalLM, folder: Path, **facts: Any) -> Non
 def training_samples(config: Config, vocab_size: int) -> tuple[TokenSamples | MixedSamples, int]:
     """The stage's samples, whole accumulation windows of them, and its number of optimiser steps."""
     train, context = config.train, config.model.ctx_len
-    corpora = _corpora(train)
+    corpora = open_corpora(train)
     for reader, _ in corpora:
         check_vocabulary(reader, vocab_size, f"{reader.path_stem}.bin")
     num_tokens = sum(reader.num_tokens for reader, _ in corpora) - train.heldout_tail_tokens
@@ -172,10 +172,10 @@ def _document_ends(config: Config, *models: RadladsForCausalLM | None) -> tuple[
     if not (train.mask_labels_at_eos or train.reset_state_at_eos):
         return ()
     configs = [model.config for model in models if model is not None]
-    return document_ends(train, configs, [reader for reader, _ in _corpora(train)])
+    return document_ends(train, configs, [reader for reader, _ in open_corpora(train)])
 
 
-def _corpora(train: TrainConfig) -> list[tuple[BinIdxReader, Fraction]]:
+def open_corpora(train: TrainConfig) -> list[tuple[BinIdxReader, Fraction]]:
     """The corpora to train on, and their shares of the samples."""
     if not train.data_file:
         raise ValueError("train.data_file is not set: name the .bin/.idx pair to train on, without the extension")
