@@ -109,7 +109,8 @@ def test_a_tied_teachers_student_ends_tied_where_asked(corpus_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "moment", ["1-align.partial/metrics.csv", "2-distill.partial/heldout.csv", "3-extend.partial", "hf.partial"]
+    "moment",
+    ["1-align.partial/metrics.csv", "hf.partial"],  # amid a stage: test_kill.py
 )
 def test_killed_and_started_again_it_ends_as_if_never_killed(finished, teacher, corpus_folder, tmp_path, moment):
     out = tmp_path / "run"

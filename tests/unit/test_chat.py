@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import signal
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoTokenizer
 
 from radlads.checkpoint.hf_export import export
 from radlads.checkpoint.model_folder import load_model
+from radlads.checkpoint.tokenizer_files import read_tokenizer
 from radlads.cli import main
 from radlads.convert.hf_source import open_teacher
 from radlads.convert.student import build_student
@@ -36,6 +38,14 @@ def exported(teacher, folder, mixer):
     export(student, teacher, folder / "hf")
     set_template(folder / "hf", TEMPLATE)
     return folder / "hf"
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_interrupts():
+    """Python's own handling of SIGINT, which a process that was started in the background does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")
@@ -146,10 +156,38 @@ def test_a_reading_that_is_interrupted_leaves_no_half_read_state(either, monkeyp
     assert "".join(talk.reply("Where?")) == "".join(undisturbed.reply("Where?"))
 
 
-def test_a_reply_ends_where_the_template_or_the_model_ends_it(folder, template):
-    assert conversation(folder).template.stop_ids() == {256}
-    template("{% for message in messages %}{{ message['content'] }}\n{% endfor %}>")
-    assert conversation(folder).template.stop_ids() == {256}
+@pytest.fixture
+def ending(folder, tmp_path):
+    """A copy of the folder that ends its texts by 5, or by 6 or 7 as generation_config.json has it."""
+    copy = shutil.copytree(folder, tmp_path / "ending")
+    (copy / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    for name, value in (("config.json", 5), ("generation_config.json", [6, 7])):
+        content = json.loads((copy / name).read_text()) | {"eos_token_id": value}
+        (copy / name).write_text(json.dumps(content))
+    return copy
+
+
+def test_a_reply_ends_where_the_model_or_the_template_ends_it(ending):
+    assert ChatTemplate(ending, tiny.VOCAB).stop_ids() == {5, 6, 7}  # <|end|> is an ordinary token
+    tokenizer = json.loads((ending / "tokenizer.json").read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    tokenizer["added_tokens"] = [{"id": 256, "content": "<|end|>", "special": True} | flags]
+    (ending / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert ChatTemplate(ending, tiny.VOCAB).stop_ids() == {5, 6, 7, 256}
+    set_template(ending, "{% for message in messages %}{{ message['content'] }}\n{% endfor %}>")
+    assert ChatTemplate(ending, tiny.VOCAB).stop_ids() == {5, 6, 7}
+
+
+def test_a_text_ends_where_generation_config_ends_it(folder, tmp_path, monkeypatch, capsys):
+    argv = ["--prompt", "Who?", "--temperature", "0", "--max-tokens", "9", "--device", "cpu"]
+    _, whole, _ = run(monkeypatch, capsys, ["generate", folder, *argv])
+    other = shutil.copytree(folder, tmp_path / "other")
+    asked = read_tokenizer(folder).encode("Who?").ids
+    first = generate_tokens(load_model(folder), [asked], GREEDY)[0][0]
+    content = json.loads((other / "generation_config.json").read_text()) | {"eos_token_id": [256, first]}
+    (other / "generation_config.json").write_text(json.dumps(content))
+    assert whole != "\n"
+    assert run(monkeypatch, capsys, ["generate", other, *argv])[1] == "\n"
 
 
 def test_marks_that_the_tokenizer_lacks_are_told(folder, template):
@@ -250,6 +288,7 @@ def test_prompts_that_are_none_are_a_sentence(folder, tmp_path, monkeypatch, cap
         (["--prompt-file", "/no/such/file"], "/no/such/file"),
         (["--prompts", "x", "--save-state", "y"], "stores one text"),
         (["--prompt", "x", "--save-state", __file__], "exists already"),
+        (["--prompt-file", "/no/such/file", "--save-state", "/no/folder/y"], "/no/folder is not a folder"),
         (["--prompt", "x", "--load-state", __file__], "truncated or no state file"),
         (["--prompt", "x", "--load-state", "/no/state"], "no such file"),
         (["--prompt", "x", "--batch-size", "0"], "--batch-size"),

@@ -30,7 +30,8 @@ def train_stage(config: Config, console: Console) -> StageResult:
     """
     train = config.train
     check_available(config)
-    open_corpora(train)  # a name that is mistyped is known before the models are read
+    if train.data_file:  # a name that is mistyped is known before the models are read
+        open_corpora(train)
     teacher_path = train.teacher.path or train.teacher.hf_path
     torch.manual_seed(train.seed_everything)
     teacher = _teacher(config, teacher_path) if teacher_path else None
