@@ -5,19 +5,22 @@ BIN := $(VENV)/bin
 # One environment for everything: the development tools are small beside torch, and a second one would hold torch twice.
 STAMP := $(VENV)/.installed
 
+# A process per core: tests are too small to use more than one each
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile
+
 .PHONY: demo test check test-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/radlads demo
 
 test: $(STAMP)
-	$(BIN)/pytest
+	$(PYTEST)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy src
-	$(BIN)/pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 test-gpu: $(STAMP)
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \

@@ -18,7 +18,7 @@ from radlads.checkpoint.model_folder import load_model
 from radlads.cli import main
 from radlads.convert.hf_source import open_teacher
 from radlads.convert.student import build_student
-from radlads.inference import serve
+from radlads.inference import generate, serve
 from radlads.inference.chat_template import ChatTemplate
 from radlads.inference.generate import Sampling, generate_tokens
 
@@ -147,6 +147,15 @@ def test_an_over_long_prompt_is_refused(client, stream):
         chat(client, "x" * 100_000, 5, stream=stream)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_text_whose_state_would_not_fit_is_refused(client, expected, monkeypatch, stream):
+    monkeypatch.setattr(generate, "available_bytes", lambda device: 1000)
+    with pytest.raises(openai.BadRequestError, match="GB of state"):
+        complete(client, "x", 5, stream=stream)
+    monkeypatch.undo()
+    assert complete(client, "x", 5).choices[0].text == expected("x", 5)
+
+
 def test_a_temperature_draws_and_a_stop_text_ends(client, expected):
     warm = [client.completions.create(model=NAME, prompt="x", max_tokens=20, temperature=1.0, seed=s) for s in (1, 2)]
     assert warm[0].choices[0].text != warm[1].choices[0].text
@@ -202,6 +211,14 @@ def test_a_port_in_use_is_a_sentence(folder, capsys):
         assert main(["serve", str(folder), "--port", port]) == 2
     error = capsys.readouterr().err
     assert f"port {port} at 127.0.0.1 is in use: choose another --port" in error and error.count("\n") == 1
+
+
+def test_a_port_that_another_process_takes_while_the_model_loads_is_a_sentence(folder, capsys, monkeypatch):
+    with serve.listening("127.0.0.1", 0) as other:
+        port = other.getsockname()[1]
+        monkeypatch.setattr(serve, "build_server", lambda arguments: other.listen())
+        assert main(["serve", str(folder), "--port", str(port)]) == 2
+    assert f"port {port} at 127.0.0.1 is in use" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,15 @@ def test_the_stages_before_are_told_as_far_as_they_are_still_what_they_were(run,
     assert "| align |" not in (tmp_path / "again" / "README.md").read_text()
 
 
+def test_a_stage_that_ran_twice_has_two_rows(run, teacher, tmp_path):
+    parent = f"somewhere/run sha256:{weights_hash(run)[:16]}"
+    longer = stage(teacher, tmp_path / "longer", parent=parent, heldout=HELDOUT | {"loss": 2.5})
+    assert export(longer, tmp_path / "out") == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| align run | 3.2500" in card
+    assert "| align longer | 2.5000" in card
+
+
 def test_a_conversion_is_its_last_stage_retied_if_it_was(teacher, tmp_path):
     folder = tmp_path / "conversion"
     first = stage(teacher, folder / "2-distill", name="distill")
@@ -263,6 +272,8 @@ def test_a_tokenizer_of_another_model_is_refused(run, tmp_path, capsys):
 def test_options_that_do_not_go_together(run, tmp_path, capsys):
     assert "name the folder to write" in refused(capsys, run)
     assert "belong to --push-to-hub" in refused(capsys, run, tmp_path / "out", "--dry-run")
+    for option in (["--dtype", "bfloat16"], ["--for-llama-cpp"], ["--shard-size", "1GB"], ["--teacher", run]):
+        assert "is uploaded as it is" in refused(capsys, run, "--push-to-hub", "me/model", "--dry-run", *option)
     assert "--check writes nothing" in refused(capsys, run, tmp_path / "out", "--check", "gguf")
     assert "a shard's size is given as" in refused(capsys, run, tmp_path / "out", "--shard-size", "many")
 

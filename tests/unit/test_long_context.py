@@ -146,6 +146,18 @@ def test_the_command_measures_model_and_teacher(student, teacher, tmp_path, caps
     names = {path.stem for path in (tmp_path / "out").glob("*.png")}
     assert {"passkey-student", "needle-teacher", "loss-by-position", "cost-state-bytes"} <= names
     assert "passkey  0.0% of 6 right" in capsys.readouterr().out
+    assert longcontext(student[0], *options, *where) == 2
+    assert "longcontext.json exists already: remove it" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "longcontext.json").read_text()) == results
+
+
+def test_what_a_later_part_lacks_is_told_before_the_first_is_measured(teacher, tmp_path, capsys):
+    (tmp_path / "book.txt").write_text("short")
+    options = ["--parts", "passkey,loss", "--lengths", "300", "--samples", 1, "--text", tmp_path / "book.txt"]
+    assert longcontext(teacher, "--out", tmp_path / "out", "--device", "cpu", *options) == 2
+    out, err = capsys.readouterr()
+    assert "less than one held-out window of 301" in err
+    assert "passkey" not in out
 
 
 @pytest.mark.parametrize(

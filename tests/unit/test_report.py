@@ -153,6 +153,10 @@ def damage_manifest(folder):
     (folder / "2-distill" / "manifest.json").write_text("{}")
 
 
+def damage_recipe(folder):
+    (folder / "2-distill" / "config.yaml").write_text("train: {")
+
+
 def damage_summary(folder):
     (folder / "summary.json").write_text("{")
 
@@ -172,6 +176,7 @@ def remove_stages(folder):
     [
         (damage_metrics, "1-align/metrics.csv is damaged"),
         (damage_manifest, "2-distill/manifest.json is damaged"),
+        (damage_recipe, "2-distill/config.yaml is damaged: it is not YAML"),
         (damage_summary, "summary.json is damaged: it is not JSON"),
         (damage_long_context, "longcontext.json lacks 'loss'"),
         (remove_stages, "holds no finished stage"),

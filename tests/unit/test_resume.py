@@ -250,6 +250,16 @@ def test_a_checkpoint_from_elsewhere_starts_a_folder(teacher, corpus_folder, tmp
         first(stopped, str(tmp_path / "nowhere"))
 
 
+def test_a_checkpoint_that_was_renamed_is_not_thrown_away(stopped):
+    run_is, (*earlier, newest) = described(stopped), held(stopped)
+    for each in earlier:
+        shutil.rmtree(each)
+    renamed = newest.rename(newest.with_name("best"))
+    with pytest.raises(ValueError, match="is not named step-NUMBER"):
+        first_checkpoint(str(renamed), stopped.with_name("run.partial"), run_is, tiny.Silent())
+    assert (renamed / "manifest.json").is_file()
+
+
 def test_a_named_checkpoint_may_go_on_with_another_learning_rate(stopped):
     named = held(stopped)[-1]
     chosen, console = first(stopped, str(named), **{"train.lr_init": 5e-4})

@@ -68,6 +68,8 @@ class LongContext:
         ):
             if value < 1:
                 raise ValueError(f"{option} must be 1 or more, not {value}")
+        if (self.out / RESULTS).exists():
+            raise ValueError(f"{self.out / RESULTS} exists already: remove it, or choose another --out")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -164,6 +166,7 @@ def measure_long_context(settings: LongContext, console: Console) -> dict[str, A
     tokenizer_folder = _tokenizer_folder(settings, folders)
     tokenizer = load_tokenizer(tokenizer_folder, vocab_size)
     with _corpus(settings, tokenizer, tokenizer_folder, vocab_size) as corpus:
+        _check_room(settings, tokenizer, corpus)
         for name, folder in folders.items():
             console.line(f"{name}: {folder}")
             model = open_model(folder, dtype).to(device)  # type: ignore[arg-type]
@@ -176,6 +179,18 @@ def measure_long_context(settings: LongContext, console: Console) -> dict[str, A
     for chart in long_context_charts(results["models"]):
         chart.save_png(settings.out)
     return results
+
+
+def _check_room(settings: LongContext, tokenizer: "Tokenizer", corpus: "BinIdxReader") -> None:
+    """Have a text or a length that is too short for a later part told before the first one is measured."""
+    from radlads.evaluation.perplexity import spread_windows
+    from radlads.evaluation.retrieval import TASKS, PromptWriter
+
+    for task in settings.parts:
+        if task in TASKS:
+            PromptWriter(task, tokenizer, corpus.tokens).write(min(settings.lengths), 0, seed=settings.seed)
+    if "loss" in settings.parts:
+        spread_windows(corpus, max(settings.lengths), settings.text_tokens)
 
 
 def _head(settings: LongContext, device: "torch.device", dtype: "torch.dtype") -> dict[str, Any]:

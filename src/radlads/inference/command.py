@@ -11,8 +11,9 @@ from tokenizers import Tokenizer
 
 from radlads.checkpoint.model_folder import load_model
 from radlads.checkpoint.tokenizer_files import num_ids
-from radlads.convert.hf_source import end_of_text_id, load_tokenizer
+from radlads.convert.hf_source import load_tokenizer
 from radlads.inference import generate
+from radlads.inference.chat_template import stop_ids
 from radlads.inference.options import sampling_of
 from radlads.inference.prompts import batches, checked_text, read_prompt, read_prompts
 from radlads.inference.sampling import Sampling
@@ -71,6 +72,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--batch-size must be 1 or more, not {arguments.batch_size}")
     if arguments.save_state is not None and arguments.save_state.exists():
         raise ValueError(f"{arguments.save_state} exists already: remove it or choose another name")
+    if arguments.save_state is not None and not arguments.save_state.absolute().parent.is_dir():
+        raise ValueError(f"{arguments.save_state.parent} is not a folder: make it first")
 
 
 def _prompt(arguments: argparse.Namespace) -> str:
@@ -83,7 +86,7 @@ def _open(arguments: argparse.Namespace) -> _Model:
     device, dtype = generate.choose_device(arguments.device)
     model = load_model(arguments.folder, dtype=dtype).to(device)  # type: ignore[arg-type]
     tokenizer = load_tokenizer(arguments.folder, model.config.vocab_size)
-    return _Model(arguments.folder, model, tokenizer, frozenset({end_of_text_id(arguments.folder, tokenizer)}))
+    return _Model(arguments.folder, model, tokenizer, stop_ids(arguments.folder))
 
 
 def _answers(

@@ -24,6 +24,7 @@ from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.utils import GenerateManager, GenerationState, Modality
 
+from radlads.inference.generate import check_memory
 from radlads.model.modeling import RadladsForCausalLM
 
 DISCONNECT_POLL_S = 0.2
@@ -135,13 +136,13 @@ class _Generation(GenerateManager):
     def generate_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        self._check(inputs)
+        self._check(model, inputs, gen_config)
         return super().generate_streaming(model, processor, inputs, gen_config, *args, **kwargs)
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
     ) -> Any:
-        self._check(inputs)
+        self._check(model, inputs, gen_config)
         watch = _Watch()
 
         def generated() -> Any:
@@ -158,7 +159,7 @@ class _Generation(GenerateManager):
             raise
         return processor.decode(token_ids, skip_special_tokens=True), inputs["input_ids"].shape[-1], token_ids
 
-    def _check(self, inputs: Any) -> None:
+    def _check(self, model: RadladsForCausalLM, inputs: Any, gen_config: GenerationConfig) -> None:
         num_tokens = inputs["input_ids"].shape[-1]
         if num_tokens == 0:
             raise HTTPException(400, "the prompt has no tokens: give a text to continue")
@@ -166,6 +167,7 @@ class _Generation(GenerateManager):
             raise HTTPException(
                 400, f"the prompt has {num_tokens} tokens, but at most {self.max_prompt_tokens} are read: shorten it"
             )
+        check_memory(model.config, num_tokens + (gen_config.max_new_tokens or 0), model.device)
 
 
 class _OneManager(GenerationState):

@@ -60,7 +60,7 @@ def read_text(model: RadladsForCausalLM, token_ids: Sequence[int], after: ReadTe
 
 def fingerprint(folder: Path, config: RadladsConfig) -> str:
     """A digest of a model folder that differs wherever states do: the sizes, and of every stored tensor its name, shape
-    and 256 values from all over it.
+    and 256 values or more from all over it.
 
     Headers and sizes alone are the same for all stages of a conversion; a hash of all bytes would read as long again as
     the model takes to load.

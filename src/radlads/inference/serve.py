@@ -40,7 +40,8 @@ def serve(arguments: argparse.Namespace, notice: Callable[[str], None]) -> None:
     with listening(arguments.host, arguments.port) as listener:
         server = build_server(arguments)
         host, port = listener.getsockname()[:2]
-        listener.listen()  # a client that reads the next line may connect at once
+        with _naming_address(host, port):  # another process may have bound the port too, and listen by now
+            listener.listen()  # a client that reads the next line may connect at once
         notice(f"serving {server_name(arguments)} at http://{host}:{port}/v1 (Ctrl-C ends)")
         with suppress(KeyboardInterrupt):  # uvicorn has shut down and passes the signal on
             server.run(sockets=[listener])
@@ -112,10 +113,17 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
         raise ValueError(f"{host}:{port} is no address to serve at: {error}") from error
     with listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+        with _naming_address(host, port):
             listener.bind(address)
-        except OSError as error:
-            taken = error.errno == errno.EADDRINUSE
-            reason = "is in use: choose another --port" if taken else f"cannot be had: {error}"
-            raise ValueError(f"port {port} at {host} {reason}") from error
         yield listener
+
+
+@contextmanager
+def _naming_address(host: str, port: int) -> Iterator[None]:
+    """Have an OSError come out as a ValueError that names the port."""
+    try:
+        yield
+    except OSError as error:
+        taken = error.errno == errno.EADDRINUSE
+        reason = "is in use: choose another --port" if taken else f"cannot be had: {error}"
+        raise ValueError(f"port {port} at {host} {reason}") from error

@@ -57,6 +57,12 @@ class Export:
         if self.repo is None and (self.dry_run or self.private):
             raise ValueError("--dry-run and --private belong to --push-to-hub OWNER/NAME")
         parse_size(self.shard_size)
+        of_files = (self.teacher, self.dtype, self.for_llama_cpp, self.shard_size != Export.shard_size)
+        if self.out is None and any(of_files):
+            raise ValueError(
+                "without OUT the folder is uploaded as it is: name OUT, or leave out --teacher, --dtype, --shard-size "
+                "and --for-llama-cpp"
+            )
         if self.out is not None and self.out.exists():
             raise ValueError(f"{self.out} exists already: remove it or choose another folder")
 

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCardData, metadata_load
 from radlads.checkpoint.atomic import read_json
 from radlads.checkpoint.manifest import versions
 from radlads.model.configuration import RadladsConfig, state_bytes
-from radlads.report.run_folder import Run, Stage
+from radlads.report.run_folder import Run, Stage, by_name
 
 CARD = "README.md"
 NOT_MEASURED = "not measured"
@@ -163,10 +163,10 @@ def _heldout(facts: CardFacts) -> list[str]:
     """Loss, KL and top-1 of the teacher, of the setup and after each stage; a stage's own figures without a summary."""
     summary = (facts.run.summary if facts.run else None) or {}
     found = {name: summary[name] for name in ("teacher", "setup") if name in summary}
-    for stage in facts.stages:
+    for name, stage in by_name(facts.stages).items():
         measured = summary.get(stage.name) or stage.manifest.get("heldout") or {}
         costs = {key: stage.manifest.get(key) for key in ("tokens", "seconds")}
-        found[stage.name] = {**costs, **measured}
+        found[name] = {**costs, **measured}
     found |= {"retied": summary["retied"]} if "retied" in summary else {}
     if not found:
         return [NOT_MEASURED]
@@ -203,7 +203,7 @@ def _tasks(evaluation: Mapping[str, Any] | None) -> list[str]:
 
 
 def _score(score: Mapping[str, Any]) -> str:
-    is_share, error, relative = score["chance"] is not None, score["stderr"], score["relative"]
+    is_share, error, relative = score["chance"] is not None, score["stderr"], score.get("relative")
     text = f"{score['value']:.1%}" if is_share else f"{score['value']:.4f}"
     if error is not None:
         text += f" ± {100 * error:.1f}" if is_share else f" ± {error:.4f}"

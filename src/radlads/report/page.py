@@ -12,7 +12,7 @@ from radlads.checkpoint.atomic import write_text
 from radlads.report import html
 from radlads.report.charts import Chart
 from radlads.report.plots import STEPS, bytes_in_words, conversion_charts, long_context_charts
-from radlads.report.run_folder import EVALUATION, EXPORT, LONG_CONTEXT, Run, Stage, read_run
+from radlads.report.run_folder import EVALUATION, EXPORT, LONG_CONTEXT, Run, Stage, by_name, read_run
 
 PAGE = "report.html"
 PLOTS = "plots"
@@ -38,9 +38,7 @@ def write_page(folder: Path) -> Path:
 
 def by_stage(run: Run, rows: Callable[[Stage], list[dict[str, float]]]) -> dict[str, list[dict[str, float]]]:
     """A stage's rows by its name, by name and folder where a stage was run more than once."""
-    counts = Counter(stage.name for stage in run.stages)
-    names = [stage.name if counts[stage.name] == 1 else f"{stage.name} {stage.folder.name}" for stage in run.stages]
-    return {name: rows(stage) for name, stage in zip(names, run.stages, strict=True)}
+    return {name: rows(stage) for name, stage in by_name(run.stages).items()}
 
 
 def heldout_losses(run: Run) -> dict[str, float]:

@@ -2,7 +2,8 @@
 
 import csv
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,11 @@ class Stage:
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """config.yaml's content."""
-        content = yaml.safe_load(self.recipe)
+        """config.yaml's content. Raises ValueError if it is damaged."""
+        try:
+            content = yaml.safe_load(self.recipe)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{self.folder / 'config.yaml'} is damaged: it is not YAML") from error
         return content if isinstance(content, dict) else {}
 
 
@@ -71,6 +75,12 @@ class Run:
         """The folder of the exported model."""
         path = self.folder / EXPORT
         return path if (path / "config.json").is_file() else None
+
+
+def by_name(stages: Sequence[Stage]) -> dict[str, Stage]:
+    """Stages by their names, by name and folder where a stage was run more than once."""
+    counts = Counter(stage.name for stage in stages)
+    return {stage.name if counts[stage.name] == 1 else f"{stage.name} {stage.folder.name}": stage for stage in stages}
 
 
 def num_parameters(folder: Path) -> int:

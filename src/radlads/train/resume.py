@@ -92,6 +92,10 @@ def _named(path: Path, stage_folder: Path, held: list[Path]) -> Path:
     for own in held:
         if own.samefile(path):
             return own
+    if path.resolve().is_relative_to(stage_folder.resolve()):  # which is emptied where it has no checkpoint of its own
+        raise ValueError(
+            f"train.resume {path} lies in the unfinished run, but is not named step-NUMBER: rename it, or move it out"
+        )
     if held:
         raise ValueError(
             f"{stage_folder} holds checkpoints of its own, and train.resume names another, {path}: remove the folder, "
