@@ -157,8 +157,9 @@ def test_tampered_weights_are_noticed(teacher, corpus_folder, tmp_path):
     run(teacher, corpus_folder, tmp_path / "run", my_exit_tokens=64)
     path = tmp_path / "run" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\1")
-    with pytest.raises(ValueError, match="not the file its manifest"):
-        read_manifest(tmp_path / "run")
+    for read in (read_manifest, load_model):
+        with pytest.raises(ValueError, match="not the file its manifest"):
+            read(tmp_path / "run")
 
 
 def test_a_damaged_manifest_is_noticed(tmp_path):

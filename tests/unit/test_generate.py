@@ -190,7 +190,17 @@ def test_running_sums_are_cumsum():
     torch.testing.assert_close(running_sums(weights), weights.cumsum(-1), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1}, {"max_tokens": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"max_tokens": 0},
+    ],
+)
 def test_sampling_out_of_range_is_refused(wrong):
     with pytest.raises(ValueError, match="must be"):
         Sampling(**wrong)

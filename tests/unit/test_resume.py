@@ -21,6 +21,7 @@ from radlads.config.compare import differences
 from radlads.convert.hf_source import open_teacher
 from radlads.convert.student import build_student, build_teacher
 from radlads.data.binidx import BinIdxReader
+from radlads.recipes import conversion
 from radlads.train import checkpointing, snapshots, stopping
 from radlads.train.fit import run_stage
 from radlads.train.lightning_module import StageModule
@@ -308,3 +309,9 @@ def test_metrics_go_on_after_the_rows_that_are_there(tmp_path):
     later.log_metrics({"loss": 0.1 + 0.2, "b": 3.0})
     later.log_metrics({"loss": 1.0, "a": 4.0})
     assert path.read_text().split() == ["a,b,loss", ",2.0,1.5", ",3.0,0.30000000000000004", "4.0,,1.0"]
+
+
+def test_a_demos_mistyped_checkpoint_is_no_auto(tmp_path):
+    config = tiny.stage_config(tmp_path, "align", **{"train.resume": str(tmp_path / "step-7")})
+    with pytest.raises(ValueError, match="step-7 is not a checkpoint's folder"):
+        conversion.with_own_checkpoint(config, tmp_path / "1-align")

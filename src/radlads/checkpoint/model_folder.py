@@ -7,6 +7,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from radlads.checkpoint.atomic import read_json
+from radlads.checkpoint.manifest import MANIFEST, read_manifest
 from radlads.checkpoint.published import (
     ARCHITECTURES,
     UsedWeights,
@@ -57,8 +58,11 @@ class StoredModel(NamedTuple):
 def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> RadladsForCausalLM:
     """The model of a folder that save_model or an export wrote, or of a published checkpoint, in evaluation mode.
 
-    Raises ValueError as open_model, and for weights that do not fit (load_strict).
+    Raises ValueError as open_model, for weights that do not fit (load_strict), and for those that are not the ones a
+    manifest beside them describes.
     """
+    if (folder / MANIFEST).is_file():
+        read_manifest(folder)
     stored = open_model(folder)
     model = unfilled_model(stored.config, dtype)
     load_strict(model, stored.used, folder)

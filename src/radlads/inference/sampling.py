@@ -3,6 +3,7 @@
 Shape letters: B rows, V vocabulary or the part of it that is left, G groups of tokens.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,7 @@ class Sampling:
     num_ids: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")

@@ -268,16 +268,18 @@ def _run_or_reuse(
         console.line(f"{folder.name}: finished earlier, kept")
         return load_model(folder), True
     torch.manual_seed(config.train.seed_everything)
-    own = _with_own_checkpoint(config, folder)
+    own = with_own_checkpoint(config, folder)
     result = run_stage(own, student, teacher, folder, console, parent=parent, recipe=recipe)
     return student, result.resumed
 
 
-def _with_own_checkpoint(config: Config, folder: Path) -> Config:
+def with_own_checkpoint(config: Config, folder: Path) -> Config:
     """The configuration, less a train.resume that names a checkpoint of another stage."""
     named = config.train.resume
     if named in ("auto", "never") or Path(named).resolve().is_relative_to(partial_name(folder).resolve()):
         return config
+    if not Path(named).is_dir():
+        raise ValueError(f"train.resume {named} is not a checkpoint's folder: name one, or auto, or never")
     return replace(config, train=replace(config.train, resume="auto"))
 
 
