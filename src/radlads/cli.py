@@ -75,10 +75,16 @@ def train(argv: Sequence[str]) -> int:
     from radlads.config.load import parse_config
 
     config = parse_config(argv, write=print)
-    _warn_of_idle_keys(config)
     from radlads.recipes.single_stage import train_stage
+    from radlads.train.callbacks import Silent
+    from radlads.train.processes import joined
 
-    result = train_stage(config, Terminal())
+    with joined(config.train) as processes:
+        if processes.is_first:
+            _warn_of_idle_keys(config)
+        result = train_stage(config, Terminal() if processes.is_first else Silent(), processes)
+    if not processes.is_first:
+        return 0
     print(f"wrote {result.folder} ({result.tokens:,} tokens, {result.seconds:.0f} s)")
     if result.heldout is not None:
         kl = "" if result.heldout.kl is None else f", KL {result.heldout.kl:.4f}, top-1 {result.heldout.top1:.1%}"

@@ -15,7 +15,7 @@ from radlads.checkpoint.published import (
     published_kind,
     untie_if_head_differs,
 )
-from radlads.checkpoint.safetensors_writer import write_safetensors, write_shards
+from radlads.checkpoint.safetensors_writer import SHARD_BYTES, file_order, shards_of, write_safetensors, write_shards
 from radlads.checkpoint.weights import (
     WEIGHTS_FILE,
     CastWeights,
@@ -47,6 +47,14 @@ def save_model(
         write_shards(weights, folder, shard_bytes=shard_bytes)
 
 
+def take_part_in_saving(model: RadladsForCausalLM) -> None:
+    """Gather a sharded model's tensors where another process writes them by save_model in shards."""
+    weights = ModelWeights(model)
+    for names in shards_of(weights, SHARD_BYTES):
+        for name in file_order(weights, names):
+            weights[name]
+
+
 class StoredModel(NamedTuple):
     """A model folder that is open: `weights` are all its tensors, `used` those that the model computes with."""
 
@@ -61,12 +69,17 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> RadladsFo
     Raises ValueError as open_model, for weights that do not fit (load_strict), and for those that are not the ones a
     manifest beside them describes.
     """
-    if (folder / MANIFEST).is_file():
-        read_manifest(folder)
-    stored = open_model(folder)
+    stored = open_checked(folder)
     model = unfilled_model(stored.config, dtype)
     load_strict(model, stored.used, folder)
     return model.eval()
+
+
+def open_checked(folder: Path) -> StoredModel:
+    """open_model, once the weights are found to be those that a manifest beside them describes. Raises ValueError."""
+    if (folder / MANIFEST).is_file():
+        read_manifest(folder)
+    return open_model(folder)
 
 
 def unfilled_model(config: RadladsConfig, dtype: torch.dtype) -> RadladsForCausalLM:

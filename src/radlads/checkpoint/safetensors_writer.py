@@ -1,7 +1,7 @@
 """Writing weights as safetensors, tensor by tensor: one file, or shards with their index."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ SHARD_BYTES = 5 * 10**9
 
 def write_shards(weights: StoredWeights, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
     """Write the weights into a folder that exists: shards and their index, or one file where one is enough."""
-    shards = _shards(weights, shard_bytes)
+    shards = shards_of(weights, shard_bytes)
     if len(shards) == 1:
         write_safetensors(weights, shards[0], folder / WEIGHTS_FILE)
         return
@@ -34,8 +34,7 @@ def write_safetensors(weights: StoredWeights, names: Sequence[str], path: Path) 
     Raises ValueError for a type of numbers that safetensors lacks.
     """
     infos = {name: weights.info(name) for name in names}
-    # Wide types first, so that every tensor is aligned to its own width
-    order = sorted(names, key=lambda name: (-infos[name].dtype.itemsize, name))
+    order = file_order(weights, names)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in order:
@@ -52,7 +51,12 @@ def write_safetensors(weights: StoredWeights, names: Sequence[str], path: Path) 
             file.write(weights[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _shards(weights: StoredWeights, shard_bytes: int) -> list[list[str]]:
+def file_order(weights: StoredWeights, names: Iterable[str]) -> list[str]:
+    """The order in which a file holds tensors: wide types first, so that each is aligned to its own width."""
+    return sorted(names, key=lambda name: (-weights.info(name).dtype.itemsize, name))
+
+
+def shards_of(weights: StoredWeights, shard_bytes: int) -> list[list[str]]:
     """The names in order, divided into shards of at most `shard_bytes`."""
     shards: list[list[str]] = [[]]
     filled = 0

@@ -1,12 +1,13 @@
 """Weights by name: safetensors, a folder's or a file's, read tensor by tensor; and filling a model with them."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.distributed.tensor import DTensor
 
 from radlads.checkpoint.atomic import read_json
 
@@ -55,13 +56,17 @@ class StoredWeights(Mapping[str, torch.Tensor]):
 
 
 class ModelWeights(StoredWeights):
-    """A model's parameters by name, each on the CPU when it is asked for. A head that is the embedding is left out."""
+    """A model's parameters by name, each on the CPU when it is asked for. A head that is the embedding is left out.
+
+    All processes have to ask for a sharded one, in the same order.
+    """
 
     def __init__(self, model: torch.nn.Module):
         self._parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._parameters[name].cpu()
+        parameter = self._parameters[name]
+        return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).cpu()
 
     def info(self, name: str) -> TensorInfo:
         return TensorInfo(tuple(self._parameters[name].shape), self._parameters[name].dtype)
@@ -149,6 +154,49 @@ class SafetensorsFolder(StoredWeights):
         return len(self._file_of)
 
 
+class RowShards(StoredWeights):
+    """Tensors whose rows are spread over several files, in their order; a tensor without rows is the first file's."""
+
+    def __init__(self, shards: Sequence[StoredWeights]):
+        self._shards = shards
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        parts = [shard[name] for shard in self._shards if name in shard]
+        return torch.cat(parts) if parts[0].ndim and len(parts) > 1 else parts[0]
+
+    def info(self, name: str) -> TensorInfo:
+        infos = [shard.info(name) for shard in self._shards if name in shard]
+        shape = infos[0].shape
+        rows = (sum(each.shape[0] for each in infos), *shape[1:]) if shape else shape
+        return infos[0]._replace(shape=rows)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shards[0])
+
+    def __len__(self) -> int:
+        return len(self._shards[0])
+
+
+class PrefixedWeights(StoredWeights):
+    """Those of other weights whose names begin with `prefix`, by the rest of their names."""
+
+    def __init__(self, weights: StoredWeights, prefix: str):
+        self._weights, self._prefix = weights, prefix
+        self._names = [name.removeprefix(prefix) for name in weights if name.startswith(prefix)]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._weights[self._prefix + name]
+
+    def info(self, name: str) -> TensorInfo:
+        return self._weights.info(self._prefix + name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 def load_strict(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], origin: Path | str) -> None:
     """Copy `weights` into every parameter of `model`; each must be there, have its shape and be finite.
 
@@ -183,7 +231,22 @@ def copy_checked(parameter: torch.nn.Parameter, tensor: torch.Tensor, name: str,
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{name} in {origin} holds NaN or infinity: the checkpoint is broken, take an earlier one")
     with torch.no_grad():
-        parameter.copy_(tensor)
+        own_part(parameter).copy_(own_rows(parameter, tensor))
+
+
+def own_part(parameter: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or what this process holds of a sharded one; of the same memory, without gradients."""
+    parameter = parameter.detach()
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def own_rows(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """The rows of `whole` that this process holds where `parameter` is sharded; all of them where it is not."""
+    if not isinstance(parameter, DTensor):
+        return whole
+    chunks = whole.chunk(parameter.device_mesh.size())
+    rank = parameter.device_mesh.get_local_rank()
+    return chunks[rank] if rank < len(chunks) else whole[:0]
 
 
 def _check_shape(parameter: torch.Tensor, found: tuple[int, ...], name: str, origin: Path | str) -> None:

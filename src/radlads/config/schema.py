@@ -15,6 +15,11 @@ Switch = Literal[0, 1]
 Stage = Literal["align", "distill", "extend"]
 
 Optimizer = Literal["adamw", "muon", "dsfusedadamw", "adamwschedulefree", "adam8bit", "lion"]
+STRATEGIES = (
+    *("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true", "fsdp"),
+    *("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"),
+)
+"""What train.strategy may be. The ddp_... are Lightning's names for what is all the same here."""
 Precision = Literal["auto", "bf16", "bf16-mixed", "bf16-true", "fp32", "32", "32-true"]
 Checkpointing = Literal["none", "selective", "full"]
 
@@ -264,11 +269,12 @@ class TrainConfig:
     accelerator: Literal["gpu", "cuda", "cpu", "mps", "auto"] = "gpu"
     """Hardware to train on."""
     strategy: str = "auto"
-    """Accepted so that released files load; no effect on one device."""
+    """How several processes share the work: ddp = each holds both models whole; fsdp = each holds its rows of every
+    parameter, of the teacher's too; auto = ddp. No effect on one device."""
     devices: int = 1
-    """Not available yet: must be 1."""
+    """Processes on each node, one GPU each; -1 = all GPUs of the node."""
     num_nodes: int = 1
-    """Not available yet: must be 1."""
+    """Nodes. Start the command on each of them, by torchrun or srun (docs/scaling.md)."""
     ds_bucket_mb: int = 200
     """Accepted so that released files load; no effect."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -293,6 +299,8 @@ class TrainConfig:
                 "train.compile must be 'auto' or 'never' with train.reset_state_at_eos, whose sequences are of too "
                 "many lengths to compile for, not 'always'"
             )
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"train.strategy must be one of {', '.join(STRATEGIES)}, not {self.strategy!r}")
         if self.grad_cp and self.activation_checkpointing not in ("auto", "full"):
             raise ValueError(
                 f"train.grad_cp 1 means full activation checkpointing, but train.activation_checkpointing is "
@@ -352,8 +360,6 @@ _UNAVAILABLE_TRAIN_KEYS = (
     "weight_decay_final",
     "epoch_begin",
     "wandb",
-    "devices",
-    "num_nodes",
 )
 
 
@@ -373,8 +379,7 @@ def _set_to_something(part: object, default: object, prefix: str, names: Iterabl
 
 _IDLE_MODEL_KEYS = ("classname", "vocab_padding_idx", "attention_type")
 _IDLE_TRAIN_KEYS = (
-    *("load_partial", "train_stage", "epoch_save", "val_check_interval", "check_val_every_n_epoch", "strategy"),
-    "ds_bucket_mb",
+    *("load_partial", "train_stage", "epoch_save", "val_check_interval", "check_val_every_n_epoch", "ds_bucket_mb"),
 )
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from radlads.checkpoint.published import EMBEDDING, HEAD, UsedWeights
 from radlads.checkpoint.weights import StoredWeights, load_strict
 from radlads.config.schema import ModelConfig
+from radlads.convert.blueprint import Blueprint
 from radlads.convert.hf_source import TeacherSource
-from radlads.convert.student import build_student, build_teacher, student_config
+from radlads.convert.student import student_blueprint, student_config, teacher_blueprint
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 
@@ -53,23 +54,24 @@ def shape_of(weights: StoredWeights, model: ModelConfig, origin: Path) -> Radlad
     )
 
 
-def teacher_of(weights: StoredWeights, shape: RadladsConfig, origin: Path) -> RadladsForCausalLM:
-    """The frozen teacher with these weights, in evaluation mode. Raises ValueError for weights that do not fit."""
-    return build_teacher(TeacherSource(origin, shape, weights))
+def teacher_of(weights: StoredWeights, shape: RadladsConfig, origin: Path) -> Blueprint:
+    """The teacher with these weights."""
+    return teacher_blueprint(TeacherSource(origin, shape, weights))
 
 
-def student_of(weights: StoredWeights, shape: RadladsConfig, model: ModelConfig, origin: Path) -> RadladsForCausalLM:
-    """The student that an earlier stage left as these weights. Raises ValueError for weights that do not fit."""
-    student = RadladsForCausalLM(student_config(shape, model))
-    load_strict(student, UsedWeights(weights, student.config), origin)
-    return student
+def student_of(weights: StoredWeights, shape: RadladsConfig, model: ModelConfig, origin: Path) -> Blueprint:
+    """The student that an earlier stage left as these weights."""
+
+    def fill(student: RadladsForCausalLM) -> Counter:
+        load_strict(student, UsedWeights(weights, student.config), origin)
+        return Counter()
+
+    return Blueprint(student_config(shape, model), fill)
 
 
-def student_from_teacher(
-    weights: StoredWeights, shape: RadladsConfig, model: ModelConfig, origin: Path
-) -> tuple[RadladsForCausalLM, Counter]:
-    """The student set up from a teacher's weights, and the transfer's row counts (see student.build_student)."""
-    return build_student(TeacherSource(origin, shape, weights), model)
+def student_from_teacher(weights: StoredWeights, shape: RadladsConfig, model: ModelConfig, origin: Path) -> Blueprint:
+    """The student set up from a teacher's weights (see student.student_blueprint)."""
+    return student_blueprint(TeacherSource(origin, shape, weights), model)
 
 
 def is_teachers(weights: StoredWeights) -> bool:

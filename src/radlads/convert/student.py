@@ -4,8 +4,8 @@ from collections import Counter
 
 import torch
 
-from radlads.checkpoint.model_folder import unfilled_model
 from radlads.config.schema import ModelConfig
+from radlads.convert.blueprint import Blueprint
 from radlads.convert.hf_source import SIZES, TeacherSource
 from radlads.convert.weight_map import transfer
 from radlads.model.configuration import MIXER_ALIASES, RadladsConfig
@@ -14,20 +14,38 @@ from radlads.model.modeling import RadladsForCausalLM
 
 def build_teacher(source: TeacherSource, *, dtype: torch.dtype = torch.float32) -> RadladsForCausalLM:
     """The teacher with its weights, frozen and in evaluation mode."""
-    teacher = unfilled_model(source.config, dtype)
-    transfer(source.weights, teacher, source.folder, tied=source.config.tie_word_embeddings)
+    teacher, _ = teacher_blueprint(source).build(dtype=dtype)
     return teacher.eval().requires_grad_(False)
 
 
 def build_student(source: TeacherSource, model: ModelConfig) -> tuple[RadladsForCausalLM, Counter]:
-    """The student with the teacher's weights and fresh mixer parameters (fp32), and the transfer's row counts.
+    """The student of student_blueprint in fp32, in evaluation mode, and the transfer's row counts."""
+    student, rows = student_blueprint(source, model).build()
+    return student.eval(), rows
 
-    Fresh parameters are drawn from torch's global random state: seed it for a repeatable student. A tied teacher's
-    head is untied, because the student's head is trained on its own.
+
+def teacher_blueprint(source: TeacherSource) -> Blueprint:
+    """The teacher with its weights. A head that is built apart from the embedding gets a copy of it."""
+    tied = source.config.tie_word_embeddings
+
+    def fill(teacher: RadladsForCausalLM) -> Counter:
+        return transfer(source.weights, teacher, source.folder, tied=tied)
+
+    return Blueprint(source.config, fill)
+
+
+def student_blueprint(source: TeacherSource, model: ModelConfig) -> Blueprint:
+    """The student with the teacher's weights and fresh mixer parameters.
+
+    Fresh parameters are drawn from torch's global random state, layer by layer: seed it for a repeatable student. A
+    tied teacher's head is untied, because the student's head is trained on its own.
     """
-    student = RadladsForCausalLM(student_config(source.config, model))
     tied, reinit_att = source.config.tie_word_embeddings, bool(model.reinit_att)
-    return student, transfer(source.weights, student, source.folder, tied=tied, reinit_att=reinit_att)
+
+    def fill(student: RadladsForCausalLM) -> Counter:
+        return transfer(source.weights, student, source.folder, tied=tied, reinit_att=reinit_att)
+
+    return Blueprint(student_config(source.config, model), fill)
 
 
 def retie(student: RadladsForCausalLM, source: TeacherSource) -> None:

@@ -1,15 +1,17 @@
 """Stage 1: every student mixer learns, on the teacher's own residual stream, what the teacher's attention puts out."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from radlads.distill.documents import Cut, Sequences, whole_rows
 from radlads.distill.losses import alignment
 from radlads.distill.stage import LossPart, Trainable
 from radlads.model.contracts import SharedInputs
 from radlads.model.modeling import Block, RadladsForCausalLM
+from radlads.model.whole_parameters import call_whole
 
 
 class Align:
@@ -24,6 +26,10 @@ class Align:
 
     def __init__(self, *, kind: Literal["l2", "mse"] = "l2", trainable: Trainable = "mixer", cut: Cut = whole_rows):
         self.kind, self.trainable, self._cut = kind, trainable, cut
+
+    def part_names(self, student: RadladsForCausalLM) -> list[str]:
+        """See Stage.part_names."""
+        return [f"layer_{layer}" for layer in student.config.recurrent_layers]
 
     def parts(
         self, student: RadladsForCausalLM, teacher: RadladsForCausalLM | None, tokens: torch.Tensor
@@ -48,9 +54,8 @@ class Align:
                 continue
             block = student.model.layers[layer]
             assert isinstance(block, Block)
-            loss, v_first = block.compiled(_mixer_loss, x.shape[1])(
-                block.self_attn, x, target, values, shared, self.kind, counted
-            )
+            mixer_loss = block.compiled(_mixer_loss, x.shape[1])
+            loss, v_first = call_whole(block.self_attn, mixer_loss, x, target, values, shared, self.kind, counted)
             if values is None and v_first is not None:
                 values = v_first.detach().requires_grad_(torch.is_grad_enabled())
                 held = (layer, loss, v_first)
@@ -66,9 +71,10 @@ class Align:
             yield LossPart(f"layer_{layer}", objective, loss.detach(), count)
 
 
-def _mixer_loss(mixer: Callable, x, target, values, shared: SharedInputs, kind: Literal["l2", "mse"], counted):
+def _mixer_loss(mixer: torch.nn.Module, x, target, values, shared: SharedInputs, kind: Literal["l2", "mse"], counted):
     """How far a mixer's output on x [B, T, C] is from target, over `counted` tokens; and v_first for the next."""
-    output, _, v_first = mixer(x, None, values, shared)
+    run = mixer.forward if isinstance(mixer, FSDPModule) else mixer  # call_whole stands in for the hooks of a call
+    output, _, v_first = run(x, None, values, shared)
     return alignment(target, output, kind, counted), v_first
 
 

@@ -1,5 +1,6 @@
 """Stages 2 and 3: the whole student learns from the teacher's logits, from the labels, or from both."""
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -10,6 +11,7 @@ from radlads.distill.documents import Cut, Sequences, cut_of, whole_rows
 from radlads.distill.losses import head_loss
 from radlads.distill.stage import LossPart, Stage, Trainable
 from radlads.model.modeling import RadladsForCausalLM
+from radlads.model.whole_parameters import call_whole, whole
 
 
 class Logits:
@@ -24,6 +26,10 @@ class Logits:
         self.name, self.kl_weight, self.ce_weight, self.trainable = name, kl_weight, ce_weight, trainable
         self.needs_teacher, self._cut = kl_weight > 0, cut
 
+    def part_names(self, student: RadladsForCausalLM) -> list[str]:
+        """See Stage.part_names."""
+        return ["loss"]
+
     def parts(
         self, student: RadladsForCausalLM, teacher: RadladsForCausalLM | None, tokens: torch.Tensor
     ) -> Iterator[LossPart]:
@@ -34,22 +40,31 @@ class Logits:
     def _part(self, student: RadladsForCausalLM, teacher: RadladsForCausalLM | None, sequences: Sequences) -> LossPart:
         counted = sequences.counted
         # The teacher runs first, while the student's activations do not exist yet
-        teacher_hidden = teacher_head = None
+        teacher_hidden = None
         if self.kl_weight:
             assert teacher is not None
             with torch.no_grad():
                 teacher_hidden = _hidden(teacher, sequences.inputs, counted)
-            teacher_head = teacher.lm_head.weight
-        loss = head_loss(
-            _hidden(student, sequences.inputs, counted),
-            student.lm_head.weight,
-            sequences.labels if counted is None else sequences.labels[counted],
+        hidden = _hidden(student, sequences.inputs, counted)
+        labels = sequences.labels if counted is None else sequences.labels[counted]
+        read_head = functools.partial(call_whole, student.lm_head, self._head_loss, hidden, labels)
+        if teacher_hidden is None or teacher is None:
+            loss = read_head(None, None)
+        else:
+            with whole(teacher.lm_head):
+                loss = read_head(teacher_hidden, teacher.lm_head.weight)
+        return LossPart("loss", loss, loss.detach(), sequences.count)
+
+    def _head_loss(self, head: torch.nn.Module, hidden, labels, teacher_hidden, teacher_head) -> torch.Tensor:
+        return head_loss(
+            hidden,
+            head.weight,  # type: ignore[arg-type]
+            labels,
             teacher_hidden_BTC=teacher_hidden,
             teacher_head_VC=teacher_head,
             kl_weight=self.kl_weight,
             ce_weight=self.ce_weight,
         )
-        return LossPart("loss", loss, loss.detach(), sequences.count)
 
 
 def _hidden(model: RadladsForCausalLM, inputs: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:

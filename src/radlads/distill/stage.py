@@ -35,6 +35,10 @@ class Stage(Protocol):
     needs_teacher: bool
     trainable: Trainable
 
+    def part_names(self, student: RadladsForCausalLM) -> list[str]:
+        """The names that parts may have, in one order for all processes."""
+        ...
+
     def parts(
         self, student: RadladsForCausalLM, teacher: RadladsForCausalLM | None, tokens: torch.Tensor
     ) -> Iterator[LossPart]:

@@ -22,6 +22,7 @@ from .contracts import SharedInputs
 from .layers import RMSNorm, rope_tables
 from .recurrent_mixer import RecurrentMixer
 from .registry import build_channel_mixer, build_time_mixer
+from .whole_parameters import begin_gathering, whole
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
 # Graphs of one function: with and without gradients, of teacher and student, of the layer that has no v_first yet
@@ -178,17 +179,23 @@ class RadladsModel(RadladsPreTrainedModel):
 
     def attention_taps(self, input_ids: torch.Tensor) -> Iterator[AttentionTap]:
         """Run the stack on [B, T] tokens and yield every layer's tap as soon as it is there; no final norm, no head."""
-        hidden = self.embed_tokens(input_ids)
+        with whole(self):
+            hidden = self.embed_tokens(input_ids)
         shared = self.shared_inputs(hidden, None, None, None)
         v_first = None
         for layer, block in enumerate(self.layers):
             assert isinstance(block, Block)
-            hidden, v_first, _, x, y = block.compiled(Block.mix, hidden.shape[1])(block, hidden, v_first, None, shared)
-            yield AttentionTap(layer, x, y, shared)
-            del x, y
-            # Only once the next layer is asked for: the last layer's channel mixer is nobody's input
-            if layer + 1 < len(self.layers):
-                hidden = block.compiled(Block.feed, hidden.shape[1])(block, hidden)
+            is_last = layer + 1 == len(self.layers)
+            with whole(block):
+                if not is_last:
+                    begin_gathering(self.layers[layer + 1])
+                mix = block.compiled(Block.mix, hidden.shape[1])
+                hidden, v_first, _, x, y = mix(block, hidden, v_first, None, shared)
+                yield AttentionTap(layer, x, y, shared)
+                del x, y
+                # Only once the next layer is asked for: the last layer's channel mixer is nobody's input
+                if not is_last:
+                    hidden = block.compiled(Block.feed, hidden.shape[1])(block, hidden)
 
     def compile_blocks(self, enabled: bool = True, *, backend: str = "inductor") -> None:
         """From now on run both halves of each block through torch.compile, or not; a single token never is.

@@ -8,22 +8,25 @@ from pathlib import Path
 import torch
 
 from radlads.checkpoint.manifest import sha256, weights_hash
-from radlads.checkpoint.model_folder import load_model, read_config
+from radlads.checkpoint.model_folder import read_config
 from radlads.checkpoint.weight_files import is_weights_file, open_weights, starting_point
 from radlads.checkpoint.weights import StoredWeights
 from radlads.config.schema import Config, ModelConfig, check_available, stage_of
 from radlads.config.sizes import check_sizes
 from radlads.convert.bare_weights import is_teachers, shape_of, student_from_teacher, student_of, teacher_of
+from radlads.convert.blueprint import Blueprint, stored_blueprint
 from radlads.convert.hf_source import SUPPORTED_ARCHITECTURES, locate, open_teacher, teacher_config
-from radlads.convert.student import build_student, build_teacher, layer_mixers
+from radlads.convert.student import layer_mixers, student_blueprint, teacher_blueprint
 from radlads.model.configuration import RadladsConfig
-from radlads.model.modeling import RadladsForCausalLM
 from radlads.train.callbacks import Console
-from radlads.train.fit import StageResult, open_corpora, run_stage
+from radlads.train.fit import StageResult, run_stage
+from radlads.train.placement import build_models
+from radlads.train.processes import ALONE, Processes
+from radlads.train.samples import open_corpora
 
 
-def train_stage(config: Config, console: Console) -> StageResult:
-    """Run the stage a configuration describes and write its folder.
+def train_stage(config: Config, console: Console, processes: Processes = ALONE) -> StageResult:
+    """Run the stage a configuration describes and write its folder; of several processes all have to.
 
     The student comes from train.load_model; without one, the align stage sets it up from the teacher. Raises ValueError
     if neither is possible, and as run_stage does.
@@ -35,29 +38,31 @@ def train_stage(config: Config, console: Console) -> StageResult:
     teacher_path = train.teacher.path or train.teacher.hf_path
     torch.manual_seed(train.seed_everything)
     teacher = _teacher(config, teacher_path) if teacher_path else None
-    student, parent = _starting_student(config, teacher_path)
-    check_student(config, student, teacher)
-    folder = run_folder(config, student)
+    student, origin = _starting_student(config, teacher_path)
+    check_student(config, student.config, None if teacher is None else teacher.config)
+    folder = run_folder(config, student.config)
+    models = build_models(config, student, teacher, processes)
+    parent = f"{origin} ({_listed(models.rows)})" if models.rows else origin
     console.line(f"{stage_of(train)}: from {parent} to {folder}")
-    return run_stage(config, student, teacher, folder, console, parent=parent)
+    return run_stage(config, models.student, models.teacher, folder, console, parent=parent, processes=processes)
 
 
-def check_student(config: Config, student: RadladsForCausalLM, teacher: RadladsForCausalLM | None) -> None:
+def check_student(config: Config, student: RadladsConfig, teacher: RadladsConfig | None) -> None:
     """Raise ValueError if the models are not of the sizes and mixers that are configured, or do not fit each other."""
-    check_sizes(config.model, "model", student.config.to_dict())
+    check_sizes(config.model, "model", student.to_dict())
     if teacher is not None:
-        check_sizes(config.train.teacher.model, "train.teacher.model", teacher.config.to_dict())
-    wanted = layer_mixers(config.model, student.config.num_hidden_layers)
-    if student.config.time_mixers != wanted:
+        check_sizes(config.train.teacher.model, "train.teacher.model", teacher.to_dict())
+    wanted = layer_mixers(config.model, student.num_hidden_layers)
+    if student.time_mixers != wanted:
         raise ValueError(
-            f"{config.train.load_model} holds the mixers {_counted(student.config.time_mixers)}, but the configuration "
+            f"{config.train.load_model} holds the mixers {_counted(student.time_mixers)}, but the configuration "
             f"names {_counted(wanted)}: pass the model's own mixer file with -c"
         )
     for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
-        if teacher is not None and getattr(teacher.config, name) != getattr(student.config, name):
+        if teacher is not None and getattr(teacher, name) != getattr(student, name):
             raise ValueError(
-                f"the teacher's {name} is {getattr(teacher.config, name)}, the student's "
-                f"{getattr(student.config, name)}: they are not the same model"
+                f"the teacher's {name} is {getattr(teacher, name)}, the student's "
+                f"{getattr(student, name)}: they are not the same model"
             )
 
 
@@ -65,22 +70,23 @@ def _counted(mixers: list[str]) -> str:
     return ", ".join(f"{count} x {name}" for name, count in Counter(mixers).items())
 
 
-def run_folder(config: Config, student: RadladsForCausalLM) -> Path:
+def run_folder(config: Config, student: RadladsConfig) -> Path:
     """proj_dir/proj_name, or the released system's name made of layers, width, mixers and suffixes."""
     train, model = config.train, config.model
     if train.proj_name:
         return Path(train.proj_dir) / train.proj_name
-    size = f"L{student.config.num_hidden_layers}-D{student.config.hidden_size}"
+    size = f"L{student.num_hidden_layers}-D{student.hidden_size}"
     words = [size, f"{model.tmix}_{model.tmix2 or 'qwen2'}", train.proj_suffix0, train.proj_suffix]
     return Path(train.proj_dir) / re.sub(r"[^\w.-]", "_", "-".join(word for word in words if word))
 
 
-def _starting_student(config: Config, teacher_path: str) -> tuple[RadladsForCausalLM, str]:
+def _starting_student(config: Config, teacher_path: str) -> tuple[Blueprint, str]:
+    """The student to begin with, and where it comes from."""
     train, path = config.train, starting_point(config.train.load_model)
     if path is not None:
         if path.is_file() or is_weights_file(path) or (path.is_dir() and not (path / "config.json").exists()):
             return _student_without_config(config, path, teacher_path)
-        return load_model(path), f"{path} sha256:{weights_hash(path)[:16]}"
+        return stored_blueprint(path), f"{path} sha256:{weights_hash(path)[:16]}"
     if stage_of(train) != "align":
         raise ValueError(
             f"the {stage_of(train)} stage starts from an earlier stage's model: "
@@ -92,26 +98,24 @@ def _starting_student(config: Config, teacher_path: str) -> tuple[RadladsForCaus
     if is_weights_file(Path(origin)):
         return _student_without_config(config, Path(origin), teacher_path)
     source = open_teacher(origin)
-    student, rows = build_student(source, config.model)
-    return student, f"setup of {source.folder} ({_listed(rows)})"
+    return student_blueprint(source, config.model), f"setup of {source.folder}"
 
 
-def _student_without_config(config: Config, path: Path, teacher_path: str) -> tuple[RadladsForCausalLM, str]:
+def _student_without_config(config: Config, path: Path, teacher_path: str) -> tuple[Blueprint, str]:
     """The student of a weights file: an earlier stage's, or set up in the align stage if it is the teacher's."""
     weights = open_weights(path)
     described = [config.model.hf_path, teacher_path, config.train.teacher.hf_path]
     shape = _shape(weights, path, described, config.model)
     origin = f"{path} sha256:{(weights_hash(path) if path.is_dir() else sha256(path))[:16]}"
     if stage_of(config.train) == "align" and is_teachers(weights):
-        student, rows = student_from_teacher(weights, shape, config.model, path)
-        return student, f"setup of {origin} ({_listed(rows)})"
+        return student_from_teacher(weights, shape, config.model, path), f"setup of {origin}"
     return student_of(weights, shape, config.model, path), origin
 
 
-def _teacher(config: Config, path: str) -> RadladsForCausalLM:
-    """The frozen teacher of a folder, hub name or weights file."""
+def _teacher(config: Config, path: str) -> Blueprint:
+    """The teacher of a folder, hub name or weights file."""
     if not is_weights_file(Path(path)):
-        return build_teacher(open_teacher(path))
+        return teacher_blueprint(open_teacher(path))
     weights, described = open_weights(Path(path)), [config.train.teacher.hf_path, config.model.hf_path]
     return teacher_of(weights, _shape(weights, Path(path), described, config.train.teacher.model), Path(path))
 

@@ -23,6 +23,16 @@ class Console(Protocol):
     def progress(self, text: str) -> None: ...
 
 
+class Silent:
+    """A console that shows nothing: of the processes of a run, all but the first have it."""
+
+    def line(self, text: str) -> None:
+        """Nothing."""
+
+    def progress(self, text: str) -> None:
+        """Nothing."""
+
+
 class Progress(L.Callback):
     """Tokens, tokens per second, loss, learning rate and remaining time, about once a second."""
 

@@ -10,6 +10,7 @@ import lightning as L
 from radlads.config.schema import TrainConfig
 from radlads.train.callbacks import Console, HeldoutCallback
 from radlads.train.lightning_module import StageModule
+from radlads.train.samples import sequences_per_step
 from radlads.train.snapshots import (
     Position,
     checkpoints_in,
@@ -49,8 +50,10 @@ class Checkpointing(L.Callback):
         self._stop.listen()  # Lightning has taken signals since the run began
         self._began = self._written = self._clock()
         self._step_seen = self._position.step
+        assert isinstance(pl_module, StageModule)
+        pl_module.wants_checkpoint = self._is_due_by_time
         if self._begin is not None:
-            restore_optimizers(self._begin, trainer.optimizers)
+            restore_optimizers(self._begin, pl_module.student, pl_module.own_parts, trainer.optimizers)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx: int) -> None:
         # Not earlier, because a data loader that begins draws a number
@@ -64,12 +67,14 @@ class Checkpointing(L.Callback):
         if step == self._step_seen or step == pl_module.num_steps:
             return
         self._step_seen = step
-        if self._stop.received is None and not self._is_due(step):
+        every_steps = self._train.checkpoint_every_steps
+        is_due = pl_module.checkpoint_agreed or (every_steps > 0 and step % every_steps == 0)
+        if self._stop.agreed is None and not is_due:
             return
         path = self._write(trainer, pl_module)
-        if self._stop.received is not None:
+        if self._stop.agreed is not None:
             self._console.line(
-                f"{self._stop.received.name}: stopped after step {step} of {pl_module.num_steps}, with the checkpoint "
+                f"{self._stop.agreed.name}: stopped after step {step} of {pl_module.num_steps}, with the checkpoint "
                 f"{path}; start the same command again to go on from there"
             )
             raise self._stop.stopped()
@@ -78,18 +83,20 @@ class Checkpointing(L.Callback):
         """Wall time of the stage, all runs before this one included."""
         return self._position.seconds + self._clock() - self._began
 
-    def _is_due(self, step: int) -> bool:
-        every_steps, every_s = self._train.checkpoint_every_steps, 60 * self._train.checkpoint_every_minutes
-        by_time = every_s > 0 and self._clock() - self._written >= every_s
-        return by_time or (every_steps > 0 and step % every_steps == 0)
+    def _is_due_by_time(self) -> bool:
+        every_s = 60 * self._train.checkpoint_every_minutes
+        return every_s > 0 and self._clock() - self._written >= every_s
 
     def _write(self, trainer: L.Trainer, module: StageModule) -> Path:
         module.read_steps()  # a step that is not finite ends the run before it reaches a checkpoint
-        samples = module.steps_done * self._train.micro_bsz * self._train.accumulate_grad_batches
+        samples = module.steps_done * sequences_per_step(self._train, module.processes)
         heldout = tuple(self._measured.history) if self._measured else ()
         position = Position(module.steps_done, samples, module.tokens_done, self.seconds(), heldout)
-        path = write_checkpoint(self._folder, module.student, trainer.optimizers, position, self._run)
-        for old in checkpoints_in(self._folder)[: -self._train.keep_checkpoints]:
-            remove(old)
-        self._written = self._clock()
+        path = write_checkpoint(
+            self._folder, module.student, module.own_parts, trainer.optimizers, position, self._run, module.processes
+        )
+        if module.processes.is_first:
+            for old in checkpoints_in(self._folder)[: -self._train.keep_checkpoints]:
+                remove(old)
+        self._written, module.checkpoint_agreed = self._clock(), False
         return path

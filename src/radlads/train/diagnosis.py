@@ -6,30 +6,38 @@ from contextlib import contextmanager
 import torch
 from torch.utils._pytree import tree_leaves
 
+from radlads.checkpoint.weights import own_part
 from radlads.distill.stage import Stage
 from radlads.model.modeling import RadladsForCausalLM
 
 
 def first_not_finite(
-    stage: Stage, student: RadladsForCausalLM, teacher: RadladsForCausalLM | None, batches: Iterable[torch.Tensor]
+    stage: Stage,
+    student: RadladsForCausalLM,
+    teacher: RadladsForCausalLM | None,
+    batches: Iterable[torch.Tensor],
+    *,
+    whole: bool = False,
 ) -> str:
     """A phrase that names it, in the order of computing: weights, then what modules put out, then gradients.
 
     The models run as they are, forward and backward on each batch [B, T + 1], not compiled; the student is left without
-    gradients.
+    gradients. whole: run all batches to their ends whatever is found, as processes do that gather for each other.
     """
-    for name, parameter in student.named_parameters():
-        if not torch.isfinite(parameter).all():
-            return f"and the first tensor that is not finite is the weight {name}"
+    weights = (name for name, each in student.named_parameters() if not torch.isfinite(own_part(each)).all())
+    if (weight := next(weights, None)) is not None and not whole:
+        return f"and the first tensor that is not finite is the weight {weight}"
     student.zero_grad(set_to_none=True)
     with _watched(student, teacher) as found:
+        if weight is not None:
+            found.append(f"the weight {weight}")
         try:
             for tokens in batches:
                 for part in stage.parts(student, teacher, tokens):
                     part.objective.backward()
                     if not found and not torch.isfinite(part.sum):
                         found.append(f"the loss {part.name} itself")
-                if found:
+                if found and not whole:
                     break
         except torch.OutOfMemoryError:
             return "and there was no memory left to look for the first tensor that is not finite"
@@ -75,4 +83,4 @@ def _gradient_hook(name: str, found: list[str]):
 
 
 def _is_finite(leaf: object) -> bool:
-    return not isinstance(leaf, torch.Tensor) or bool(torch.isfinite(leaf).all())
+    return not isinstance(leaf, torch.Tensor) or bool(torch.isfinite(own_part(leaf)).all())

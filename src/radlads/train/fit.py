@@ -5,8 +5,8 @@ import logging
 import shutil
 import warnings
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +17,34 @@ from torch.utils.data import DataLoader
 
 from radlads.checkpoint.atomic import unfinished_folder
 from radlads.checkpoint.manifest import write_manifest
-from radlads.checkpoint.model_folder import save_model
+from radlads.checkpoint.model_folder import save_model, take_part_in_saving
+from radlads.checkpoint.safetensors_writer import SHARD_BYTES
 from radlads.config.load import dump_config
-from radlads.config.schema import Config, TrainConfig, check_available, checkpointing_of, stage_of
-from radlads.data.binidx import BinIdxReader, TokenSpan
-from radlads.data.loader import HeldoutWindows, MixedSamples, TokenSamples, check_vocabulary
-from radlads.data.mixture import parse_mixture
-from radlads.distill.documents import document_ends
+from radlads.config.schema import Config, TrainConfig, check_available, checkpointing_of
 from radlads.distill.fp8_teacher import fp8_copy
 from radlads.distill.heldout import Heldout
 from radlads.distill.logits import build_stage
-from radlads.model.modeling import RadladsForCausalLM, has_triton
+from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.registry import is_registered
 from radlads.train.callbacks import Console, HeldoutCallback, Progress
 from radlads.train.checkpointing import Checkpointing
+from radlads.train.hardware import compiles, gpu_multiplies_bf16, out_of_memory, resolve_precision
 from radlads.train.lightning_module import StageModule
 from radlads.train.metrics_csv import METRICS, MetricsCsv
 from radlads.train.optim import weights_to_keep
+from radlads.train.processes import ALONE, Processes
 from radlads.train.resume import describe_run, first_checkpoint
+from radlads.train.samples import (
+    ends_of_documents,
+    heldout_batches,
+    open_corpora,
+    sequences_per_step,
+    training_samples,
+)
+from radlads.train.sharding import is_sharded, settle
 from radlads.train.snapshots import CHECKPOINTS, Position, read_position, restore_student
 from radlads.train.stopping import StopRequests
+from radlads.train.strategies import strategy_arguments
 from radlads.train.watched_corpora import WatchedCorpora
 
 # run_stage casts the weights for bf16-true: Lightning's own would also make bf16 the default type of every tensor that
@@ -47,7 +55,6 @@ _LIGHTNING_PRECISION: dict[str, Any] = {
     "fp32": "32-true",
     "32": "32-true",
 }
-_OLDEST_BF16_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -71,47 +78,58 @@ def run_stage(
     *,
     parent: str,
     recipe: str = "",
+    processes: Processes = ALONE,
 ) -> StageResult:
     """Train `student` in place by the stage `config` describes and write the finished stage to `folder`.
 
     `parent` says what the student started from, `recipe` fingerprints all that decides the result; both go into the
     manifest. An unfinished run of the same stage is gone on with, exactly, at its newest checkpoint (train.resume).
-    Under bf16-true both models are in bf16 from then on, and so is the folder. Raises ValueError if the folder exists,
+    Under bf16-true both models are in bf16 from then on, and so is the folder. Of several `processes` all have to call
+    this, with models that build_models made for them; the first writes. Raises ValueError if the folder exists,
     holds another unfinished run, or is in use, the data does not fit, the stage lacks its teacher, the loss is not
     finite, or the GPU's memory is too small; the folder then stays `NAME.partial`. Raises Stopped, a SystemExit, after
     a checkpoint if a signal asks for it.
     """
     train = config.train
     check_available(config)
-    stage = build_stage(train, end_ids=_document_ends(config, student, teacher))
+    stage = build_stage(train, end_ids=ends_of_documents(config, student, teacher))
     if stage.needs_teacher and teacher is None:
         raise ValueError(f"the {stage.name} stage needs a teacher: set train.teacher.hf_path to its folder or hub name")
-    samples, num_steps = training_samples(config, student.config.vocab_size)
+    samples, num_steps = training_samples(config, student.config.vocab_size, processes)
     heldout = heldout_batches(config, student.config.vocab_size)
-    run = describe_run(config, student, teacher, open_corpora(train))
-    module = StageModule(stage, student, teacher if stage.needs_teacher or heldout else None, train, num_steps)
+    run = describe_run(config, student, teacher, open_corpora(train), processes)
     with StopRequests() as stop:
-        with unfinished_folder(folder, keep_earlier=True) as partial:
-            begin = first_checkpoint(train.resume, partial, run, console)
+        learns_from = teacher if stage.needs_teacher or heldout else None
+        module = StageModule(stage, student, learns_from, train, num_steps, stop=stop, processes=processes)
+        for model in (student, *([learns_from] if learns_from else [])):
+            settle(model)
+        with ExitStack() as opened:
+            partial = processes.from_first(lambda: opened.enter_context(unfinished_folder(folder, keep_earlier=True)))
+            begin = processes.from_first(lambda: first_checkpoint(train.resume, partial, run, console))
             position = _begin(begin, module, partial, console)
-            (partial / "config.yaml").write_text(dump_config(config))
+            if processes.is_first:
+                (partial / "config.yaml").write_text(dump_config(config))
             measured = _heldout_callback(heldout, train, partial, position)
             checkpointing = Checkpointing(
                 train, partial, run, stop, console, measured=measured, begin=begin, position=position
             )
-            progress = Progress(console, len(samples) * config.model.ctx_len)
+            progress = Progress(console, num_steps * sequences_per_step(train, processes) * config.model.ctx_len)
             callbacks: list[L.Callback] = [each for each in (progress, measured, checkpointing) if each is not None]
-            trainer = build_trainer(train, partial, callbacks, first_step=position.step)
-            watched = WatchedCorpora(samples, [reader for reader, _ in open_corpora(train)], first=position.samples)
+            trainer = build_trainer(train, partial, callbacks, first_step=position.step, processes=processes)
+            corpora = [reader for reader, _ in open_corpora(train)]
+            watched = WatchedCorpora(samples, corpora, first=position.samples // processes.size)
             _train(trainer, module, DataLoader(watched, batch_size=train.micro_bsz), config)
             seconds = checkpointing.seconds()
             last = measured.history[-1][2] if measured else None
             facts = {"stage": stage.name, "parent": parent, "recipe": recipe, "tokens": module.tokens_done}
-            _write_stage(student, partial, **facts, seconds=seconds, heldout=vars(last) if last else None)
+            facts |= {"seconds": seconds, "heldout": vars(last) if last else None}
+            _write_stage(student, partial, processes, **facts)
+        processes.wait_for_all()
         # Only now: a run that is killed before its folder has the name still needs them
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        if stop.received is not None:
-            console.line(f"{stop.received.name}: stopped, with the stage finished in {folder}")
+        if processes.is_first:
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        if stop.agreed is not None:
+            console.line(f"{stop.agreed.name}: stopped, with the stage finished in {folder}")
             raise stop.stopped()
     return StageResult(folder, module.tokens_done, seconds, last, begin is not None)
 
@@ -124,9 +142,10 @@ def _begin(checkpoint: Path | None, module: StageModule, stage_folder: Path, con
     console.line(f"{module.stage.name}: going on after step {position.step} of {module.num_steps}, from {checkpoint}")
     restore_student(checkpoint, module.student)
     module.begin_at(steps=position.step, tokens=position.tokens)
-    (stage_folder / METRICS).unlink(missing_ok=True)
-    if (checkpoint / METRICS).is_file():
-        shutil.copyfile(checkpoint / METRICS, stage_folder / METRICS)
+    if module.processes.is_first:
+        (stage_folder / METRICS).unlink(missing_ok=True)
+        if (checkpoint / METRICS).is_file():
+            shutil.copyfile(checkpoint / METRICS, stage_folder / METRICS)
     return position
 
 
@@ -138,89 +157,33 @@ def _heldout_callback(
     return HeldoutCallback(batches, train.heldout_every_steps, stage_folder / "heldout.csv", position.heldout)
 
 
-def _write_stage(student: RadladsForCausalLM, folder: Path, **facts: Any) -> None:
+def _write_stage(student: RadladsForCausalLM, folder: Path, processes: Processes, **facts: Any) -> None:
     """The finished model and, last, its manifest."""
-    student.to("cpu")  # type: ignore[arg-type]
+    if not is_sharded(student):
+        student.to("cpu")  # type: ignore[arg-type]
     student.requires_grad_(False).eval()
-    save_model(student, folder)
-    write_manifest(folder, **facts)
-
-
-def training_samples(config: Config, vocab_size: int) -> tuple[TokenSamples | MixedSamples, int]:
-    """The stage's samples, whole accumulation windows of them, and its number of optimiser steps."""
-    train, context = config.train, config.model.ctx_len
-    corpora = open_corpora(train)
-    for reader, _ in corpora:
-        check_vocabulary(reader, vocab_size, f"{reader.path_stem}.bin")
-    num_tokens = sum(reader.num_tokens for reader, _ in corpora) - train.heldout_tail_tokens
-    tokens_per_step = train.micro_bsz * train.accumulate_grad_batches * context
-    num_steps = max(1, round((train.my_exit_tokens or num_tokens) / tokens_per_step))
-    num_samples = num_steps * train.micro_bsz * train.accumulate_grad_batches
-    prime = 0 if train.magic_prime == "auto" else train.magic_prime
-    if len(corpora) == 1:
-        reader = corpora[0][0]
-        kept = TokenSpan(reader, 0, _tail_start(reader, train.heldout_tail_tokens))
-        return TokenSamples(kept, context, num_samples=num_samples, magic_prime=prime), num_steps
-    if prime:
-        raise ValueError("train.magic_prime belongs to one corpus: set it to auto where train.data_file names several")
-    return MixedSamples(corpora, context, num_samples=num_samples), num_steps
-
-
-def _document_ends(config: Config, *models: RadladsForCausalLM | None) -> tuple[int, ...]:
-    """The tokens that end a document, where the configuration asks for documents."""
-    train = config.train
-    if not (train.mask_labels_at_eos or train.reset_state_at_eos):
-        return ()
-    configs = [model.config for model in models if model is not None]
-    return document_ends(train, configs, [reader for reader, _ in open_corpora(train)])
-
-
-def open_corpora(train: TrainConfig) -> list[tuple[BinIdxReader, Fraction]]:
-    """The corpora to train on, and their shares of the samples."""
-    if not train.data_file:
-        raise ValueError("train.data_file is not set: name the .bin/.idx pair to train on, without the extension")
-    return [(BinIdxReader(path), share) for path, share in parse_mixture(train.data_file)]
-
-
-def heldout_batches(config: Config, vocab_size: int) -> Iterable[torch.Tensor] | None:
-    """Batches of held-out windows, or None if the configuration names no held-out tokens."""
-    train, context = config.train, config.model.ctx_len
-    if not train.validation_data_file and not train.heldout_tail_tokens:
-        return None
-    corpora = parse_mixture(train.validation_data_file or train.data_file)
-    if len(corpora) > 1:
-        raise ValueError("held-out tokens come from one corpus: name it as train.validation_data_file")
-    reader = BinIdxReader(corpora[0][0])
-    check_vocabulary(reader, vocab_size, f"{reader.path_stem}.bin")
-    first = _tail_start(reader, train.heldout_tail_tokens) if train.heldout_tail_tokens else 0
-    heldout = TokenSpan(reader, first, reader.num_tokens)
-    windows = HeldoutWindows(heldout, context, max(train.heldout_tokens, context))
-    return DataLoader(WatchedCorpora(windows, [reader]), batch_size=train.micro_bsz)
-
-
-def _tail_start(reader: BinIdxReader, tail_tokens: int) -> int:
-    """Where the held-out tokens at the end begin."""
-    if tail_tokens >= reader.num_tokens:
-        raise ValueError(
-            f"train.heldout_tail_tokens {tail_tokens} takes all {reader.num_tokens} tokens of {reader.path_stem}.bin: "
-            "hold out fewer"
-        )
-    return reader.num_tokens - tail_tokens
+    if processes.is_first:
+        save_model(student, folder, shard_bytes=SHARD_BYTES if is_sharded(student) else None)
+        write_manifest(folder, **facts)
+    elif is_sharded(student):
+        take_part_in_saving(student)
 
 
 def _train(trainer: L.Trainer, module: StageModule, batches: DataLoader, config: Config) -> None:
     """Fit with both models where, in what type and in what mode the configuration asks for; then as they were."""
     train, device = config.train, trainer.strategy.root_device
-    teacher, models = module.teacher, [module.student]
+    teacher, models, in_shards = module.teacher, [module.student], is_sharded(module.student)
     # Documents are of so many lengths that graphs of theirs would never be used again
     compile_setting = "never" if train.reset_state_at_eos else train.compile
     checkpointing = checkpointing_of(train)
     module.student.set_activation_checkpointing("none" if module.stage.name == "align" else checkpointing)
     module.student.train()
     try:
-        module.student.to(device, _parameter_dtype(trainer, train, module.student))  # type: ignore[arg-type]
+        if not in_shards:
+            module.student.to(device, _parameter_dtype(trainer, train, module.student))  # type: ignore[arg-type]
         if teacher is not None:
-            models.append(_working_teacher(teacher, train, device, _parameter_dtype(trainer, train, teacher)))
+            dtype = _parameter_dtype(trainer, train, teacher)
+            models.append(teacher if in_shards else _working_teacher(teacher, train, device, dtype))
             module.learn_from(models[-1])
         for model in models:
             model.compile_blocks(compiles(compile_setting, device))
@@ -228,7 +191,7 @@ def _train(trainer: L.Trainer, module: StageModule, batches: DataLoader, config:
         is_align = module.stage.name == "align"
         compiled_on_gpu = device.type == "cuda" and compiles(compile_setting, device)
         # A user's own mixer may wait for the device, which a graph cannot record
-        module.graphed = is_align and compiled_on_gpu and is_registered(module.student.config)
+        module.graphed = is_align and compiled_on_gpu and is_registered(module.student.config) and not in_shards
         _fit(trainer, module, batches)
     except torch.OutOfMemoryError as error:
         raise ValueError(out_of_memory(config, device)) from error
@@ -238,7 +201,7 @@ def _train(trainer: L.Trainer, module: StageModule, batches: DataLoader, config:
             model.compile_blocks(False)
         module.student.set_activation_checkpointing("none")
         if teacher is not None:
-            module.learn_from(teacher.to("cpu"))  # type: ignore[arg-type]
+            module.learn_from(teacher if in_shards else teacher.to("cpu"))  # type: ignore[arg-type]
 
 
 def _working_teacher(
@@ -258,24 +221,6 @@ def _parameter_dtype(trainer: L.Trainer, train: TrainConfig, model: RadladsForCa
     return torch.float32 if trains or trainer.precision == "32-true" else model.dtype
 
 
-def compiles(setting: str, device: torch.device) -> bool:
-    """Whether train.compile means to compile on `device`; "auto" is on CUDA where Triton runs."""
-    return setting == "always" or (setting == "auto" and device.type == "cuda" and has_triton(device))
-
-
-def out_of_memory(config: Config, device: torch.device) -> str:
-    """What to lower when a stage does not fit into the GPU's memory."""
-    train, checkpointing = config.train, checkpointing_of(config.train)
-    remedies = [f"train.micro_bsz (now {train.micro_bsz}, with train.accumulate_grad_batches to make up for it)"]
-    remedies.append(f"model.ctx_len (now {config.model.ctx_len})")
-    settings = [] if stage_of(train) == "align" or checkpointing == "full" else ["train.activation_checkpointing full"]
-    if train.precision != "bf16-true":
-        settings.append("train.precision bf16-true")
-    size = torch.cuda.get_device_properties(device).total_memory / 1e9
-    advice = f"lower {' or '.join(remedies)}" + (f", or set {' or '.join(settings)}" if settings else "")
-    return f"the {stage_of(train)} stage does not fit into the GPU's {size:.0f} GB: {advice}"
-
-
 def _fit(trainer: L.Trainer, module: StageModule, batches: DataLoader) -> None:
     """Train; a Ctrl-C, which Lightning turns into an exit of its own, comes out as the KeyboardInterrupt it was."""
     try:
@@ -290,7 +235,14 @@ def _fit(trainer: L.Trainer, module: StageModule, batches: DataLoader) -> None:
             optimizer.param_groups.clear()  # or leaving the block would change the weights back
 
 
-def build_trainer(train: TrainConfig, folder: Path, callbacks: list[L.Callback], *, first_step: int = 0) -> L.Trainer:
+def build_trainer(
+    train: TrainConfig,
+    folder: Path,
+    callbacks: list[L.Callback],
+    *,
+    first_step: int = 0,
+    processes: Processes = ALONE,
+) -> L.Trainer:
     """Lightning's Trainer for one pass over the stage's samples, metrics to metrics.csv and tensorboard/.
 
     first_step: steps that are done already; later ones that a killed run has written to tensorboard/ are hidden there.
@@ -310,7 +262,7 @@ def build_trainer(train: TrainConfig, folder: Path, callbacks: list[L.Callback],
         )
     return L.Trainer(
         accelerator=accelerator,
-        devices=1,
+        **strategy_arguments(train, processes),
         precision=_LIGHTNING_PRECISION.get(precision, precision),
         max_epochs=1,
         callbacks=callbacks,
@@ -325,24 +277,6 @@ def build_trainer(train: TrainConfig, folder: Path, callbacks: list[L.Callback],
         enable_checkpointing=False,
         use_distributed_sampler=False,
     )
-
-
-def resolve_precision(precision: str, accelerator: str) -> str:
-    """ "auto" as "bf16" where the hardware multiplies bf16 natively (CUDA from 8.0, or a CPU with AMX), else "fp32"."""
-    if precision != "auto":
-        return precision
-    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
-    return "bf16" if (cpu_multiplies_bf16() if on_cpu else gpu_multiplies_bf16()) else "fp32"
-
-
-def gpu_multiplies_bf16() -> bool:
-    """Whether the CUDA GPU, if there is one, has matrix units for bf16 (Ampere and newer)."""
-    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= _OLDEST_BF16_CAPABILITY
-
-
-def cpu_multiplies_bf16() -> bool:
-    """Whether this CPU has matrix units for bf16; without them bf16 is slower than fp32."""
-    return bool(torch.backends.cpu.get_cpu_capability() != "DEFAULT" and torch.cpu._is_amx_tile_supported())
 
 
 def recipe_hash(*parts: object) -> str:

@@ -2,7 +2,7 @@
 
 import importlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,8 +16,12 @@ from radlads.train.adamw import AdamW
 Groups = list[dict[str, Any]]
 
 
-def build_optimizers(student: RadladsForCausalLM, train: TrainConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    student: RadladsForCausalLM, train: TrainConfig, own_parts: Mapping[str, torch.nn.Parameter] | None = None
+) -> list[torch.optim.Optimizer]:
     """Optimisers over the parameters that require gradients; every group has a "role", "mixer" or "rest".
+
+    own_parts: what to update in their stead, by name (see own_parts.py).
 
     adamw: AdamW for all, weight decay on matrices only. muon: Muon for the blocks' matrices (beta2 is its momentum, and
     its updates are scaled to AdamW's size, so that rates mean the same), AdamW for embedding, head and vectors. The
@@ -30,10 +34,11 @@ def build_optimizers(student: RadladsForCausalLM, train: TrainConfig) -> list[to
         if not parameter.requires_grad:
             continue
         role = "mixer" if is_mixer_parameter(name, student) else "rest"
+        updated = parameter if own_parts is None else own_parts[name]
         if train.optimizer == "muon" and parameter.ndim == 2 and ".layers." in name:
-            by_muon.setdefault(role, []).append(parameter)
+            by_muon.setdefault(role, []).append(updated)
         else:
-            by_adam.setdefault((role, parameter.ndim == 2), []).append(parameter)
+            by_adam.setdefault((role, parameter.ndim == 2), []).append(updated)
     if not by_muon and not by_adam:
         raise ValueError("no parameter trains: the student has no recurrent layer, or train.trainable leaves none")
     optimizers: list[torch.optim.Optimizer] = []

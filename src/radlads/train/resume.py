@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from radlads.checkpoint.atomic import read_json
 from radlads.checkpoint.manifest import sha256
@@ -16,6 +17,8 @@ from radlads.config.schema import Config
 from radlads.data.binidx import BinIdxReader
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.train.callbacks import Console
+from radlads.train.processes import ALONE, Processes
+from radlads.train.samples import sequences_per_step
 from radlads.train.snapshots import CHECKPOINTS, RUN, checkpoints_in, fault_of, remove
 
 # Of every tensor, so that models that differ are told apart without reading all of a large one
@@ -27,25 +30,38 @@ _MAY_CHANGE = frozenset(
 """What may be another value than the checkpoint's where the user names it: neither data nor schedule shift by it."""
 
 
+_SPREAD = frozenset(
+    f"train.{name}"
+    for name in ("micro_bsz", "accumulate_grad_batches", "devices", "num_nodes", "strategy", "ds_bucket_mb")
+)
+
+
 def describe_run(
     config: Config,
     student: RadladsForCausalLM,
     teacher: RadladsForCausalLM | None,
     corpora: Iterable[tuple[BinIdxReader, Fraction]],
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
-    """What tells a run apart: what its configuration decides, the models it starts from, the tokens it trains on."""
+    """What tells a run apart: what its configuration decides, the models it starts from, the tokens it trains on.
+
+    Not how a step's sequences are spread over micro-batches and processes: the order of the data does not depend on it.
+    """
     tokens = [f"{share} of {reader.num_tokens} tokens, index {_index_hash(reader)}" for reader, share in corpora]
     models = {"student at the start": fingerprint(student), "teacher": fingerprint(teacher) if teacher else None}
-    return deciding(config) | models | {"training tokens": ", ".join(tokens)}
+    kept = {key: value for key, value in deciding(config).items() if key not in _SPREAD}
+    sequences = {"sequences in a step": sequences_per_step(config.train, processes)}
+    return kept | sequences | models | {"training tokens": ", ".join(tokens)}
 
 
 def fingerprint(model: RadladsForCausalLM) -> str:
-    """A hash of numbers from all over every parameter, in fp32."""
+    """A hash of numbers from all over every parameter, in fp32. All processes have to take part for a sharded model."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(name.encode())
         every = max(1, parameter.numel() // _NUMBERS_COMPARED)
-        numbers = parameter.detach().flatten()[::every].float().cpu().contiguous()
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        numbers = whole.detach().flatten()[::every].float().cpu().contiguous()
         digest.update(numbers.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 

@@ -1,14 +1,18 @@
 """Checkpoints inside a stage: folders `step-000123` that hold all that a run needs to go on, bit for bit.
 
 A checkpoint is a model folder (config.json, model.safetensors) with the optimisers' tensors (state.safetensors), where
-the run stands (position.json), what run it is (run.json), its metrics.csv, and manifest.json with a hash of each. It
-has its name once it is complete. The frozen teacher is in none. Leaves to others when to write one, and which to take.
+the run stands (position.json), what run it is (run.json), its metrics.csv, and manifest.json with a hash of each. Of a
+sharded model there is a file for each process instead, with its rows of weights and state (shard-00000-of-00008); any
+number of processes goes on from either kind. A checkpoint has its name once it is complete. The frozen teacher is in
+none. Leaves to others when to write one, and which to take.
 """
 
 import json
 import random
+import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +24,26 @@ from radlads.checkpoint.atomic import read_json, unfinished_folder, write_text
 from radlads.checkpoint.manifest import MANIFEST, sha256, versions
 from radlads.checkpoint.model_folder import save_model
 from radlads.checkpoint.safetensors_writer import write_safetensors
-from radlads.checkpoint.weights import SafetensorsFolder, StoredWeights, TensorInfo, load_strict
+from radlads.checkpoint.weights import (
+    PrefixedWeights,
+    RowShards,
+    SafetensorsFolder,
+    StoredWeights,
+    TensorInfo,
+    load_strict,
+    own_part,
+    own_rows,
+)
 from radlads.distill.heldout import Heldout
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.train.metrics_csv import METRICS
+from radlads.train.processes import ALONE, Processes
+from radlads.train.sharding import is_sharded
 
 CHECKPOINTS = "checkpoints"
 STATE, POSITION, RUN = "state.safetensors", "position.json", "run.json"
+SHARD, WEIGHT = "shard-{:05d}-of-{:05d}.safetensors", "weight."
+_SHARD_NAME = re.compile(r"shard-\d+-of-(\d+)\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -50,28 +67,45 @@ def checkpoints_in(stage_folder: Path) -> list[Path]:
 def write_checkpoint(
     stage_folder: Path,
     student: RadladsForCausalLM,
+    own: Mapping[str, torch.nn.Parameter],
     optimizers: Sequence[torch.optim.Optimizer],
     position: Position,
     run: Mapping[str, Any],
+    processes: Processes = ALONE,
 ) -> Path:
     """Write the checkpoint of `position` with the random numbers' state as it is now, and return its folder.
 
-    Raises OSError that names the folder if it cannot be written; nothing is left of it then.
+    `own` are the trained parameters as the optimisers know them. All processes have to call this; each writes its rows
+    of a sharded student, and of any other the first writes everything. Raises OSError that names the folder if it
+    cannot be written; nothing is left of it then.
     """
     target = stage_folder / CHECKPOINTS / f"step-{position.step:06d}"
-    with unfinished_folder(target, keep_failed=False) as folder:
-        save_model(student, folder)
-        moments, groups = _optimizer_state(optimizers)
-        buffers = {f"buffer.{name}": buffer for name, buffer in student.named_buffers()}
-        state = _Tensors(moments | buffers | _random_tensors())
-        write_safetensors(state, list(state), folder / STATE)
-        content = {**asdict(position), "optimizers": groups, "random": _random_numbers()}
-        write_text(folder / POSITION, json.dumps(content) + "\n")
-        write_text(folder / RUN, json.dumps(run, indent=2) + "\n")
-        if (stage_folder / METRICS).is_file():
-            shutil.copyfile(stage_folder / METRICS, folder / METRICS)
-        hashes = {path.name: sha256(path) for path in sorted(folder.iterdir())}
-        write_text(folder / MANIFEST, json.dumps({"versions": versions(), "sha256": hashes}, indent=2) + "\n")
+    in_shards = is_sharded(student)
+    moments, groups = _optimizer_state(optimizers, own)
+    with ExitStack() as opened:
+        folder = processes.from_first(lambda: opened.enter_context(unfinished_folder(target, keep_failed=False)))
+        own_hashes: dict[str, str] = {}
+        if in_shards:
+            shard = folder / SHARD.format(processes.rank, processes.size)
+            weights = {f"{WEIGHT}{name}": own_part(each) for name, each in student.named_parameters()}
+            state = _Tensors(weights | moments | (_random_tensors() if processes.is_first else {}))
+            write_safetensors(state, list(state), shard)
+            own_hashes[shard.name] = sha256(shard)
+        hashes = {name: digest for each in processes.gather(own_hashes) for name, digest in each.items()}
+        if processes.is_first:
+            if not in_shards:
+                save_model(student, folder)
+                buffers = {f"buffer.{name}": buffer for name, buffer in student.named_buffers()}
+                state = _Tensors(moments | buffers | _random_tensors())
+                write_safetensors(state, list(state), folder / STATE)
+            content = {**asdict(position), "optimizers": groups, "random": _random_numbers()}
+            write_text(folder / POSITION, json.dumps(content) + "\n")
+            write_text(folder / RUN, json.dumps(run, indent=2) + "\n")
+            if (stage_folder / METRICS).is_file():
+                shutil.copyfile(stage_folder / METRICS, folder / METRICS)
+            hashes |= {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name not in hashes}
+            write_text(folder / MANIFEST, json.dumps({"versions": versions(), "sha256": hashes}, indent=2) + "\n")
+    processes.wait_for_all()
     return target
 
 
@@ -88,7 +122,7 @@ def fault_of(checkpoint: Path) -> str | None:
         hashes = read_json(checkpoint / MANIFEST).get("sha256")
     except (OSError, ValueError):
         hashes = None
-    if not isinstance(hashes, dict) or not {STATE, POSITION, RUN} <= hashes.keys():
+    if not isinstance(hashes, dict) or not {POSITION, RUN} <= hashes.keys() or not _has_state(hashes):
         return f"its {MANIFEST} is missing or damaged"
     for name, expected in hashes.items():
         if not (checkpoint / name).is_file():
@@ -106,23 +140,34 @@ def read_position(checkpoint: Path) -> Position:
 
 
 def restore_student(checkpoint: Path, student: RadladsForCausalLM) -> None:
-    """Copy the checkpoint's weights and buffers into the student, wherever it is."""
-    load_strict(student, SafetensorsFolder(checkpoint), checkpoint)
-    state = SafetensorsFolder(checkpoint / STATE)
+    """Copy the checkpoint's weights and buffers into the student, wherever it is and in however many pieces."""
+    state = _stored_state(checkpoint)
+    if (checkpoint / STATE).is_file():
+        load_strict(student, SafetensorsFolder(checkpoint), checkpoint)
+    else:
+        load_strict(student, PrefixedWeights(state, WEIGHT), checkpoint)
     for name, buffer in student.named_buffers():
         buffer.copy_(state[f"buffer.{name}"])
 
 
-def restore_optimizers(checkpoint: Path, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Give the optimisers, built as the run's were, their state of the checkpoint."""
-    stored, groups = SafetensorsFolder(checkpoint / STATE), read_json(checkpoint / POSITION)["optimizers"]
+def restore_optimizers(
+    checkpoint: Path,
+    student: RadladsForCausalLM,
+    own: Mapping[str, torch.nn.Parameter],
+    optimizers: Sequence[torch.optim.Optimizer],
+) -> None:
+    """Give the optimisers, built as the run's were, their state of the checkpoint: what belongs to this process."""
+    stored, groups = _stored_state(checkpoint), read_json(checkpoint / POSITION)["optimizers"]
+    whole = dict(student.named_parameters())
     for number, (optimizer, held) in enumerate(zip(optimizers, groups, strict=True)):
-        state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in held["state"].items()}
-        for name in stored:
-            owner, _, rest = name.partition(".")
-            if owner == f"optimizer_{number}":
-                index, _, key = rest.partition(".")
-                state.setdefault(int(index), {})[key] = stored[name].clone()
+        names = _names(optimizer, own)
+        state: dict[int, dict[str, Any]] = {
+            index: dict(held["state"].get(name, {})) for index, name in enumerate(names) if name in held["state"]
+        }
+        for index, name in enumerate(names):
+            for key, tensor in PrefixedWeights(stored, f"optimizer_{number}.{name}:").items():
+                rows = own_rows(whole[name], tensor) if tensor.shape == whole[name].shape else tensor
+                state.setdefault(index, {})[key] = rows.clone()
         present = optimizer.state_dict()["param_groups"]
         held_groups = [
             {**now, **{key: tuple(value) if isinstance(value, list) else value for key, value in then.items()}}
@@ -138,7 +183,7 @@ def restore_random_numbers(checkpoint: Path) -> None:
     random.setstate((version, tuple(numbers), gauss))
     name, keys, *rest = held["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    stored = SafetensorsFolder(checkpoint / STATE)
+    stored = _stored_state(checkpoint)
     torch.set_rng_state(stored["random.cpu"].clone())
     if "random.cuda.0" in stored and torch.cuda.is_available():
         devices = range(min(torch.cuda.device_count(), sum(name.startswith("random.cuda.") for name in stored)))
@@ -146,23 +191,42 @@ def restore_random_numbers(checkpoint: Path) -> None:
 
 
 def _optimizer_state(
-    optimizers: Sequence[torch.optim.Optimizer],
+    optimizers: Sequence[torch.optim.Optimizer], own: Mapping[str, torch.nn.Parameter]
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """All tensors by name, and of each optimiser the rest: its groups' settings, and state that is no tensor."""
     tensors: dict[str, torch.Tensor] = {}
     rest = []
     for number, optimizer in enumerate(optimizers):
-        content = optimizer.state_dict()
+        content, names = optimizer.state_dict(), _names(optimizer, own)
         numbers: dict[str, dict[str, Any]] = {}
         for index, values in content["state"].items():
             for key, value in values.items():
                 if isinstance(value, torch.Tensor):
-                    tensors[f"optimizer_{number}.{index}.{key}"] = value
+                    tensors[f"optimizer_{number}.{names[index]}:{key}"] = value
                 else:
-                    numbers.setdefault(str(index), {})[key] = value
+                    numbers.setdefault(names[index], {})[key] = value
         groups = [{k: v for k, v in group.items() if k != "params"} for group in content["param_groups"]]
         rest.append({"groups": groups, "state": numbers})
     return tensors, rest
+
+
+def _names(optimizer: torch.optim.Optimizer, own: Mapping[str, torch.nn.Parameter]) -> list[str]:
+    """The names of an optimiser's parameters, in its order."""
+    name_of = {id(parameter): name for name, parameter in own.items()}
+    return [name_of[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _has_state(names: Collection[str]) -> bool:
+    """Whether the state is among these files: one, or all that the first of several says there are."""
+    counts = {int(match[1]) for name in names if (match := _SHARD_NAME.fullmatch(name))}
+    return STATE in names or any(all(SHARD.format(rank, n) in names for rank in range(n)) for n in counts)
+
+
+def _stored_state(checkpoint: Path) -> StoredWeights:
+    """The tensors of a checkpoint's state, whole, and its weights too where they are in shards."""
+    if (checkpoint / STATE).is_file():
+        return SafetensorsFolder(checkpoint / STATE)
+    return RowShards([SafetensorsFolder(path) for path in sorted(checkpoint.glob("shard-*.safetensors"))])
 
 
 def _random_tensors() -> dict[str, torch.Tensor]:

@@ -123,18 +123,21 @@ def optimizer_step(
     optimizers: Sequence[torch.optim.Optimizer],
     parameters: Iterable[torch.nn.Parameter],
     *,
-    count: int,
+    count: int | torch.Tensor,
     clip_val: float,
     sums: torch.Tensor | None = None,
+    add_up: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Divide the gradients of sums by `count`, clip them to the norm `clip_val` (0: as they are), update, and zero.
 
+    add_up: adds a tensor up, in place, over the processes that have the other rows of the parameters.
     Returns the norm before clipping, of the mean's gradient: a scalar fp32 tensor on the device. If it, or any of the
     loss `sums`, is not finite, no weight and no optimiser state changes, and the gradients are zeroed all the same.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
-    norm = torch.linalg.vector_norm(torch.stack([each.to(norms[0].device) for each in norms])) / count
+    norm = torch.linalg.vector_norm(torch.stack([each.to(norms[0].device) for each in norms]))
+    norm = (norm if add_up is None else add_up(norm.square()).sqrt()) / count
     shrink = (clip_val / (norm + 1e-6)).clamp(max=1.0) if clip_val else torch.ones_like(norm)
     finite = torch.isfinite(norm)
     if sums is not None:

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any, Self
 
@@ -16,11 +17,14 @@ class Stopped(SystemExit):
 class StopRequests:
     """Remembers the first of SIGNALS that arrives while its block lasts; a Ctrl-C after it raises KeyboardInterrupt.
 
-    Outside the main thread, where Python takes no signals, nothing is ever asked for.
+    received: the signal that reached this process. agreed: one that reached some process of the run, once all know it;
+    only then may the run end, or some would wait for others that are gone. Outside the main thread, where Python takes
+    no signals, nothing is ever asked for.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.agreed: signal.Signals | None = None
         self._earlier: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -47,5 +51,14 @@ class StopRequests:
 
     def stopped(self) -> Stopped:
         """What to raise once the run may end."""
-        assert self.received is not None
-        return Stopped(128 + self.received)
+        assert self.agreed is not None
+        return Stopped(128 + self.agreed)
+
+    def flags(self) -> list[float]:
+        """What this process has received: 1 for it among SIGNALS, else 0."""
+        return [float(self.received == signum) for signum in SIGNALS]
+
+    def agree(self, sums: Sequence[float]) -> None:
+        """Take note of the flags of all processes, added up."""
+        found = [signum for signum, total in zip(SIGNALS, sums, strict=True) if total]
+        self.agreed = self.agreed or next(iter(found), None)

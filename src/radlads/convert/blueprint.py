@@ -1,0 +1,41 @@
+"""A model that is yet to be built: whoever builds it decides where its parameters are, and in how many pieces."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from radlads.checkpoint.model_folder import open_checked, unfilled_model
+from radlads.checkpoint.weights import load_strict
+from radlads.model.configuration import RadladsConfig
+from radlads.model.modeling import RadladsForCausalLM
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A model's configuration, and what fills every parameter of such a model, one tensor after another.
+
+    fill: returns how many weights came which way (see weight_map.transfer), empty for a model that is merely loaded. It
+    fills parameters that are sharded too, and then every process has to call it.
+    """
+
+    config: RadladsConfig
+    fill: Callable[[RadladsForCausalLM], Counter]
+
+    def build(self, *, dtype: torch.dtype = torch.float32) -> tuple[RadladsForCausalLM, Counter]:
+        """The model on the CPU, and what fill returned."""
+        model = unfilled_model(self.config, dtype)
+        return model, self.fill(model)
+
+
+def stored_blueprint(folder: Path) -> Blueprint:
+    """The model of a folder, which is opened and checked now (see model_folder.load_model)."""
+    stored = open_checked(folder)
+
+    def fill(model: RadladsForCausalLM) -> Counter:
+        load_strict(model, stored.used, folder)
+        return Counter()
+
+    return Blueprint(stored.config, fill)

@@ -1,0 +1,44 @@
+"""What the hardware at hand can do for a stage, and what to lower where it cannot."""
+
+import torch
+
+from radlads.config.schema import Config, checkpointing_of, stage_of
+from radlads.model.modeling import has_triton
+
+_OLDEST_BF16_CAPABILITY = (8, 0)
+
+
+def compiles(setting: str, device: torch.device) -> bool:
+    """Whether train.compile means to compile on `device`; "auto" is on CUDA where Triton runs."""
+    return setting == "always" or (setting == "auto" and device.type == "cuda" and has_triton(device))
+
+
+def out_of_memory(config: Config, device: torch.device) -> str:
+    """What to lower when a stage does not fit into the GPU's memory."""
+    train, checkpointing = config.train, checkpointing_of(config.train)
+    remedies = [f"train.micro_bsz (now {train.micro_bsz}, with train.accumulate_grad_batches to make up for it)"]
+    remedies.append(f"model.ctx_len (now {config.model.ctx_len})")
+    settings = [] if stage_of(train) == "align" or checkpointing == "full" else ["train.activation_checkpointing full"]
+    if train.precision != "bf16-true":
+        settings.append("train.precision bf16-true")
+    size = torch.cuda.get_device_properties(device).total_memory / 1e9
+    advice = f"lower {' or '.join(remedies)}" + (f", or set {' or '.join(settings)}" if settings else "")
+    return f"the {stage_of(train)} stage does not fit into the GPU's {size:.0f} GB: {advice}"
+
+
+def resolve_precision(precision: str, accelerator: str) -> str:
+    """ "auto" as "bf16" where the hardware multiplies bf16 natively (CUDA from 8.0, or a CPU with AMX), else "fp32"."""
+    if precision != "auto":
+        return precision
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
+    return "bf16" if (cpu_multiplies_bf16() if on_cpu else gpu_multiplies_bf16()) else "fp32"
+
+
+def gpu_multiplies_bf16() -> bool:
+    """Whether the CUDA GPU, if there is one, has matrix units for bf16 (Ampere and newer)."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= _OLDEST_BF16_CAPABILITY
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has matrix units for bf16; without them bf16 is slower than fp32."""
+    return bool(torch.backends.cpu.get_cpu_capability() != "DEFAULT" and torch.cpu._is_amx_tile_supported())

@@ -1,0 +1,316 @@
+"""The processes that train one model together: starting them, joining them, and never waiting for one that is gone.
+
+Owns launch, process group and the watch over it. Ranks come from Lightning's cluster environments, so torchrun, SLURM
+and MPI are known; without one of them the process that was started by hand starts the others of its node. Leaves what
+is reduced between processes, and when, to others.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments import (
+    LSFEnvironment,
+    MPIEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+
+from radlads.config.schema import TrainConfig
+
+T = TypeVar("T")
+
+BEAT_S, DEAD_AFTER_S, LEFT_AFTER_S = 1.0, 30.0, 5.0
+"""How often a process says that it lives, after how long a silent one is taken for dead, and how long the others have
+to end by themselves once one has left with an error."""
+LOST = 2
+"""Exit code of a process that ends because another one is gone: starting the command again mends it."""
+_LAUNCHERS = (SLURMEnvironment, TorchElasticEnvironment, MPIEnvironment, LSFEnvironment)
+_AGAIN = "start the same command again to go on from the last checkpoint"
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run, as one of them sees them: `rank` of `size`, on `device`. By default it is alone."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device | None = field(default=None, compare=False)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this one writes files and prints."""
+        return self.rank == 0
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes of a tensor, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, by rank. Values are pickled, so they are small, and this package's own."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_first(self, work: Callable[[], T]) -> T:
+        """What work() returns in the first process, which alone calls it; a user's error in it is raised in all."""
+        if self.size == 1:
+            return work()
+        outcome: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                outcome[0] = work()
+            except (ValueError, OSError) as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def wait_for_all(self) -> None:
+        """Return once every process has come here."""
+        if self.size > 1:
+            dist.barrier(device_ids=None if self.device is None or self.device.index is None else [self.device.index])
+
+
+ALONE = Processes()
+
+
+@contextmanager
+def joined(train: TrainConfig) -> Iterator[Processes]:
+    """Start or join the processes that train.devices and train.num_nodes ask for, and watch over them.
+
+    A user's error that all have is raised as it is in the first and as SystemExit(2) in the others; one that a single
+    process has is raised there, saying which, and the others end soon after, as they do if one is killed. Raises
+    ValueError if there are fewer devices than asked for.
+    """
+    accelerator = {"gpu": "cuda"}.get(train.accelerator, train.accelerator)
+    on_gpu = accelerator == "cuda" or (accelerator == "auto" and torch.cuda.is_available())
+    devices = _num_devices(train.devices, on_gpu)
+    if devices * train.num_nodes == 1 and not _launched():
+        yield ALONE
+        return
+    earlier = dict(os.environ)
+    children = [] if _launched() else _start_others(devices, train.num_nodes)
+    try:
+        kind = "cuda" if on_gpu else "cpu"
+        fabric = Fabric(accelerator=kind, devices=devices, num_nodes=train.num_nodes, strategy="ddp")
+        fabric.launch()
+        with _watched(fabric.global_rank, fabric.world_size, children):
+            yield Processes(fabric.global_rank, fabric.world_size, fabric.device)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        for child in children:
+            _end(child)
+        os.environ.clear()
+        os.environ.update(earlier)
+
+
+def _num_devices(asked: int, on_gpu: bool) -> int:
+    """How many processes each node has."""
+    if not on_gpu:
+        if asked == -1:
+            raise ValueError("train.devices is -1, all GPUs, but train.accelerator is no GPU: say how many processes")
+        return asked
+    present = torch.cuda.device_count()
+    if not present:
+        return max(1, asked)  # the trainer says what to do about it
+    if asked > present:
+        raise ValueError(f"train.devices is {asked}, but {present} GPU is here: set --train.devices {present}")
+    return present if asked == -1 else asked
+
+
+def _launched() -> bool:
+    """Whether a launcher, or the first process of this node, has started this process among others."""
+    return "LOCAL_RANK" in os.environ or any(launcher.detect() for launcher in _LAUNCHERS)
+
+
+def _start_others(devices: int, num_nodes: int) -> list[subprocess.Popen[bytes]]:
+    """Start the same command once for every other device of this node, and make this process the node's first.
+
+    The variables are those of Lightning's LightningEnvironment. On several nodes the user sets MASTER_ADDR, MASTER_PORT
+    and NODE_RANK.
+    """
+    if num_nodes > 1:
+        for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK"):
+            if name not in os.environ:
+                raise ValueError(
+                    f"train.num_nodes is {num_nodes}, but {name} is not set: start the command by torchrun or srun on "
+                    "every node, or set MASTER_ADDR, MASTER_PORT and NODE_RANK"
+                )
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    os.environ.setdefault("NODE_RANK", "0")
+    os.environ |= {"LOCAL_RANK": "0", "WORLD_SIZE": str(devices * num_nodes)}
+    return [
+        subprocess.Popen(_command(), env=os.environ | {"LOCAL_RANK": str(local_rank)})
+        for local_rank in range(1, devices)
+    ]
+
+
+def _command() -> list[str]:
+    """What this process was started with."""
+    spec = sys.modules["__main__"].__spec__
+    if spec is not None:
+        return [sys.executable, "-m", spec.name, *sys.argv[1:]]
+    return [sys.executable, os.path.abspath(sys.argv[0]), *sys.argv[1:]]
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """See to it that a process is gone: it has said or done by now whatever it had to."""
+    try:
+        child.wait(LEFT_AFTER_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+@contextmanager
+def _watched(rank: int, size: int, children: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Watch the other processes, and see to it that an error is told once."""
+    watch = Watch(_store(rank), rank, size, children)
+    watch.start()
+    try:
+        yield
+        dist.barrier()
+        watch.leave("")
+    except (ValueError, OSError) as error:
+        watch.leave(str(error))
+        if rank == 0:
+            raise
+        if watch.wait_for_word_of(0) == str(error):
+            raise SystemExit(2) from None
+        raise ValueError(f"process {rank} of {size}: {error}") from error
+    except RuntimeError as error:
+        # How a collective ends when a process has gone depends on the backend; the watch knows which one it was
+        lost = watch.wait_for_loss() if _is_of_a_collective(error) else None
+        watch.leave(lost or str(error))
+        if lost is None:
+            raise
+        if watch.tells(lost):
+            raise OSError(lost) from error
+        raise SystemExit(LOST) from error
+    except BaseException as error:
+        watch.leave(repr(error))
+        raise
+    finally:
+        watch.stop()
+
+
+def _is_of_a_collective(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in ("connection", "gloo"))
+
+
+def _store(rank: int) -> dist.TCPStore:
+    """A store of this module's own, which lives in the first process."""
+    address = os.environ["MASTER_ADDR"]
+    if rank == 0:
+        store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
+        dist.broadcast_object_list([store.port])
+        return store
+    port: list[Any] = [None]
+    dist.broadcast_object_list(port)
+    return dist.TCPStore(address, port[0], is_master=False, timeout=timedelta(seconds=DEAD_AFTER_S))
+
+
+class Watch(threading.Thread):
+    """Says every BEAT_S that this process lives, and ends it if another does not any more.
+
+    A process that waits for one that is gone waits in C, for minutes, and no exception reaches it: hence a thread, and
+    an exit without clean-up. Checkpoints are whole at any time, so nothing is lost but the steps since the last.
+    """
+
+    def __init__(self, store: dist.TCPStore, rank: int, size: int, children: list[subprocess.Popen[bytes]]):
+        super().__init__(daemon=True, name="watch over the other processes")
+        self._store, self._rank, self._size, self._children = store, rank, size, children
+        self._seen = {other: (b"", time.monotonic()) for other in range(size) if other != rank}
+        self._leaving = threading.Event()
+        self.lost: str | None = None
+
+    def run(self) -> None:
+        beat = 0
+        while not self._leaving.wait(BEAT_S):
+            beat += 1
+            self.lost = self.lost or self._look(beat)
+            if self.lost is not None and not self._leaving.wait(LEFT_AFTER_S):
+                self._give_up(self.lost)
+
+    def _look(self, beat: int) -> str | None:
+        """Say that this process lives; which other one is gone, if one is."""
+        for child in self._children:
+            if child.poll() is not None and child.returncode < 0:
+                name = signal.Signals(-child.returncode).name
+                return f"a process of this run (pid {child.pid}) was ended by {name}: {_AGAIN}"
+        try:
+            self._store.set(f"alive/{self._rank}", str(beat))
+            for other, (before, since) in self._seen.items():
+                if self._store.check([f"left/{other}"]) and self._store.get(f"left/{other}"):
+                    return f"process {other} of {self._size} has ended with an error of its own: {_AGAIN}"
+                now = self._store.get(f"alive/{other}") if self._store.check([f"alive/{other}"]) else b""
+                if now != before:
+                    self._seen[other] = (now, time.monotonic())
+                elif time.monotonic() - since > DEAD_AFTER_S:
+                    return f"process {other} of {self._size} has not been heard of for {DEAD_AFTER_S:.0f} s: {_AGAIN}"
+        except RuntimeError:  # torch's errors of a store derive from it
+            return f"process 0 of {self._size} is gone: {_AGAIN}"
+        return None
+
+    def _give_up(self, why: str) -> NoReturn:
+        if self.tells(why):
+            print(f"radlads: {why}", file=sys.stderr, flush=True)
+        for child in self._children:
+            child.kill()
+        os._exit(LOST)
+
+    def tells(self, why: str) -> bool:
+        """Whether it is this process that has to say why the run ends: the first, unless it is what is gone."""
+        return self._rank == 0 or why.startswith("process 0 ")
+
+    def leave(self, why: str) -> None:
+        """Tell the others that this process ends, and why ('': it is done)."""
+        self._leaving.set()
+        with suppress(RuntimeError):  # there may be no store any more
+            self._store.set(f"left/{self._rank}", why)
+
+    def wait_for_word_of(self, rank: int) -> str | None:
+        """Why a process has left, if it does so soon."""
+        try:
+            self._store.wait([f"left/{rank}"], timedelta(seconds=LEFT_AFTER_S))
+            return self._store.get(f"left/{rank}").decode()
+        except RuntimeError:
+            return None
+
+    def wait_for_loss(self) -> str | None:
+        """Which process is gone, if one is found to be soon."""
+        until = time.monotonic() + DEAD_AFTER_S + 2 * BEAT_S
+        while self.lost is None and time.monotonic() < until and self.is_alive():
+            time.sleep(BEAT_S / 4)
+        return self.lost
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._leaving.set()
+        self.join()
