@@ -32,7 +32,7 @@ from radlads.train.hardware import compiles, gpu_multiplies_bf16, out_of_memory,
 from radlads.train.lightning_module import StageModule
 from radlads.train.metrics_csv import METRICS, MetricsCsv
 from radlads.train.optim import weights_to_keep
-from radlads.train.processes import ALONE, Processes
+from radlads.train.processes import ALONE, Processes, check_processes
 from radlads.train.resume import describe_run, first_checkpoint
 from radlads.train.samples import (
     ends_of_documents,
@@ -92,6 +92,7 @@ def run_stage(
     """
     train = config.train
     check_available(config)
+    check_processes(train, processes)
     stage = build_stage(train, end_ids=ends_of_documents(config, student, teacher))
     if stage.needs_teacher and teacher is None:
         raise ValueError(f"the {stage.name} stage needs a teacher: set train.teacher.hf_path to its folder or hub name")

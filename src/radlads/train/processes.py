@@ -5,6 +5,7 @@ and MPI are known; without one of them the process that was started by hand star
 is reduced between processes, and when, to others.
 """
 
+import logging
 import os
 import signal
 import socket
@@ -110,6 +111,8 @@ def joined(train: TrainConfig) -> Iterator[Processes]:
     children = [] if _launched() else _start_others(devices, train.num_nodes)
     try:
         kind = "cuda" if on_gpu else "cpu"
+        for name in ("lightning.fabric", "lightning.pytorch"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         fabric = Fabric(accelerator=kind, devices=devices, num_nodes=train.num_nodes, strategy="ddp")
         fabric.launch()
         with _watched(fabric.global_rank, fabric.world_size, children):
@@ -121,6 +124,16 @@ def joined(train: TrainConfig) -> Iterator[Processes]:
             _end(child)
         os.environ.clear()
         os.environ.update(earlier)
+
+
+def check_processes(train: TrainConfig, processes: Processes) -> None:
+    """Raise ValueError if a stage is asked to run on more processes than there are, as where no command starts them."""
+    asked = max(1, train.devices) * train.num_nodes
+    if processes.size < asked:
+        raise ValueError(
+            f"train.devices {train.devices} and train.num_nodes {train.num_nodes} ask for {asked} processes, but "
+            f"{processes.size} runs: use radlads train, which starts them, or set both to 1"
+        )
 
 
 def _num_devices(asked: int, on_gpu: bool) -> int:

@@ -4,6 +4,7 @@ Which parameters are gathered together, and how such a model is built without an
 model/whole_parameters.py how code reads them.
 """
 
+import warnings
 from collections import Counter
 from copy import deepcopy
 
@@ -35,6 +36,10 @@ def build_sharded(
     return model, blueprint.fill(model)
 
 
+# Of v_first, a view of the value projection's output, which nothing writes to
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
+
 def _shard(model: RadladsForCausalLM, mesh: DeviceMesh, *, mixers_run_alone: bool) -> None:
     for layer, block in enumerate(model.model.layers):
         assert isinstance(block, Block)
@@ -47,6 +52,7 @@ def _shard(model: RadladsForCausalLM, mesh: DeviceMesh, *, mixers_run_alone: boo
         if isinstance(module, FSDPModule):
             # Gradients of sums are added up, and divided once by the count of all processes
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
 
 
 def is_sharded(model: RadladsForCausalLM) -> bool:
