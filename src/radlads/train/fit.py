@@ -12,7 +12,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 
 from radlads.checkpoint.atomic import unfinished_folder
@@ -32,7 +31,7 @@ from radlads.model.registry import is_registered
 from radlads.train.callbacks import Console, HeldoutCallback, Progress
 from radlads.train.checkpointing import Checkpointing
 from radlads.train.lightning_module import StageModule
-from radlads.train.metrics_csv import METRICS, MetricsCsv
+from radlads.train.loggers import build_loggers, carry
 from radlads.train.optim import weights_to_keep
 from radlads.train.resume import describe_run, first_checkpoint
 from radlads.train.snapshots import CHECKPOINTS, Position, read_position, restore_student
@@ -117,16 +116,14 @@ def run_stage(
 
 
 def _begin(checkpoint: Path | None, module: StageModule, stage_folder: Path, console: Console) -> Position:
-    """Bring weights, counts and metrics.csv to where the checkpoint's run stood, saying so; the rest follows later."""
+    """Bring weights, counts and logs to where the checkpoint's run stood, saying so; the rest follows later."""
     if checkpoint is None:
         return Position()
     position = read_position(checkpoint)
     console.line(f"{module.stage.name}: going on after step {position.step} of {module.num_steps}, from {checkpoint}")
     restore_student(checkpoint, module.student)
     module.begin_at(steps=position.step, tokens=position.tokens)
-    (stage_folder / METRICS).unlink(missing_ok=True)
-    if (checkpoint / METRICS).is_file():
-        shutil.copyfile(checkpoint / METRICS, stage_folder / METRICS)
+    carry(checkpoint, stage_folder)
     return position
 
 
@@ -291,9 +288,9 @@ def _fit(trainer: L.Trainer, module: StageModule, batches: DataLoader) -> None:
 
 
 def build_trainer(train: TrainConfig, folder: Path, callbacks: list[L.Callback], *, first_step: int = 0) -> L.Trainer:
-    """Lightning's Trainer for one pass over the stage's samples, metrics to metrics.csv and tensorboard/.
+    """Lightning's Trainer for one pass over the stage's samples; loggers as build_loggers says.
 
-    first_step: steps that are done already; later ones that a killed run has written to tensorboard/ are hidden there.
+    first_step: steps that are done already.
     Raises ValueError if the GPU asked for is missing, or too old for bf16.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -314,12 +311,7 @@ def build_trainer(train: TrainConfig, folder: Path, callbacks: list[L.Callback],
         precision=_LIGHTNING_PRECISION.get(precision, precision),
         max_epochs=1,
         callbacks=callbacks,
-        logger=[
-            MetricsCsv(folder / METRICS),
-            TensorBoardLogger(
-                folder, name="tensorboard", version="", purge_step=first_step + 1 if first_step else None
-            ),
-        ],
+        logger=build_loggers(folder, first_step=first_step),
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,

@@ -12,23 +12,26 @@ from radlads.model.modeling import RadladsForCausalLM
 from radlads.train.diagnosis import first_not_finite
 from radlads.train.optim import build_optimizers, set_learning_rates
 from radlads.train.step import GraphedParts, PartSum, Readout, backward_parts, optimizer_step
+from radlads.train.throughput import Throughput, stage_flops
 
 
 @dataclass(frozen=True)
 class StepRecord:
     """What is known of a step when it is queued: its number and tokens (with all before it), each part's count, the
-    learning rates, its batches, and, arriving later, the parts' loss sums followed by the gradient norm."""
+    learning rates, the roles of parameter groups, its batches, and, arriving later, the parts' loss sums followed by
+    the gradient's norm and its norms by role."""
 
     step: int
     tokens: int
     counts: dict[str, int]
     rates: dict[str, float]
+    roles: tuple[str, ...]
     readout: Readout
     batches: list[torch.Tensor]
 
     def fault(self, stage: str) -> str | None:
         """What is not finite, loss or gradient; None if both are. Waits until the step is done."""
-        *sums, norm = self.readout.values()
+        sums, (norm, *_) = self._numbers()
         for name, value in zip(self.counts, sums, strict=True):
             if not math.isfinite(value):
                 return f"the loss of {stage} ({name}) is {value} at step {self.step}"
@@ -36,17 +39,23 @@ class StepRecord:
 
     def metrics(self) -> dict[str, float]:
         """A row of metrics. Waits until the step is done."""
-        *sums, norm = self.readout.values()
+        sums, (norm, *by_role) = self._numbers()
         metrics = {
             "loss": sum(sums) / sum(self.counts.values()),
             "grad_norm": norm,
             "optimizer_step": float(self.step),
             "tokens": float(self.tokens),
         } | self.rates
+        metrics |= {f"grad_norm_{role}": value for role, value in zip(self.roles, by_role, strict=True)}
         if len(sums) > 1:
             parts = zip(self.counts.items(), sums, strict=True)
             metrics |= {name: value / count for (name, count), value in sorted(parts)}
         return metrics
+
+    def _numbers(self) -> tuple[list[float], list[float]]:
+        """The loss sums, and the norms."""
+        values = self.readout.values()
+        return values[: len(self.counts)], values[len(self.counts) :]
 
 
 class StageModule(L.LightningModule):
@@ -80,6 +89,7 @@ class StageModule(L.LightningModule):
         self._unread: list[StepRecord] = []
         self.graphed = False
         self._graphed_parts: GraphedParts | None = None
+        self._throughput: Throughput | None = None  # begins with the first micro-batch
         for name, parameter in student.named_parameters():
             parameter.requires_grad_(is_trainable(name, student, stage.trainable))
 
@@ -105,6 +115,10 @@ class StageModule(L.LightningModule):
         ValueError for a loss or gradient that is not finite, naming the tensor that was the first; on a GPU it may come
         one step late, but a step that is not finite never changes a weight.
         """
+        if self._throughput is None:
+            flops = stage_flops(self.stage, self.student, self.teacher, tokens.shape[1] - 1)
+            self._throughput = Throughput(flops, self.device)
+            self._throughput.begin(self.tokens_done)
         self._batches.append(tokens)
         for part in self._backward_parts(tokens):
             self._sums[part.name] = self._sums[part.name] + part.sum if part.name in self._sums else part.sum
@@ -135,7 +149,7 @@ class StageModule(L.LightningModule):
         for optimizer in optimizers:
             set_learning_rates(optimizer, self.settings, self.steps_done, self.num_steps)
         sums = torch.stack(list(self._sums.values()))
-        norm = optimizer_step(
+        norms = optimizer_step(
             optimizers,
             self.student.parameters(),
             count=sum(self._counts.values()),
@@ -144,8 +158,12 @@ class StageModule(L.LightningModule):
         )
         self.steps_done += 1
         rates = {f"lr_{group['role']}": group["lr"] for optimizer in optimizers for group in optimizer.param_groups}
-        readout = Readout(torch.cat([sums, norm.to(sums).unsqueeze(0)]))
-        self._unread.append(StepRecord(self.steps_done, self.tokens_done, self._counts, rates, readout, self._batches))
+        readout = Readout(torch.cat([sums, torch.stack([norms.whole, *norms.by_role.values()]).to(sums)]))
+        self._unread.append(
+            StepRecord(
+                self.steps_done, self.tokens_done, self._counts, rates, tuple(norms.by_role), readout, self._batches
+            )
+        )
         self._sums, self._counts, self._batches = {}, {}, []
         interval = min(self.settings.log_every_n_steps, self.num_steps)
         is_logged = self.steps_done % interval == 0
@@ -153,8 +171,10 @@ class StageModule(L.LightningModule):
         self.read_steps(lag=0 if waits else 1)
         if is_logged:
             # Not self.log_dict, which counts batches from where this process began
+            assert self._throughput is not None
+            row = self.last_metrics | self._throughput.since_last_row(self.tokens_done)
             for logger in self.trainer.loggers:
-                logger.log_metrics(self.last_metrics, self.steps_done)
+                logger.log_metrics(row, self.steps_done)
 
     def read_steps(self, *, lag: int = 0) -> None:
         """Read the metrics of all steps but the newest `lag`, waiting for them; ValueError as training_step."""

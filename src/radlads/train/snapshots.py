@@ -1,8 +1,9 @@
 """Checkpoints inside a stage: folders `step-000123` that hold all that a run needs to go on, bit for bit.
 
 A checkpoint is a model folder (config.json, model.safetensors) with the optimisers' tensors (state.safetensors), where
-the run stands (position.json), what run it is (run.json), its metrics.csv, and manifest.json with a hash of each. It
-has its name once it is complete. The frozen teacher is in none. Leaves to others when to write one, and which to take.
+the run stands (position.json), what run it is (run.json), its logs (train.loggers), and manifest.json with a hash of
+each. It has its name once it is complete. The frozen teacher is in none. Leaves to others when to write one, and which
+to take.
 """
 
 import json
@@ -23,7 +24,7 @@ from radlads.checkpoint.safetensors_writer import write_safetensors
 from radlads.checkpoint.weights import SafetensorsFolder, StoredWeights, TensorInfo, load_strict
 from radlads.distill.heldout import Heldout
 from radlads.model.modeling import RadladsForCausalLM
-from radlads.train.metrics_csv import METRICS
+from radlads.train.loggers import carry
 
 CHECKPOINTS = "checkpoints"
 STATE, POSITION, RUN = "state.safetensors", "position.json", "run.json"
@@ -68,8 +69,7 @@ def write_checkpoint(
         content = {**asdict(position), "optimizers": groups, "random": _random_numbers()}
         write_text(folder / POSITION, json.dumps(content) + "\n")
         write_text(folder / RUN, json.dumps(run, indent=2) + "\n")
-        if (stage_folder / METRICS).is_file():
-            shutil.copyfile(stage_folder / METRICS, folder / METRICS)
+        carry(stage_folder, folder)
         hashes = {path.name: sha256(path) for path in sorted(folder.iterdir())}
         write_text(folder / MANIFEST, json.dumps({"versions": versions(), "sha256": hashes}, indent=2) + "\n")
     return target
