@@ -169,7 +169,7 @@ class TrainConfig:
     proj_suffix: str = "0"
     """Last suffix of the run folder's name. No effect when proj_name is set."""
     wandb: str = ""
-    """Not available yet: must be ''."""
+    """Project of Weights & Biases to log to, beside the files; '' = none. WANDB_MODE=offline writes files alone."""
     epoch_begin: int = 0
     """Not available yet: must be 0."""
     epoch_save: int = 5
@@ -351,7 +351,6 @@ _UNAVAILABLE_MODEL_KEYS = ("dropout",)
 _UNAVAILABLE_TRAIN_KEYS = (
     "weight_decay_final",
     "epoch_begin",
-    "wandb",
     "devices",
     "num_nodes",
 )

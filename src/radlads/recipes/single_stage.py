@@ -20,6 +20,7 @@ from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.train.callbacks import Console
 from radlads.train.fit import StageResult, open_corpora, run_stage
+from radlads.train.loggers import check_loggers
 
 
 def train_stage(config: Config, console: Console) -> StageResult:
@@ -30,6 +31,7 @@ def train_stage(config: Config, console: Console) -> StageResult:
     """
     train = config.train
     check_available(config)
+    check_loggers(train)
     if train.data_file:  # a name that is mistyped is known before the models are read
         open_corpora(train)
     teacher_path = train.teacher.path or train.teacher.hf_path

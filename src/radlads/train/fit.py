@@ -31,7 +31,7 @@ from radlads.model.registry import is_registered
 from radlads.train.callbacks import Console, HeldoutCallback, Progress
 from radlads.train.checkpointing import Checkpointing
 from radlads.train.lightning_module import StageModule
-from radlads.train.loggers import build_loggers, carry
+from radlads.train.loggers import build_loggers, carry, check_loggers
 from radlads.train.optim import weights_to_keep
 from radlads.train.resume import describe_run, first_checkpoint
 from radlads.train.snapshots import CHECKPOINTS, Position, read_position, restore_student
@@ -82,6 +82,7 @@ def run_stage(
     """
     train = config.train
     check_available(config)
+    check_loggers(train)
     stage = build_stage(train, end_ids=_document_ends(config, student, teacher))
     if stage.needs_teacher and teacher is None:
         raise ValueError(f"the {stage.name} stage needs a teacher: set train.teacher.hf_path to its folder or hub name")
@@ -311,7 +312,7 @@ def build_trainer(train: TrainConfig, folder: Path, callbacks: list[L.Callback],
         precision=_LIGHTNING_PRECISION.get(precision, precision),
         max_epochs=1,
         callbacks=callbacks,
-        logger=build_loggers(folder, first_step=first_step),
+        logger=build_loggers(train, folder, first_step=first_step),
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
