@@ -35,6 +35,7 @@ from radlads.train.loggers import build_loggers, carry, check_loggers
 from radlads.train.optim import weights_to_keep
 from radlads.train.resume import describe_run, first_checkpoint
 from radlads.train.snapshots import CHECKPOINTS, Position, read_position, restore_student
+from radlads.train.spike_guard import SpikeGuard
 from radlads.train.stopping import StopRequests
 from radlads.train.watched_corpora import WatchedCorpora
 
@@ -94,6 +95,8 @@ def run_stage(
         with unfinished_folder(folder, keep_earlier=True) as partial:
             begin = first_checkpoint(train.resume, partial, run, console)
             position = _begin(begin, module, partial, console)
+            if train.spike_factor:
+                module.spike_guard = SpikeGuard(train.spike_factor, partial, console.line, position.spike_guard)
             (partial / "config.yaml").write_text(dump_config(config))
             measured = _heldout_callback(heldout, train, partial, position)
             checkpointing = Checkpointing(

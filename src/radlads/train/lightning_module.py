@@ -9,6 +9,7 @@ import torch
 from radlads.config.schema import TrainConfig
 from radlads.distill.stage import Stage, is_trainable
 from radlads.model.modeling import RadladsForCausalLM
+from radlads.train import spike_guard
 from radlads.train.diagnosis import first_not_finite
 from radlads.train.optim import build_optimizers, set_learning_rates
 from radlads.train.step import GraphedParts, PartSum, Readout, backward_parts, optimizer_step
@@ -18,14 +19,14 @@ from radlads.train.throughput import Throughput, stage_flops
 @dataclass(frozen=True)
 class StepRecord:
     """What is known of a step when it is queued: its number and tokens (with all before it), each part's count, the
-    learning rates, the roles of parameter groups, its batches, and, arriving later, the parts' loss sums followed by
-    the gradient's norm and its norms by role."""
+    learning rates, its batches, and, arriving later, the parts' loss sums followed by the gradient's norm and the
+    numbers of `names`."""
 
     step: int
     tokens: int
     counts: dict[str, int]
     rates: dict[str, float]
-    roles: tuple[str, ...]
+    names: tuple[str, ...]
     readout: Readout
     batches: list[torch.Tensor]
 
@@ -39,21 +40,21 @@ class StepRecord:
 
     def metrics(self) -> dict[str, float]:
         """A row of metrics. Waits until the step is done."""
-        sums, (norm, *by_role) = self._numbers()
+        sums, (norm, *others) = self._numbers()
         metrics = {
             "loss": sum(sums) / sum(self.counts.values()),
             "grad_norm": norm,
             "optimizer_step": float(self.step),
             "tokens": float(self.tokens),
         } | self.rates
-        metrics |= {f"grad_norm_{role}": value for role, value in zip(self.roles, by_role, strict=True)}
+        metrics |= zip(self.names, others, strict=True)
         if len(sums) > 1:
             parts = zip(self.counts.items(), sums, strict=True)
             metrics |= {name: value / count for (name, count), value in sorted(parts)}
         return metrics
 
     def _numbers(self) -> tuple[list[float], list[float]]:
-        """The loss sums, and the norms."""
+        """The loss sums, and what follows them."""
         values = self.readout.values()
         return values[: len(self.counts)], values[len(self.counts) :]
 
@@ -89,6 +90,7 @@ class StageModule(L.LightningModule):
         self._unread: list[StepRecord] = []
         self.graphed = False
         self._graphed_parts: GraphedParts | None = None
+        self.spike_guard: spike_guard.SpikeGuard | None = None
         self._throughput: Throughput | None = None  # begins with the first micro-batch
         for name, parameter in student.named_parameters():
             parameter.requires_grad_(is_trainable(name, student, stage.trainable))
@@ -148,21 +150,23 @@ class StageModule(L.LightningModule):
         optimizers = self.trainer.optimizers
         for optimizer in optimizers:
             set_learning_rates(optimizer, self.settings, self.steps_done, self.num_steps)
-        sums = torch.stack(list(self._sums.values()))
+        sums, count = torch.stack(list(self._sums.values())), sum(self._counts.values())
+        guard = self.spike_guard
         norms = optimizer_step(
             optimizers,
             self.student.parameters(),
-            count=sum(self._counts.values()),
+            count=count,
             clip_val=self.settings.gradient_clip_val,
             sums=sums,
+            leave_out=None if guard is None else guard.is_spike(sums.sum() / count),
         )
         self.steps_done += 1
         rates = {f"lr_{group['role']}": group["lr"] for optimizer in optimizers for group in optimizer.param_groups}
-        readout = Readout(torch.cat([sums, torch.stack([norms.whole, *norms.by_role.values()]).to(sums)]))
+        names = tuple(f"grad_norm_{role}" for role in norms.by_role) + (() if guard is None else spike_guard.NAMES)
+        numbers = [sums, torch.stack([norms.whole, *norms.by_role.values()]).to(sums)]
+        readout = Readout(torch.cat(numbers if guard is None else [*numbers, guard.state.to(sums)]))
         self._unread.append(
-            StepRecord(
-                self.steps_done, self.tokens_done, self._counts, rates, tuple(norms.by_role), readout, self._batches
-            )
+            StepRecord(self.steps_done, self.tokens_done, self._counts, rates, names, readout, self._batches)
         )
         self._sums, self._counts, self._batches = {}, {}, []
         interval = min(self.settings.log_every_n_steps, self.num_steps)
@@ -183,6 +187,8 @@ class StageModule(L.LightningModule):
             if fault := record.fault(self.stage.name):
                 raise ValueError(self._explained(fault, record.batches))
             self.last_metrics = record.metrics()
+            if self.spike_guard is not None:
+                self.spike_guard.see(self.last_metrics)
 
     def _explained(self, fault: str, batches: list[torch.Tensor]) -> str:
         """The fault, which tensor was the first that is not finite, and what to do."""

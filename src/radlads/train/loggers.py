@@ -76,7 +76,7 @@ class _WandbRun(WandbLogger):
             )  # fmt: skip
             run.config.update(config, allow_val_change=True)
             run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
-        except wandb.Error as error:
+        except (OSError, wandb.Error) as error:
             what = " ".join(str(error).split()).rstrip(".")
             raise ValueError(
                 f"train.wandb is {project!r}, but Weights & Biases cannot be reached ({what}): run `wandb login`, set "

@@ -32,14 +32,15 @@ STATE, POSITION, RUN = "state.safetensors", "position.json", "run.json"
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: optimiser steps, samples and tokens behind it, seconds spent, and each held-out measurement
-    with its step and tokens."""
+    """Where a run stands: optimiser steps, samples and tokens behind it, seconds spent, each held-out measurement with
+    its step and tokens, and the spike guard's numbers, if there is one."""
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
     seconds: float = 0.0
     heldout: tuple[tuple[int, int, Heldout], ...] = ()
+    spike_guard: tuple[float, ...] = ()
 
 
 def checkpoints_in(stage_folder: Path) -> list[Path]:
@@ -102,7 +103,8 @@ def read_position(checkpoint: Path) -> Position:
     """Where the checkpoint's run stood."""
     held = read_json(checkpoint / POSITION)
     heldout = tuple((step, tokens, Heldout(**values)) for step, tokens, values in held["heldout"])
-    return Position(held["step"], held["samples"], held["tokens"], held["seconds"], heldout)
+    guard = tuple(held.get("spike_guard", ()))
+    return Position(held["step"], held["samples"], held["tokens"], held["seconds"], heldout, guard)
 
 
 def restore_student(checkpoint: Path, student: RadladsForCausalLM) -> None:

@@ -133,11 +133,13 @@ def optimizer_step(
     count: int,
     clip_val: float,
     sums: torch.Tensor | None = None,
+    leave_out: torch.Tensor | None = None,
 ) -> GradientNorms:
     """Divide the gradients of sums by `count`, clip them to the norm `clip_val` (0: as they are), update, and zero.
 
     Returns the norms before clipping, of the mean's gradient. If the whole one, or any of the loss `sums`, is not
-    finite, no weight and no optimiser state changes, and the gradients are zeroed all the same.
+    finite, or `leave_out` (a boolean on the device) is true, no weight and no optimiser state changes, and the
+    gradients are zeroed all the same.
     """
     gradients = {p: p.grad for p in parameters if p.grad is not None}
     each = torch._foreach_norm(list(gradients.values()), 2, dtype=torch.float32)
@@ -150,6 +152,8 @@ def optimizer_step(
     finite = torch.isfinite(norm)
     if sums is not None:
         finite = finite & torch.isfinite(sums).all()
+    if leave_out is not None:
+        finite = finite & ~leave_out
     for optimizer in optimizers:
         _update(optimizer, scale=shrink / count, finite=finite)
         optimizer.zero_grad(set_to_none=True)
