@@ -8,13 +8,15 @@ import torch
 
 from radlads.bench import train as bench_train_module
 from radlads.bench.cases import DEFAULT_CASES, KINDS, decode_case, kernel_case, prefill_case, train_case, whole_number
-from radlads.bench.costs import decode_state_bytes, mixer_weights, prefill_flops, recurrence_bytes, train_flops
+from radlads.bench.costs import decode_state_bytes, prefill_flops, recurrence_bytes
 from radlads.bench.measure import Timing, timed
 from radlads.bench.models import open_shape, random_model, weight_bytes
 from radlads.bench.record import LATEST, Row, checkout_commit, merge_results
 from radlads.cli import main
+from radlads.distill.arithmetic import mixer_weights, train_flops
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
+from radlads.train.step import GradientNorms
 
 CPU = torch.device("cpu")
 TIMING = Timing(median_ms=10.0, min_ms=9.0, max_ms=12.0, runs=3, warmup_s=1.0)
@@ -189,7 +191,8 @@ def test_the_teacher_is_let_go_when_no_case_needs_it(monkeypatch):
 
 
 def test_a_step_that_is_not_finite_is_no_measurement(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_train_module, "optimizer_step", lambda *_, **__: torch.tensor(float("nan")))
+    norms = GradientNorms(torch.tensor(float("nan")), {})
+    monkeypatch.setattr(bench_train_module, "optimizer_step", lambda *_, **__: norms)
     assert bench("train", "--cases", "extend_1x16", "--json", tmp_path / "record.json") == 1
     assert "norm is nan" in json.loads((tmp_path / "record.json").read_text())["cases"][0]["problem"]
 

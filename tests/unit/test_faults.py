@@ -1,6 +1,7 @@
 """What goes wrong while a stage trains: a sentence, the last good checkpoint, and the same end once it is mended."""
 
 import errno
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -127,6 +128,13 @@ def test_a_loss_that_is_nan_leaves_the_last_good_checkpoint(teacher, corpus_fold
         run(teacher, corpus_folder, tmp_path / "run")
     assert kept(tmp_path / "run") == ["step-000001", "step-000002"]
     assert all(snapshots.fault_of(path) is None for path in snapshots.checkpoints_in(tmp_path / "run.partial"))
+
+
+def test_no_worker_processes_are_there_to_be_killed(teacher, corpus_folder, tmp_path, monkeypatch):
+    children = []
+    after_step(monkeypatch, 2, lambda: children.append(multiprocessing.active_children()))
+    run(teacher, corpus_folder, tmp_path / "run", **{"train.heldout_tail_tokens": 64, "train.heldout_every_steps": 1})
+    assert children == [[]]
 
 
 @pytest.fixture

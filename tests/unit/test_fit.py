@@ -176,7 +176,6 @@ def test_a_damaged_manifest_is_noticed(tmp_path):
         ({"accelerator": "gpu"}, "no CUDA GPU is here"),
         ({"magic_prime": 15}, "15"),
         ({"devices": 2}, "train.devices is 2, but what that asks for is not available yet: set --train.devices 1"),
-        ({"wandb": "project"}, r"train\.wandb"),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that must not be there")

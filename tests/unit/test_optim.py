@@ -153,7 +153,7 @@ def test_a_step_divides_clips_and_updates_as_torch_does(kind, clip_val):
         return [torch.optim.Muon(weights[:1], 1e-2), torch.optim.AdamW(weights[1:], 1e-2, fused=True)]
 
     found, expected = weights_and_gradients(), weights_and_gradients()
-    norm = optimizer_step(optimizers(found), found, count=6, clip_val=clip_val)
+    norm = optimizer_step(optimizers(found), found, count=6, clip_val=clip_val).whole
     for weight in expected:
         weight.grad /= 6
     expected_norm = torch.nn.utils.clip_grad_norm_(expected, clip_val or float("inf"))
@@ -185,6 +185,17 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_next_goes_on(bad):
 def test_the_norm_of_bf16_gradients_is_fp32():
     weights = weights_and_gradients(torch.bfloat16)
     expected = torch.cat([weight.grad.float().flatten() for weight in weights]).norm()
-    norm = optimizer_step([torch.optim.AdamW(weights, fused=True)], weights, count=1, clip_val=1.0)
+    norm = optimizer_step([torch.optim.AdamW(weights, fused=True)], weights, count=1, clip_val=1.0).whole
     assert norm.dtype == torch.float32
     torch.testing.assert_close(norm, expected)
+
+
+def test_the_norms_of_both_roles_make_the_whole():
+    weights = weights_and_gradients()
+    expected = {role: weight.grad.norm() / 3 for role, weight in zip(("rest", "mixer"), weights, strict=True)}
+    groups = [{"params": [weight], "role": role} for role, weight in zip(("rest", "mixer"), weights, strict=True)]
+    norms = optimizer_step([torch.optim.AdamW(groups, fused=True)], weights, count=3, clip_val=1e-3)
+    assert list(norms.by_role) == ["mixer", "rest"]
+    for role, norm in norms.by_role.items():
+        torch.testing.assert_close(norm, expected[role])
+    torch.testing.assert_close(norms.whole, torch.hypot(*norms.by_role.values()))

@@ -13,11 +13,12 @@ from radlads.model import rwkv7_triton
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.planning.activations import channel_mixer_kept, mixer_kept
-from radlads.planning.machines import GPUS, Machine
+from radlads.planning.machines import Machine
 from radlads.planning.memory import Models, Step, largest_micro_batch, peak
 from radlads.planning.models import QWEN25, count_parameters, open_shape
 from radlads.planning.plan import PAPER_HOURS, RECIPES, Recipe, Request, largest_micro_batches, plan_stage
 from radlads.planning.speed import MEASURED, SEVERAL_GPUS, share, stage_hours, step_of
+from radlads.train.gpus import GPUS
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 DISTILL = Step(stage="distill", sequences=12, sequence_tokens=512)

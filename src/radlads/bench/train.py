@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 
 from radlads.bench.cases import TrainCase
-from radlads.bench.costs import train_flops
 from radlads.bench.measure import Ceilings, held_bytes, peak_bytes, release_memory, timed
 from radlads.bench.models import Shape, random_model, weight_bytes
 from radlads.bench.record import Record, Row
 from radlads.config.schema import TrainConfig
+from radlads.distill.arithmetic import train_flops
 from radlads.distill.fp8_teacher import fp8_copy
 from radlads.distill.logits import build_stage
 from radlads.distill.stage import is_trainable
@@ -113,7 +113,7 @@ def _measure(
         nonlocal norm
         parts = backward_parts(stage, student, teacher, tokens) if graphed is None else graphed(tokens)
         count, sums = sum(part.count for part in parts), torch.stack([part.sum for part in parts])
-        norm = optimizer_step(optimizers, parameters, count=count, clip_val=CLIP, sums=sums)
+        norm = optimizer_step(optimizers, parameters, count=count, clip_val=CLIP, sums=sums).whole
 
     held_bytes(device)
     timing = timed(step, device, warmup=WARMUP_STEPS, runs=STEPS)

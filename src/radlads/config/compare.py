@@ -6,12 +6,12 @@ from typing import Any
 
 from radlads.config.schema import Config
 
-_PLACES = ("proj_dir", "proj_name", "proj_suffix0", "proj_suffix")
+_PLACES = ("proj_dir", "proj_name", "proj_suffix0", "proj_suffix", "wandb")
 _CHECKPOINTS = ("resume", "checkpoint_every_minutes", "checkpoint_every_steps", "keep_checkpoints")
 # Told apart by what they hold
 _ORIGINS = ("load_model", "data_file", "validation_data_file", "teacher.path", "teacher.hf_path")
 IDLE = frozenset(f"train.{name}" for name in (*_PLACES, *_CHECKPOINTS, *_ORIGINS)) | {"model.hf_path"}
-"""Dotted keys that say where things are, or when checkpoints are written, and so decide nothing."""
+"""Dotted keys that say where things are or go, or when checkpoints are written, and so decide nothing."""
 
 
 def deciding(config: Config) -> dict[str, Any]:

@@ -32,6 +32,7 @@ class Range(NamedTuple):
 POSITIVE = Range("greater than 0", lambda value: value > 0)
 POSITIVE_OR_UNSET = Range("greater than 0, or -1 to follow the other rate", lambda value: value > 0 or value == -1)
 NOT_NEGATIVE = Range("0 or more", lambda value: value >= 0)
+ABOVE_ONE_OR_OFF = Range("greater than 1, or 0 for off", lambda value: value > 1 or value == 0)
 NOT_NEGATIVE_OR_UNSET = Range("0 or more, or -1 for unset", lambda value: value >= 0 or value == -1)
 AT_LEAST_ONE = Range("1 or more", lambda value: value >= 1)
 AT_LEAST_ONE_OR_ALL = Range("1 or more, or -1 for all", lambda value: value >= 1 or value == -1)
@@ -174,7 +175,7 @@ class TrainConfig:
     proj_suffix: str = "0"
     """Last suffix of the run folder's name. No effect when proj_name is set."""
     wandb: str = ""
-    """Not available yet: must be ''."""
+    """Project of Weights & Biases to log to, beside the files; '' = none. WANDB_MODE=offline writes files alone."""
     epoch_begin: int = 0
     """Not available yet: must be 0."""
     epoch_save: int = 5
@@ -192,6 +193,9 @@ class TrainConfig:
     """Run the blocks through torch.compile, and align on a GPU as a CUDA graph; auto = on CUDA with Triton."""
     gradient_clip_val: float = 1.0
     """Largest gradient norm; longer gradients are scaled down to it. 0 = no clipping."""
+    spike_factor: float = 0.0
+    """A step whose loss is more than this times the usual loss changes no weight, and the third in a row ends the
+    stage; 0 = every finite loss is fine."""
     optimizer: Optimizer = "adamw"
     """Update rule: adamw; muon (the blocks' matrices by Muon, the rest by AdamW); adamwschedulefree, lion, adam8bit and
     dsfusedadamw, the last two on a GPU, each with its own package. Lion wants rates three to ten times smaller."""
@@ -313,6 +317,7 @@ _TRAIN_RANGES: dict[Range, list[str]] = {
     POSITIVE: ["lr_init", "lr_final", "adam_eps"],
     POSITIVE_OR_UNSET: ["lr2_init", "lr2_final"],
     FRACTION: ["lr_wait", "lr_endpoint"],
+    ABOVE_ONE_OR_OFF: ["spike_factor"],
     BELOW_ONE: ["beta1", "beta2"],
     NOT_NEGATIVE: [
         *("seed_everything", "gradient_clip_val", "weight_decay", "epoch_begin", "epoch_save"),
@@ -359,7 +364,6 @@ _UNAVAILABLE_MODEL_KEYS = ("dropout",)
 _UNAVAILABLE_TRAIN_KEYS = (
     "weight_decay_final",
     "epoch_begin",
-    "wandb",
 )
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
 
 from radlads.config.schema import Stage
-from radlads.planning.machines import GPUS, USABLE_SHARE, Machine
+from radlads.planning.machines import Machine
+from radlads.train.gpus import GPUS, USABLE_SHARE
 
 if TYPE_CHECKING:
     from radlads.planning.memory import Models

@@ -6,12 +6,13 @@ Every other GPU is assumed to reach the same share of its maker's figure, which 
 import math
 from typing import NamedTuple
 
-from radlads.bench.costs import train_flops
 from radlads.bench.models import Shape
 from radlads.config.schema import Checkpointing, Stage
+from radlads.distill.arithmetic import train_flops
 from radlads.model.configuration import RadladsConfig
-from radlads.planning.machines import GPUS, Machine
+from radlads.planning.machines import Machine
 from radlads.planning.memory import Models, Step, parameter_bytes, sharding
+from radlads.train.gpus import GPUS
 
 
 class Measured(NamedTuple):

@@ -20,6 +20,7 @@ from radlads.convert.student import layer_mixers, student_blueprint, teacher_blu
 from radlads.model.configuration import RadladsConfig
 from radlads.train.callbacks import Console
 from radlads.train.fit import StageResult, run_stage
+from radlads.train.loggers import check_loggers
 from radlads.train.placement import build_models
 from radlads.train.processes import ALONE, Processes
 from radlads.train.samples import open_corpora
@@ -33,6 +34,7 @@ def train_stage(config: Config, console: Console, processes: Processes = ALONE) 
     """
     train = config.train
     check_available(config)
+    check_loggers(train)
     if train.data_file:  # a name that is mistyped is known before the models are read
         open_corpora(train)
     teacher_path = train.teacher.path or train.teacher.hf_path

@@ -12,6 +12,7 @@ import torch
 
 from radlads.distill.heldout import Heldout, measure
 from radlads.train.lightning_module import StageModule
+from radlads.train.loggers import HELDOUT_PREFIX
 from radlads.train.optim import weights_to_keep
 
 
@@ -63,7 +64,7 @@ class Progress(L.Callback):
 
 
 class HeldoutCallback(L.Callback):
-    """Measures the student before, during and after the stage, and appends each measurement to heldout.csv.
+    """Measures the student before, during and after the stage, for heldout.csv and the loggers.
 
     history: the measurements of the run that is gone on with, each with its step and tokens.
     """
@@ -97,6 +98,9 @@ class HeldoutCallback(L.Callback):
         with weights_to_keep(trainer.optimizers), trainer.strategy.precision_plugin.forward_context():
             result = measure(module.student, module.teacher, self._batches)
         self.history.append((module.steps_done, module.tokens_done, result))
+        measured = {f"{HELDOUT_PREFIX}{name}": value for name, value in asdict(result).items() if value is not None}
+        for logger in trainer.loggers:
+            logger.log_metrics(measured, module.steps_done)
         if trainer.is_global_zero:
             self._write()
 

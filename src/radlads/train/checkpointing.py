@@ -91,7 +91,8 @@ class Checkpointing(L.Callback):
         module.read_steps()  # a step that is not finite ends the run before it reaches a checkpoint
         samples = module.steps_done * sequences_per_step(self._train, module.processes)
         heldout = tuple(self._measured.history) if self._measured else ()
-        position = Position(module.steps_done, samples, module.tokens_done, self.seconds(), heldout)
+        guard = tuple(module.spike_guard.state.tolist()) if module.spike_guard else ()
+        position = Position(module.steps_done, samples, module.tokens_done, self.seconds(), heldout, guard)
         path = write_checkpoint(
             self._folder, module.student, module.own_parts, trainer.optimizers, position, self._run, module.processes
         )

@@ -12,7 +12,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 
 from radlads.checkpoint.atomic import unfinished_folder
@@ -30,7 +29,7 @@ from radlads.train.callbacks import Console, HeldoutCallback, Progress
 from radlads.train.checkpointing import Checkpointing
 from radlads.train.hardware import compiles, gpu_multiplies_bf16, out_of_memory, resolve_precision
 from radlads.train.lightning_module import StageModule
-from radlads.train.metrics_csv import METRICS, MetricsCsv
+from radlads.train.loggers import build_loggers, carry, check_loggers
 from radlads.train.optim import weights_to_keep
 from radlads.train.processes import ALONE, Processes, check_processes
 from radlads.train.resume import describe_run, first_checkpoint
@@ -43,6 +42,7 @@ from radlads.train.samples import (
 )
 from radlads.train.sharding import is_sharded, settle
 from radlads.train.snapshots import CHECKPOINTS, Position, read_position, restore_student
+from radlads.train.spike_guard import SpikeGuard
 from radlads.train.stopping import StopRequests
 from radlads.train.strategies import strategy_arguments
 from radlads.train.watched_corpora import WatchedCorpora
@@ -93,6 +93,7 @@ def run_stage(
     train = config.train
     check_available(config)
     check_processes(train, processes)
+    check_loggers(train)
     stage = build_stage(train, end_ids=ends_of_documents(config, student, teacher))
     if stage.needs_teacher and teacher is None:
         raise ValueError(f"the {stage.name} stage needs a teacher: set train.teacher.hf_path to its folder or hub name")
@@ -108,8 +109,11 @@ def run_stage(
             partial = processes.from_first(lambda: opened.enter_context(unfinished_folder(folder, keep_earlier=True)))
             begin = processes.from_first(lambda: first_checkpoint(train.resume, partial, run, console))
             position = _begin(begin, module, partial, console)
+            if train.spike_factor:
+                module.spike_guard = SpikeGuard(train.spike_factor, partial, console.line, position.spike_guard)
             if processes.is_first:
                 (partial / "config.yaml").write_text(dump_config(config))
+            processes.wait_for_all()
             measured = _heldout_callback(heldout, train, partial, position)
             checkpointing = Checkpointing(
                 train, partial, run, stop, console, measured=measured, begin=begin, position=position
@@ -136,7 +140,7 @@ def run_stage(
 
 
 def _begin(checkpoint: Path | None, module: StageModule, stage_folder: Path, console: Console) -> Position:
-    """Bring weights, counts and metrics.csv to where the checkpoint's run stood, saying so; the rest follows later."""
+    """Bring weights, counts and logs to where the checkpoint's run stood, saying so; the rest follows later."""
     if checkpoint is None:
         return Position()
     position = read_position(checkpoint)
@@ -144,9 +148,8 @@ def _begin(checkpoint: Path | None, module: StageModule, stage_folder: Path, con
     restore_student(checkpoint, module.student)
     module.begin_at(steps=position.step, tokens=position.tokens)
     if module.processes.is_first:
-        (stage_folder / METRICS).unlink(missing_ok=True)
-        if (checkpoint / METRICS).is_file():
-            shutil.copyfile(checkpoint / METRICS, stage_folder / METRICS)
+        carry(checkpoint, stage_folder)
+    module.processes.wait_for_all()
     return position
 
 
@@ -244,9 +247,9 @@ def build_trainer(
     first_step: int = 0,
     processes: Processes = ALONE,
 ) -> L.Trainer:
-    """Lightning's Trainer for one pass over the stage's samples, metrics to metrics.csv and tensorboard/.
+    """Lightning's Trainer for one pass over the stage's samples; loggers as build_loggers says.
 
-    first_step: steps that are done already; later ones that a killed run has written to tensorboard/ are hidden there.
+    first_step: steps that are done already.
     Raises ValueError if the GPU asked for is missing, or too old for bf16.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -267,12 +270,7 @@ def build_trainer(
         precision=_LIGHTNING_PRECISION.get(precision, precision),
         max_epochs=1,
         callbacks=callbacks,
-        logger=[
-            MetricsCsv(folder / METRICS),
-            TensorBoardLogger(
-                folder, name="tensorboard", version="", purge_step=first_step + 1 if first_step else None
-            ),
-        ],
+        logger=build_loggers(train, folder, first_step=first_step),
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,

@@ -1,8 +1,6 @@
 """A stage as a LightningModule: backward part by part, one optimiser step per accumulation window."""
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import lightning as L
 import torch
@@ -10,62 +8,17 @@ import torch
 from radlads.config.schema import TrainConfig
 from radlads.distill.stage import Stage, is_trainable
 from radlads.model.modeling import RadladsForCausalLM
+from radlads.train import spike_guard
 from radlads.train.diagnosis import first_not_finite
 from radlads.train.optim import build_optimizers, set_learning_rates
 from radlads.train.own_parts import own_parts, take_gradients
 from radlads.train.processes import ALONE, Processes
 from radlads.train.replicas import GradientSums
 from radlads.train.sharding import is_sharded
-from radlads.train.step import GraphedParts, PartSum, Readout, backward_parts, optimizer_step
+from radlads.train.step import GradientNorms, GraphedParts, PartSum, Readout, backward_parts, optimizer_step
+from radlads.train.step_record import StepRecord
 from radlads.train.stopping import StopRequests
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What is known of a step when it is queued: its number and tokens (with all before it), the parts' names, the
-    learning rates, its batches, and, arriving later, what all processes together found (see StageModule._totals)."""
-
-    step: int
-    tokens: int
-    names: list[str]
-    rates: dict[str, float]
-    readout: Readout
-    batches: list[torch.Tensor]
-
-    def fault(self, stage: str) -> str | None:
-        """What is wrong with loss or gradient; None if nothing is. Waits until the step is done."""
-        sums, _, _, norm = self._totals()
-        for name, value in zip(self.names, sums, strict=True):
-            if not math.isfinite(value):
-                return f"the loss of {stage} ({name}) is {value} at step {self.step}"
-        return None if math.isfinite(norm) else f"the gradient of {stage} is {norm} at step {self.step}"
-
-    def is_empty(self) -> bool:
-        """Whether there was nothing to predict. Waits until the step is done."""
-        return not sum(self._totals()[1])
-
-    def flags(self) -> list[float]:
-        """What the processes asked for, added up. Waits until the step is done."""
-        return self._totals()[2]
-
-    def metrics(self) -> dict[str, float]:
-        """A row of metrics. Waits until the step is done."""
-        sums, counts, _, norm = self._totals()
-        metrics = {
-            "loss": sum(sums) / sum(counts),
-            "grad_norm": norm,
-            "optimizer_step": float(self.step),
-            "tokens": float(self.tokens),
-        } | self.rates
-        if len(sums) > 1:
-            parts = sorted(zip(self.names, sums, counts, strict=True))
-            metrics |= {name: value / count for name, value, count in parts if count}
-        return metrics
-
-    def _totals(self) -> tuple[list[float], list[float], list[float], float]:
-        """Sums and counts of the parts, flags, and the gradient's norm."""
-        values, num = self.readout.values(), len(self.names)
-        return values[:num], values[num : 2 * num], values[2 * num : -1], values[-1]
+from radlads.train.throughput import Throughput, stage_flops
 
 
 class StageModule(L.LightningModule):
@@ -111,6 +64,8 @@ class StageModule(L.LightningModule):
         self._graphed_parts: GraphedParts | None = None
         self.own_parts: dict[str, torch.nn.Parameter] = {}
         self._gradient_sums: GradientSums | None = None
+        self.spike_guard: spike_guard.SpikeGuard | None = None
+        self._throughput: Throughput | None = None  # begins with the first micro-batch
         for name, parameter in student.named_parameters():
             parameter.requires_grad_(is_trainable(name, student, stage.trainable))
 
@@ -144,6 +99,10 @@ class StageModule(L.LightningModule):
         ValueError for a loss or gradient that is not finite, naming the tensor that was the first; on a GPU it may come
         one step late, but a step that is not finite never changes a weight.
         """
+        if self._throughput is None:
+            flops = stage_flops(self.stage, self.student, self.teacher, tokens.shape[1] - 1)
+            self._throughput = Throughput(flops, self.device, num_devices=self.processes.size)
+            self._throughput.begin(self.tokens_done)
         self._batches.append(tokens)
         is_last = (batch_idx + 1) % self.settings.accumulate_grad_batches == 0
         if is_last and self._gradient_sums is not None and not (self.graphed or self.settings.reset_state_at_eos):
@@ -176,19 +135,19 @@ class StageModule(L.LightningModule):
         if self._gradient_sums is not None:
             self._gradient_sums.finish()
         take_gradients(self.student, self.own_parts)
-        totals, num = self._totals(), len(self._names)
-        norm = optimizer_step(
+        totals, num, guard = self._totals(), len(self._names), self.spike_guard
+        sums, count = totals[:num], totals[num : 2 * num].sum()
+        norms = optimizer_step(
             optimizers,
             self.own_parts.values(),
-            count=totals[num : 2 * num].sum().float(),
+            count=count.float(),
             clip_val=self.settings.gradient_clip_val,
-            sums=totals[:num],
+            sums=sums,
             add_up=self.processes.sum_ if is_sharded(self.student) else None,
+            leave_out=None if guard is None else guard.is_spike(sums.sum() / count),
         )
         self.steps_done += 1
-        rates = {f"lr_{group['role']}": group["lr"] for optimizer in optimizers for group in optimizer.param_groups}
-        readout = Readout(torch.cat([totals, norm.to(totals).unsqueeze(0)]))
-        self._unread.append(StepRecord(self.steps_done, self.tokens_done, self._names, rates, readout, self._batches))
+        self._unread.append(self._record(totals, norms))
         self._sums, self._counts, self._batches = {}, {}, []
         interval = min(self.settings.log_every_n_steps, self.num_steps)
         is_logged = self.steps_done % interval == 0
@@ -196,8 +155,28 @@ class StageModule(L.LightningModule):
         self.read_steps(lag=0 if waits else 1)
         if is_logged:
             # Not self.log_dict, which counts batches from where this process began
+            assert self._throughput is not None
+            row = self.last_metrics | self._throughput.since_last_row(self.tokens_done)
             for logger in self.trainer.loggers:
-                logger.log_metrics(self.last_metrics, self.steps_done)
+                logger.log_metrics(row, self.steps_done)
+
+    def _record(self, totals: torch.Tensor, norms: GradientNorms) -> StepRecord:
+        groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
+        others = [f"grad_norm_{role}" for role in norms.by_role]
+        numbers = [totals, torch.stack([norms.whole, *norms.by_role.values()]).to(totals)]
+        if self.spike_guard is not None:
+            others += spike_guard.NAMES
+            numbers.append(self.spike_guard.state.to(totals))
+        return StepRecord(
+            step=self.steps_done,
+            tokens=self.tokens_done,
+            parts=self._names,
+            num_flags=len(totals) - 2 * len(self._names),
+            others=others,
+            rates={f"lr_{group['role']}": group["lr"] for group in groups},
+            readout=Readout(torch.cat(numbers)),
+            batches=self._batches,
+        )
 
     def _totals(self) -> torch.Tensor:
         """Of all processes: the parts' loss sums, their counts, and flags for signals and a checkpoint."""
@@ -221,6 +200,8 @@ class StageModule(L.LightningModule):
             *signals, checkpoint = record.flags()
             self.stop.agree(signals)
             self.checkpoint_agreed |= bool(checkpoint)
+            if self.spike_guard is not None:
+                self.spike_guard.see(self.last_metrics)
 
     def _nothing_to_predict(self, step: int) -> str:
         return (

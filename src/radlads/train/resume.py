@@ -25,7 +25,15 @@ from radlads.train.snapshots import CHECKPOINTS, RUN, checkpoints_in, fault_of, 
 _NUMBERS_COMPARED = 1024
 _MAY_CHANGE = frozenset(
     f"train.{name}"
-    for name in ("lr_init", "lr_final", "lr2_init", "lr2_final", "gradient_clip_val", "log_every_n_steps")
+    for name in (
+        "lr_init",
+        "lr_final",
+        "lr2_init",
+        "lr2_final",
+        "gradient_clip_val",
+        "log_every_n_steps",
+        "spike_factor",
+    )
 )
 """What may be another value than the checkpoint's where the user names it: neither data nor schedule shift by it."""
 

@@ -1,10 +1,10 @@
 """Checkpoints inside a stage: folders `step-000123` that hold all that a run needs to go on, bit for bit.
 
 A checkpoint is a model folder (config.json, model.safetensors) with the optimisers' tensors (state.safetensors), where
-the run stands (position.json), what run it is (run.json), its metrics.csv, and manifest.json with a hash of each. Of a
-sharded model there is a file for each process instead, with its rows of weights and state (shard-00000-of-00008); any
-number of processes goes on from either kind. A checkpoint has its name once it is complete. The frozen teacher is in
-none. Leaves to others when to write one, and which to take.
+the run stands (position.json), what run it is (run.json), its logs (train.loggers), and manifest.json with a hash of
+each. Of a sharded model there is a file for each process instead, with its rows of weights and state
+(shard-00000-of-00008); any number of processes goes on from either kind. A checkpoint has its name once it is complete.
+The frozen teacher is in none. Leaves to others when to write one, and which to take.
 """
 
 import json
@@ -36,7 +36,7 @@ from radlads.checkpoint.weights import (
 )
 from radlads.distill.heldout import Heldout
 from radlads.model.modeling import RadladsForCausalLM
-from radlads.train.metrics_csv import METRICS
+from radlads.train.loggers import carry
 from radlads.train.processes import ALONE, Processes
 from radlads.train.sharding import is_sharded
 
@@ -48,14 +48,15 @@ _SHARD_NAME = re.compile(r"shard-\d+-of-(\d+)\.safetensors")
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: optimiser steps, samples and tokens behind it, seconds spent, and each held-out measurement
-    with its step and tokens."""
+    """Where a run stands: optimiser steps, samples and tokens behind it, seconds spent, each held-out measurement with
+    its step and tokens, and the spike guard's numbers, if there is one."""
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
     seconds: float = 0.0
     heldout: tuple[tuple[int, int, Heldout], ...] = ()
+    spike_guard: tuple[float, ...] = ()
 
 
 def checkpoints_in(stage_folder: Path) -> list[Path]:
@@ -101,8 +102,7 @@ def write_checkpoint(
             content = {**asdict(position), "optimizers": groups, "random": _random_numbers()}
             write_text(folder / POSITION, json.dumps(content) + "\n")
             write_text(folder / RUN, json.dumps(run, indent=2) + "\n")
-            if (stage_folder / METRICS).is_file():
-                shutil.copyfile(stage_folder / METRICS, folder / METRICS)
+            carry(stage_folder, folder)
             hashes |= {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name not in hashes}
             write_text(folder / MANIFEST, json.dumps({"versions": versions(), "sha256": hashes}, indent=2) + "\n")
     processes.wait_for_all()
@@ -136,7 +136,8 @@ def read_position(checkpoint: Path) -> Position:
     """Where the checkpoint's run stood."""
     held = read_json(checkpoint / POSITION)
     heldout = tuple((step, tokens, Heldout(**values)) for step, tokens, values in held["heldout"])
-    return Position(held["step"], held["samples"], held["tokens"], held["seconds"], heldout)
+    guard = tuple(held.get("spike_guard", ()))
+    return Position(held["step"], held["samples"], held["tokens"], held["seconds"], heldout, guard)
 
 
 def restore_student(checkpoint: Path, student: RadladsForCausalLM) -> None:

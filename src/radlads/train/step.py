@@ -118,6 +118,13 @@ class GraphedParts:
         self._gradients = [parameter.grad for parameter in self._parameters]
 
 
+class GradientNorms(NamedTuple):
+    """Of the whole gradient, and of its part for the parameters of each role: scalar fp32 tensors on the device."""
+
+    whole: torch.Tensor
+    by_role: dict[str, torch.Tensor]
+
+
 @torch.no_grad()
 def optimizer_step(
     optimizers: Sequence[torch.optim.Optimizer],
@@ -127,25 +134,47 @@ def optimizer_step(
     clip_val: float,
     sums: torch.Tensor | None = None,
     add_up: Callable[[torch.Tensor], torch.Tensor] | None = None,
-) -> torch.Tensor:
+    leave_out: torch.Tensor | None = None,
+) -> GradientNorms:
     """Divide the gradients of sums by `count`, clip them to the norm `clip_val` (0: as they are), update, and zero.
 
     add_up: adds a tensor up, in place, over the processes that have the other rows of the parameters.
-    Returns the norm before clipping, of the mean's gradient: a scalar fp32 tensor on the device. If it, or any of the
-    loss `sums`, is not finite, no weight and no optimiser state changes, and the gradients are zeroed all the same.
+    Returns the norms before clipping, of the mean's gradient. If the whole one, or any of the loss `sums`, is not
+    finite, or `leave_out` (a boolean on the device) is true, no weight and no optimiser state changes, and the
+    gradients are zeroed all the same.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
-    norm = torch.linalg.vector_norm(torch.stack([each.to(norms[0].device) for each in norms]))
-    norm = (norm if add_up is None else add_up(norm.square()).sqrt()) / count
+    gradients = {p: p.grad for p in parameters if p.grad is not None}
+    each = torch._foreach_norm(list(gradients.values()), 2, dtype=torch.float32)
+    norms = [norm.to(each[0].device) for norm in each]
+    roles = dict(_by_role(gradients, norms, optimizers))
+    of_all = torch.stack([torch.linalg.vector_norm(torch.stack(own)) for own in (norms, *roles.values())])
+    if add_up is not None:
+        of_all = add_up(of_all.square()).sqrt()
+    norm, *of_roles = (of_all / count).unbind()
+    by_role = dict(zip(roles, of_roles, strict=True))
     shrink = (clip_val / (norm + 1e-6)).clamp(max=1.0) if clip_val else torch.ones_like(norm)
     finite = torch.isfinite(norm)
     if sums is not None:
         finite = finite & torch.isfinite(sums).all()
+    if leave_out is not None:
+        finite = finite & ~leave_out
     for optimizer in optimizers:
         _update(optimizer, scale=shrink / count, finite=finite)
         optimizer.zero_grad(set_to_none=True)
-    return norm
+    return GradientNorms(norm, by_role)
+
+
+def _by_role(
+    parameters: Iterable[torch.nn.Parameter], norms: Iterable[torch.Tensor], optimizers: Iterable[torch.optim.Optimizer]
+) -> list[tuple[str, list[torch.Tensor]]]:
+    """The norms of the parameters of each role, sorted by role; none where the optimisers' groups have no roles."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups if "role" in group]
+    roles = {parameter: group["role"] for group in groups for parameter in group["params"]}
+    found: dict[str, list[torch.Tensor]] = {}
+    for parameter, norm in zip(parameters, norms, strict=True):
+        if parameter in roles:
+            found.setdefault(roles[parameter], []).append(norm)
+    return sorted(found.items())
 
 
 def _update(optimizer: torch.optim.Optimizer, *, scale: torch.Tensor, finite: torch.Tensor) -> None:
