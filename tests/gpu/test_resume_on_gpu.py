@@ -12,6 +12,7 @@ from gpu_comparison import DRY_RUN
 from radlads.convert.hf_source import open_teacher
 from radlads.convert.student import build_student, build_teacher
 from radlads.train.fit import run_stage
+from radlads.train.gpus import gpu_called
 from radlads.train.lightning_module import StageModule
 from radlads.train.stopping import Stopped
 
@@ -49,3 +50,14 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(teacher, corpus_folder, tmp_path
     run(teacher, corpus_folder, tmp_path / "run", stage, precision)
     assert losses(tmp_path / "run")[:6] == pytest.approx(losses(tmp_path / "straight")[:6], rel=1e-3)
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "straight"), rel=5e-3)
+
+
+@pytest.mark.skipif(DRY_RUN, reason="says nothing without a GPU")
+def test_rows_say_what_the_gpu_does_and_holds(teacher, corpus_folder, tmp_path):
+    run(teacher, corpus_folder, tmp_path / "run", "distill", "bf16-true")
+    with (tmp_path / "run" / "speed.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12
+    assert all(0 < float(row["peak_memory_gb"]) < 2 for row in rows)
+    known = gpu_called(torch.cuda.get_device_name()) is not None
+    assert all(0 < float(row["mfu"]) < 1 if known else "mfu" not in row for row in rows)

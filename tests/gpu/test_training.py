@@ -1,6 +1,7 @@
 """Training on a GPU: the same loss curves whatever computes them, no waiting for the device, memory that stays put."""
 
 import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.train.adamw import AdamW
 from radlads.train.optim import build_optimizers
+from radlads.train.spike_guard import SpikeGuard
 from radlads.train.step import GraphedParts, backward_parts, optimizer_step
 
 pytestmark = pytest.mark.gpu
@@ -59,6 +61,7 @@ class Training:
             self.student.compile_blocks()
             self.teacher.compile_blocks()
         self.optimizers = build_optimizers(self.student, train)
+        self.guard = SpikeGuard(100.0, Path(), print)  # no loss here leaps so far
         generator = torch.Generator().manual_seed(4)
         walks = torch.randint(-3, 4, (STEPS, BATCH, TOKENS + 1), generator=generator).cumsum(-1) % VOCAB
         self.batches = walks.to(device)
@@ -68,7 +71,8 @@ class Training:
         parts = backward_parts(self.stage, self.student, self.teacher, self.batches[number])
         count = sum(part.count for part in parts)
         loss = torch.stack([part.sum for part in parts]).sum() / count
-        optimizer_step(self.optimizers, self.student.parameters(), count=count, clip_val=1.0)
+        spike = self.guard.is_spike(loss)
+        optimizer_step(self.optimizers, self.student.parameters(), count=count, clip_val=1.0, leave_out=spike)
         return loss
 
     def curve(self):
@@ -203,6 +207,18 @@ def test_a_step_never_waits_for_the_gpu(device, stage, compiled):
         training.step(3)
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+@needs_gpu
+def test_a_step_whose_loss_leaps_changes_nothing(device):
+    training = Training("distill", device, torch.bfloat16)
+    for number in range(3):
+        training.step(number)
+    before = [parameter.detach().clone() for parameter in training.student.parameters()]
+    training.guard.state = torch.tensor([1e-6, 100.0, 0.0, 0.0])
+    training.step(3)
+    assert training.guard.state.tolist()[1:] == [100.0, 1.0, 1.0]
+    assert all(torch.equal(a, b) for a, b in zip(training.student.parameters(), before, strict=True))
 
 
 @needs_gpu
