@@ -2,10 +2,10 @@
 
     python benchmarks/scaling.py --size 0.5b --devices 2 --strategies ddp,fsdp --json scaling.json
 
-For every stage: one device with M sequences a step, one with N times M, and N devices with M each by every strategy. Efficiency is
-the tokens per second of N devices over N times those of the first; drift compares the loss and the gradient's norm,
-step by step, with the second's, which makes the same steps. Speeds are medians over the second half of the steps, which
-leaves compiling out. `--size tiny --accelerator cpu` shows how it goes, in minutes and without a GPU.
+For every stage: one device with M sequences a step, one with N times M, and N devices with M each by every strategy.
+Efficiency is the tokens per second of N devices over N times those of the first; drift compares the loss and the
+gradient's norm, step by step, with the second's, which makes the same steps. Speeds are medians over the second half of
+the steps, which leaves compiling out. `--size tiny --accelerator cpu` shows how it goes, in minutes and without a GPU.
 """
 
 import argparse
