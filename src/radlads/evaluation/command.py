@@ -6,10 +6,11 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from radlads.checkpoint.atomic import write_text
 from radlads.checkpoint.manifest import sha256, versions, weights_hash
+from radlads.console import Console
 from radlads.evaluation.scores import SUITES, Score, scores, table, task_names
 
 if TYPE_CHECKING:
@@ -19,12 +20,6 @@ if TYPE_CHECKING:
     from radlads.model.modeling import RadladsForCausalLM
 
 TEACHER, WINDOWED, SETUP = "teacher", "teacher 64+4", "setup"
-
-
-class Console(Protocol):
-    """Where messages go while models run."""
-
-    def line(self, text: str) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)

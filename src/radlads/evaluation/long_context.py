@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from radlads.checkpoint.atomic import write_text
 from radlads.checkpoint.manifest import versions
+from radlads.console import Console
 
 if TYPE_CHECKING:
     import torch
@@ -22,14 +23,6 @@ if TYPE_CHECKING:
 RESULTS = "longcontext.json"
 PARTS = ("passkey", "needle", "loss", "costs")
 _FIRST_EDGE = 16
-
-
-class Console(Protocol):
-    """Where messages go while models run."""
-
-    def line(self, text: str) -> None: ...
-
-    def progress(self, text: str) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from radlads.checkpoint.model_folder import StoredModel, load_model, open_model
 from radlads.checkpoint.published import EMBEDDING
 from radlads.checkpoint.tokenizer_files import GENERATION_FILE, num_ids, read_tokenizer
 from radlads.checkpoint.weight_files import parse_size
+from radlads.console import Console
 from radlads.convert.hf_source import load_tokenizer, locate
 from radlads.recipes.conversion import MARKER, RELOAD_TOLERANCE, STAGES, SUMMARY
 from radlads.recipes.hub_upload import check_repo, listing, upload
@@ -27,7 +28,6 @@ from radlads.recipes.llama_cpp import CONVERT, check_runs, verdict, write_for_ll
 from radlads.recipes.model_card import CARD, CardFacts, model_card, read_licence
 from radlads.recipes.reload_check import logits_of, reloaded_logits
 from radlads.report.run_folder import Run, Stage, read_run
-from radlads.train.callbacks import Console
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CHECKED_TOKENS = 64

@@ -13,12 +13,12 @@ from radlads.checkpoint.weight_files import is_weights_file, open_weights, start
 from radlads.checkpoint.weights import StoredWeights
 from radlads.config.schema import Config, ModelConfig, check_available, stage_of
 from radlads.config.sizes import check_sizes
+from radlads.console import Console
 from radlads.convert.bare_weights import is_teachers, shape_of, student_from_teacher, student_of, teacher_of
 from radlads.convert.hf_source import SUPPORTED_ARCHITECTURES, locate, open_teacher, teacher_config
 from radlads.convert.student import build_student, build_teacher, layer_mixers
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
-from radlads.train.callbacks import Console
 from radlads.train.fit import StageResult, open_corpora, run_stage
 
 

@@ -20,6 +20,7 @@ from radlads.checkpoint.manifest import write_manifest
 from radlads.checkpoint.model_folder import save_model
 from radlads.config.load import dump_config
 from radlads.config.schema import Config, TrainConfig, check_available, checkpointing_of, stage_of
+from radlads.console import Console
 from radlads.data.binidx import BinIdxReader, TokenSpan
 from radlads.data.loader import HeldoutWindows, MixedSamples, TokenSamples, check_vocabulary
 from radlads.data.mixture import parse_mixture
@@ -29,7 +30,7 @@ from radlads.distill.heldout import Heldout
 from radlads.distill.logits import build_stage
 from radlads.model.modeling import RadladsForCausalLM, has_triton
 from radlads.model.registry import is_registered
-from radlads.train.callbacks import Console, HeldoutCallback, Progress
+from radlads.train.callbacks import HeldoutCallback, Progress
 from radlads.train.checkpointing import Checkpointing
 from radlads.train.lightning_module import StageModule
 from radlads.train.metrics_csv import METRICS, MetricsCsv
