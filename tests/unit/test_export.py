@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from huggingface_hub import HfApi, constants, metadata_load
+from huggingface_hub.utils import filter_repo_objects
 
 from radlads.checkpoint.manifest import weights_hash, write_manifest
 from radlads.checkpoint.model_folder import load_model, save_model
@@ -216,6 +217,29 @@ def test_an_export_can_be_exported_again_with_its_licence(exported, tmp_path):
     assert export(exported, tmp_path / "again", "--dtype", "float16") == 0
     assert SafetensorsFolder(tmp_path / "again").info("model.norm.weight").dtype == torch.float16
     assert metadata_load(tmp_path / "again" / "README.md")["license"] == "mit"
+
+
+def test_of_a_teacher_on_the_hub_no_weights_are_fetched(run, teacher, tmp_path, monkeypatch):
+    hub, asked = shutil.copytree(teacher, tmp_path / "hub"), []
+    (hub / "README.md").write_text("---\nlicense: mit\n---\n")
+    (hub / "NOTICE").write_text("of the teacher")
+
+    def fetched(name, allow_patterns):
+        asked.append(name)
+        folder = tmp_path / "cache"
+        folder.mkdir()
+        for path in filter_repo_objects([path.name for path in hub.iterdir()], allow_patterns=allow_patterns):
+            shutil.copyfile(hub / path, folder / path)
+        return str(folder)
+
+    monkeypatch.setattr("radlads.checkpoint.tokenizer_files.snapshot_download", fetched)
+    assert export(run, tmp_path / "out", "--teacher", "owner/name") == 0
+    assert asked == ["owner/name"]
+    got = {path.name for path in (tmp_path / "cache").iterdir()}
+    assert got == {path.name for path in hub.iterdir()} - {"model.safetensors"}
+    assert (tmp_path / "out" / "NOTICE").is_file()
+    metadata = metadata_load(tmp_path / "out" / "README.md")
+    assert (metadata["license"], metadata["base_model"]) == ("mit", "owner/name")
 
 
 # What is refused; nothing is left behind

@@ -416,6 +416,21 @@ def test_a_folder_without_tokenizer_takes_another(student, teacher, task_folder,
     assert evaluate(*command, "--tokenizer", teacher) == 0
 
 
+def test_the_tokenizer_that_is_named_comes_before_the_models_own(student, task_folder, tmp_path, monkeypatch, capsys):
+    tiny.save_tokenizer(tmp_path)
+    bos = tiny.put_bos_first(tmp_path)
+    read = []
+
+    def noted(model, pairs, **options):
+        read.extend(context[0] for context, _ in pairs)
+        return [(-1.0, False)] * len(pairs)
+
+    monkeypatch.setattr("radlads.evaluation.harness.log_likelihoods", noted)
+    command = (student, "--tasks", "colours", "--include-path", task_folder, "--limit", 1, "--device", "cpu")
+    assert evaluate(*command) == evaluate(*command, "--tokenizer", tmp_path) == 0, capsys.readouterr().err
+    assert [first == bos for first in read] == [False] * 4 + [True] * 4
+
+
 def test_a_missing_tokenizer_is_told_before_any_model_runs(student, task_folder, tmp_path, monkeypatch, capsys):
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).symlink_to(student / name)

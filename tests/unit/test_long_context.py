@@ -151,6 +151,16 @@ def test_the_command_measures_model_and_teacher(student, teacher, tmp_path, caps
     assert json.loads((tmp_path / "out" / "longcontext.json").read_text()) == results
 
 
+def test_the_tokenizer_that_is_named_comes_before_the_models_own(student, tmp_path, monkeypatch):
+    tiny.save_tokenizer(tmp_path)
+    bos, asked = tiny.put_bos_first(tmp_path), []
+    monkeypatch.setattr(Recall, "num_right", lambda recall, prompts: asked.extend(prompts) or 0)
+    options = ["--parts", "passkey", "--lengths", "256", "--depths", "0", "--samples", 1, "--device", "cpu"]
+    assert longcontext(student[0], *options, "--out", tmp_path / "own") == 0
+    assert longcontext(student[0], *options, "--out", tmp_path / "named", "--tokenizer", tmp_path) == 0
+    assert [prompt.tokens[0] == bos for prompt in asked] == [False, True]
+
+
 def test_what_a_later_part_lacks_is_told_before_the_first_is_measured(teacher, tmp_path, capsys):
     (tmp_path / "book.txt").write_text("short")
     options = ["--parts", "passkey,loss", "--lengths", "300", "--samples", 1, "--text", tmp_path / "book.txt"]

@@ -32,16 +32,31 @@ def locate_tokenizer(path_or_name: str | Path) -> Path:
 
     Raises ValueError if there is neither.
     """
-    folder = Path(path_or_name).expanduser()
+    folder, name = Path(path_or_name).expanduser(), str(path_or_name)
     if folder.is_dir():
         return folder
+    if folder.exists():
+        raise ValueError(f"{folder} is a file: give the folder that holds {TOKENIZER_FILE}")
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise ValueError(f"{name} is neither a folder nor a hub name such as Qwen/Qwen2.5-0.5B-Instruct")
     try:
-        return Path(snapshot_download(str(path_or_name), allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"{path_or_name} is neither a folder nor a tokenizer that the hub hands out: {reason}"
-        ) from error
+        raise ValueError(f"{name} is neither a folder nor a tokenizer that the hub hands out: {reason}") from error
+
+
+def choose_tokenizer(named: str | Path | None, *folders: Path) -> Path:
+    """Where a tokenizer is taken from: the folder or hub name that is named, else the first of `folders` that has one.
+
+    Raises ValueError if none has.
+    """
+    if named is not None:
+        return locate_tokenizer(named)
+    for folder in folders:
+        if (folder / TOKENIZER_FILE).is_file():
+            return folder
+    raise ValueError(f"{folders[0]} has no {TOKENIZER_FILE}: name the teacher's folder with --tokenizer")
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:

@@ -24,7 +24,8 @@ TEACHER, WINDOWED, SETUP = "teacher", "teacher 64+4", "setup"
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What to evaluate, and how. folders: model folders or hub names. tokenizer: for folders that have none."""
+    """What to evaluate, and how. folders: model folders or hub names. tokenizer: a folder or hub name, instead of the
+    models' own."""
 
     folders: Sequence[str]
     tasks: Sequence[str]
@@ -32,7 +33,7 @@ class Evaluation:
     teacher: str | None = None
     baselines: bool = False
     include_path: Path | None = None
-    tokenizer: Path | None = None
+    tokenizer: str | None = None
     device: str = "auto"
     cache: Path | None = None
     output: Path | None = None
@@ -95,7 +96,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--apply-chat-template", "--apply_chat_template", action="store_true", help="questions as a user's messages"
     )
     parser.add_argument("--include-path", "--include_path", type=Path, metavar="DIR", help="task files of your own")
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="for models whose folder has none")
+    parser.add_argument(
+        "--tokenizer", metavar="DIR", help="for all models (default: each one's own, else the teacher's)"
+    )
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="a GPU where there is one")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="keep answers there, and go on from them")
     parser.add_argument(
@@ -219,14 +222,12 @@ def _labels(folders: Sequence[Path]) -> list[str]:
 
 
 def _tokenizer_folder(folder: Path, evaluation: Evaluation) -> Path:
-    """The model's own folder, else --tokenizer, else the teacher's."""
+    """--tokenizer, else the model's own folder, else the teacher's."""
+    from radlads.checkpoint.tokenizer_files import choose_tokenizer
     from radlads.convert.hf_source import locate
 
-    if (folder / "tokenizer.json").is_file():
-        return folder
-    if evaluation.tokenizer is None and evaluation.teacher is None:
-        raise ValueError(f"{folder} has no tokenizer.json: name the teacher's folder with --tokenizer")
-    return evaluation.tokenizer or locate(evaluation.teacher or "")
+    teacher = [] if evaluation.teacher is None else [locate(evaluation.teacher)]
+    return choose_tokenizer(evaluation.tokenizer, folder, *teacher)
 
 
 def _fingerprint(entry: _Entry, tokenizer: Path, evaluation: Evaluation) -> str:

@@ -30,7 +30,7 @@ class LongContext:
     """What to measure, and how. lengths: tokens of the prompts. depths: where in them the fact is told, 0 .. 1.
 
     text: a text file or a .bin/.idx pair, None for held-out sources of the running Python. text_tokens: how much of it
-    the loss is taken on. tokenizer: for folders that have none.
+    the loss is taken on. tokenizer: a folder or hub name, instead of the model's own.
     """
 
     folder: str
@@ -43,7 +43,7 @@ class LongContext:
     seed: int = 0
     text: Path | None = None
     text_tokens: int = 131072
-    tokenizer: Path | None = None
+    tokenizer: str | None = None
     device: str = "auto"
     out: Path
 
@@ -86,7 +86,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text-tokens", type=int, default=131072, help="tokens that the loss is taken on (default 131072)"
     )
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="for models whose folder has none")
+    parser.add_argument("--tokenizer", metavar="DIR", help="(default: the model's own, else the teacher's)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="a GPU where there is one")
     parser.add_argument(
         "--out",
@@ -141,6 +141,7 @@ def measure_long_context(settings: LongContext, console: Console) -> dict[str, A
     Raises ValueError for folders that are no model, a text that is too short or not of the tokenizer, prompts too
     short for their fact, and states that would not fit into memory.
     """
+    from radlads.checkpoint.tokenizer_files import choose_tokenizer
     from radlads.convert.hf_source import load_tokenizer, locate
     from radlads.evaluation.models import model_config, open_model
     from radlads.inference.generate import check_memory, choose_device
@@ -156,7 +157,7 @@ def measure_long_context(settings: LongContext, console: Console) -> dict[str, A
     settings.out.mkdir(parents=True, exist_ok=True)
     results = _head(settings, device, dtype)
     vocab_size = min(config.vocab_size for config in configs.values())
-    tokenizer_folder = _tokenizer_folder(settings, folders)
+    tokenizer_folder = choose_tokenizer(settings.tokenizer, *folders.values())
     tokenizer = load_tokenizer(tokenizer_folder, vocab_size)
     with _corpus(settings, tokenizer, tokenizer_folder, vocab_size) as corpus:
         _check_room(settings, tokenizer, corpus)
@@ -292,18 +293,6 @@ def position_edges(context_tokens: int) -> list[int]:
     while (edge := max(_FIRST_EDGE, 2 * edges[-1])) < context_tokens:
         edges.append(edge)
     return [*edges, context_tokens]
-
-
-def _tokenizer_folder(settings: LongContext, folders: dict[str, Path]) -> Path:
-    """--tokenizer, else the first model's folder that has a tokenizer."""
-    from radlads.checkpoint.tokenizer_files import TOKENIZER_FILE
-
-    if settings.tokenizer is not None:
-        return settings.tokenizer
-    for folder in folders.values():
-        if (folder / TOKENIZER_FILE).is_file():
-            return folder
-    raise ValueError(f"{folders['student']} has no {TOKENIZER_FILE}: name the teacher's folder with --tokenizer")
 
 
 @contextmanager

@@ -18,10 +18,10 @@ from radlads.checkpoint.hf_export import check_exportable, write_export
 from radlads.checkpoint.manifest import MANIFEST, read_manifest
 from radlads.checkpoint.model_folder import StoredModel, load_model, open_model
 from radlads.checkpoint.published import EMBEDDING
-from radlads.checkpoint.tokenizer_files import GENERATION_FILE, num_ids, read_tokenizer
+from radlads.checkpoint.tokenizer_files import GENERATION_FILE, locate_tokenizer, num_ids, read_tokenizer
 from radlads.checkpoint.weight_files import parse_size
 from radlads.console import Console
-from radlads.convert.hf_source import load_tokenizer, locate
+from radlads.convert.hf_source import load_tokenizer
 from radlads.recipes.conversion import MARKER, RELOAD_TOLERANCE, STAGES, SUMMARY
 from radlads.recipes.hub_upload import check_repo, listing, upload
 from radlads.recipes.llama_cpp import CONVERT, check_runs, verdict, write_for_llama_cpp
@@ -116,7 +116,7 @@ def find_source(run: Path, teacher: str | None) -> Source:
     teacher that is neither recorded nor named.
     """
     if (run / "config.json").is_file() and not (run / MANIFEST).is_file():
-        tokenizer_folder = run if teacher is None else locate(teacher)
+        tokenizer_folder = run if teacher is None else locate_tokenizer(teacher)
         read_tokenizer(tokenizer_folder)
         return Source(run, tokenizer_folder, teacher, None, [], retied=False)
     folder = _last_stage(run)
@@ -145,7 +145,7 @@ def _last_stage(run: Path) -> Path:
 def _existing_teacher(name: str, *, named: bool) -> Path:
     """The teacher's folder, which has a tokenizer."""
     try:
-        folder = locate(name)
+        folder = locate_tokenizer(name)
         read_tokenizer(folder)
     except ValueError as error:
         if named:
