@@ -119,14 +119,15 @@ def generate(arguments: argparse.Namespace) -> int:
 
 
 def chat(arguments: argparse.Namespace) -> int:
-    """Talk with a model until the end of input."""
+    """Talk with a model until the end of input; 2 if a piped message could not be answered."""
     from radlads.inference.chat import converse, line_reader, open_conversation
 
     conversation = open_conversation(arguments, _notice)
-    if sys.stdin.isatty():
+    is_typed = sys.stdin.isatty()
+    if is_typed:
         _notice("/reset begins anew, Ctrl-C stops a reply, Ctrl-D ends")
-    converse(conversation, line_reader(), lambda text: print(text, end="", flush=True), _notice)
-    return 0
+    num_refused = converse(conversation, line_reader(), lambda text: print(text, end="", flush=True), _notice)
+    return USER_ERROR if num_refused and not is_typed else 0
 
 
 def serve(arguments: argparse.Namespace) -> int:

@@ -170,6 +170,38 @@ def test_the_card_has_what_eval_and_longcontext_measured(run, tmp_path):
     assert "| student | passkey | 512 | 90.0% of 20 |" in card
 
 
+def test_an_export_of_an_export_keeps_what_its_card_tells(run, tmp_path):
+    score = {"task": "a|b", "metric": "acc", "value": 0.75, "stderr": 0.01, "num_questions": 9, "chance": 0.5}
+    (run / "eval.json").write_text(json.dumps({"scores": [score | {"model": "run", "relative": None}]}))
+    assert export(run, tmp_path / "first", "--dtype", "bfloat16") == 0
+    assert export(tmp_path / "first", tmp_path / "again", "--shard-size", "50KB") == 0
+    first, again = ((tmp_path / name / "README.md").read_text() for name in ("first", "again"))
+    assert again == first.replace("first", "again")
+    assert "| a\\|b | acc | 75.0% ± 1.0 |" in again and "| align | 3.2500 |" in again
+    assert "| weights | bfloat16, cast from float32 after the measurements |" in again
+    assert export(tmp_path / "first", tmp_path / "wide", "--dtype", "float32") == 0
+    assert "| weights | float32 |" in (tmp_path / "wide" / "README.md").read_text()
+
+
+def test_an_export_of_an_export_keeps_its_hub_teacher_and_what_is_measured_anew(exported, tmp_path):
+    card = (exported / "README.md").read_text()
+    card = card.replace("library_name:", "base_model: owner/name\nlibrary_name:")
+    (exported / "README.md").write_text(card.replace("| teacher | teacher0 |", "| teacher | owner/name |"))
+    score = {"task": "piqa", "metric": "acc", "value": 0.75, "stderr": 0.01, "num_questions": 9, "chance": 0.5}
+    (exported / "eval.json").write_text(json.dumps({"scores": [score | {"model": "out", "relative": None}]}))
+    assert export(exported, tmp_path / "again") == 0
+    assert metadata_load(tmp_path / "again" / "README.md")["base_model"] == "owner/name"
+    again = (tmp_path / "again" / "README.md").read_text()
+    assert "| teacher | owner/name |" in again
+    assert "| piqa | acc | 75.0% ± 1.0 |" in again and "| align | 3.2500 |" in again
+
+
+def test_the_card_of_somebody_elses_model_is_not_ours_to_repeat(exported, tmp_path):
+    (exported / "README.md").write_text("---\nlicense: mit\n---\n# theirs\n\n## Tasks\n\nthe best\n")
+    assert export(exported, tmp_path / "again") == 0
+    assert "the best" not in (tmp_path / "again" / "README.md").read_text()
+
+
 def test_the_stages_before_are_told_as_far_as_they_are_still_what_they_were(run, teacher, tmp_path):
     parent = f"somewhere/run sha256:{weights_hash(run)[:16]}"
     last = stage(teacher, tmp_path / "last", name="distill", parent=parent, **{"train.teacher.hf_path": ""})

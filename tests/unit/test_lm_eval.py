@@ -317,8 +317,8 @@ def test_one_command_compares_student_teacher_and_baselines(
     student, teacher, task_folder, tmp_path, monkeypatch, capsys
 ):
     command = (student, "--teacher", teacher, "--baselines", "--include-path", task_folder, "--device", "cpu")
-    command += ("--tasks", "colours,endings", "--cache", tmp_path / "cache", "--output", tmp_path / "results.json")
-    assert evaluate(*command) == 0, capsys.readouterr().err
+    command += ("--tasks", "colours,endings", "--cache", tmp_path / "cache")
+    assert evaluate(*command, "--output", tmp_path / "results.json") == 0, capsys.readouterr().err
     first = capsys.readouterr().out
     header, *rows = first.splitlines()[4:]
     assert header.split() == ["task", "metric", "questions", "chance", "teacher", "teacher", "64+4", "setup", "student"]
@@ -337,6 +337,9 @@ def test_one_command_compares_student_teacher_and_baselines(
     assert evaluate(*command) == 0
     assert capsys.readouterr().out == first
     assert evaluate(*command, "--limit", 2) == 0
+    assert evaluate(*command, "--output", tmp_path / "results.json") == USER_ERROR
+    assert "results.json exists already: remove it, or choose another --output" in capsys.readouterr().err
+    assert json.loads((tmp_path / "results.json").read_text()) == written
     monkeypatch.setattr("radlads.evaluation.command.weights_hash", lambda folder: "others")
     with pytest.raises(TypeError):
         evaluate(*command)

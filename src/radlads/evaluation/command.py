@@ -55,6 +55,8 @@ class Evaluation:
             raise ValueError(f"{self.output.parent} is not a folder: create it first")
         if self.output is not None and self.output.is_dir():
             raise ValueError(f"{self.output} is a folder: name the file to write")
+        if self.output is not None and self.output.exists():
+            raise ValueError(f"{self.output} exists already: remove it, or choose another --output")
 
 
 @dataclass(frozen=True)
