@@ -239,7 +239,7 @@ def test_a_conversion_is_its_last_stage_retied_if_it_was(teacher, tmp_path):
     assert exported.config.tie_word_embeddings and "lm_head.weight" not in SafetensorsFolder(tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| distill | 1.5000 | 0.5000 | 25.0% | 1,280 | 2 |" in card
-    assert "| retied | 1.5000 | 0.5000 | 25.0% |  |  |" in card
+    assert "| retied | 1.5000 | 0.5000 | 25.0% | none | none |" in card
     assert "| student | 1.25 |" in card
 
 

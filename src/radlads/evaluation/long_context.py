@@ -282,7 +282,8 @@ def _costs(
     last = costs[-1]
     console.line(
         f"costs    after {last.context_tokens:,} tokens: {last.prefill_tokens_per_s:,.0f} tokens/s read, "
-        f"{last.decode_ms:.2f} ms a token, {last.state_bytes / 1e6:.2f} MB of state"
+        f"{last.decode_ms:.2f} ms a token, {last.state_bytes / 1e6:.2f} MB held in the cache, peak beside the weights "
+        + (f"{last.peak_bytes / 1e6:.2f} MB" if last.peak_bytes is not None else "not measured on a CPU")
     )
     return [asdict(cost) for cost in costs]
 

@@ -16,16 +16,14 @@ from radlads.checkpoint.atomic import read_json
 from radlads.checkpoint.manifest import versions
 from radlads.model.configuration import RadladsConfig, state_bytes
 from radlads.report.run_folder import Measurements, Stage, by_name
+from radlads.report.wording import MIXERS, NOT_MEASURED, NOT_RECORDED, number_text, score_text
 
 CARD = "README.md"
-NOT_MEASURED = "not measured"
-NOT_RECORDED = "not recorded"
 UNKNOWN_LICENCE = "unknown: ask"
 _PAPER = "https://arxiv.org/abs/2505.03005"
 _DESCRIPTION, _VERSIONS = "What it is", "Made with"
 _CAST, _CAST_END = ", cast from ", " after the measurements"
 _CONTEXTS_TOKENS = (1024, 8192, 65536)
-_MIXERS = {"rad_rwkv6": "RAD-RWKV6", "rad_rwkv7": "RAD-RWKV7", "qwen2": "softmax attention"}
 
 
 @dataclass(frozen=True)
@@ -194,7 +192,7 @@ def _description(facts: CardFacts) -> list[str]:
     dtype = str(config.dtype).removeprefix("torch.")
     rows = [
         ["teacher", facts.teacher or NOT_RECORDED],
-        ["layers", ", ".join(f"{count} x {_MIXERS.get(name, name)}" for name, count in mixers)],
+        ["layers", ", ".join(f"{count} x {MIXERS.get(name, name)}" for name, count in mixers)],
         ["parameters", f"{facts.num_parameters:,}"],
         ["hidden size", str(config.hidden_size)],
         ["vocabulary", f"{config.vocab_size:,}"],
@@ -229,10 +227,8 @@ def _heldout(facts: CardFacts) -> list[str]:
 
 
 def _number(value: object, form: str, row: str, key: str) -> str:
-    if isinstance(value, int | float):
-        return format(value, form)
     untrained = key in ("tokens", "seconds") and row in ("teacher", "setup", "retied")
-    return "" if untrained else NOT_MEASURED
+    return "none" if untrained and value is None else number_text(value, form)
 
 
 def _tasks(evaluation: Mapping[str, Any] | None) -> list[str]:
@@ -252,11 +248,7 @@ def _tasks(evaluation: Mapping[str, Any] | None) -> list[str]:
 
 
 def _score(score: Mapping[str, Any]) -> str:
-    is_share, error, relative = score["chance"] is not None, score["stderr"], score.get("relative")
-    text = f"{score['value']:.1%}" if is_share else f"{score['value']:.4f}"
-    if error is not None:
-        text += f" ± {100 * error:.1f}" if is_share else f" ± {error:.4f}"
-    return text if relative is None else f"{text} ({relative:.1%})"
+    return score_text(score["value"], score["stderr"], score.get("relative"), is_share=score["chance"] is not None)
 
 
 def _long_context(measured: Mapping[str, Any] | None) -> list[str]:
