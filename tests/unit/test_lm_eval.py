@@ -151,14 +151,14 @@ def test_a_teachers_numbers_are_those_of_lm_evals_own_model(teacher, task_folder
 BF16_NATS, BF16_BITS_PER_BYTE = 2e-2, 2e-3
 
 
-def test_in_bf16_a_students_numbers_are_those_of_lm_evals_own_model(student, task_folder):
+def test_in_bf16_a_students_numbers_are_those_of_lm_evals_own_model(student, by_twos, task_folder):
     ours = run(student, task_folder, torch.bfloat16, batch_rows=2)
     theirs = their_results(student, task_folder, trust_remote_code=True, dtype="bfloat16", softmax_dtype="float32")
     for (found, _), (expected, _) in zip(answers(ours, "colours"), answers(theirs, "colours"), strict=True):
         assert found == pytest.approx(expected, abs=BF16_NATS)
     bits = ("texts", "bits_per_byte,none")
     assert metrics(ours)[bits] == pytest.approx(metrics(theirs)[bits], abs=BF16_BITS_PER_BYTE)
-    assert abs(metrics(ours)[bits] - metrics(run(student, task_folder, batch_rows=2))[bits]) > 1e-6, "this was fp32"
+    assert abs(metrics(ours)[bits] - metrics(by_twos)[bits]) > 1e-6, "this was fp32"
 
 
 def test_batches_change_nothing(student, by_twos, task_folder):
@@ -408,6 +408,30 @@ def test_mistakes_are_told_in_a_sentence(options, message, student, task_folder,
 def test_a_folder_that_is_no_model_is_told(tmp_path, capsys):
     assert evaluate(tmp_path) == USER_ERROR
     assert "is not a model folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("template", ["{% for %}", "{{ raise_exception('no') }}", "{{ messages[0].content / 2 }}"])
+def test_a_template_that_does_not_work_is_told_before_any_model_runs(
+    template, student, task_folder, tmp_path, monkeypatch, capsys
+):
+    for path in student.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    monkeypatch.setattr("radlads.evaluation.models.open_model", None)
+    command = (tmp_path, "--tasks", "colours", "--include-path", task_folder, "--apply-chat-template")
+    assert evaluate(*command) == USER_ERROR
+    assert f"radlads: the chat template of {tmp_path} fails: " in capsys.readouterr().err
+
+
+def test_a_template_that_fails_at_a_question_is_told(student, task_folder, tmp_path, capsys):
+    for path in student.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if 'sky' in m.content %}{{ 1 / 0 }}{% endif %}{{ m.content }}{% endfor %}"
+    )
+    command = (tmp_path, "--tasks", "colours", "--include-path", task_folder, "--apply-chat-template")
+    assert evaluate(*command, "--device", "cpu") == USER_ERROR
+    assert f"radlads: the chat template of {tmp_path} fails: division by zero" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("values", [{"time_mixers": 3}, {"rope_parameters": "yarn"}, {"dtype": ["a"]}])

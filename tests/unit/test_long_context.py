@@ -231,7 +231,7 @@ def test_what_a_later_part_lacks_is_told_before_the_first_is_measured(teacher, t
     options = ["--parts", "passkey,loss", "--lengths", "300", "--samples", 1, "--text", tmp_path / "book.txt"]
     assert longcontext(teacher, "--out", tmp_path / "out", "--device", "cpu", *options) == 2
     out, err = capsys.readouterr()
-    assert "less than one held-out window of 301" in err
+    assert "book.txt has 6 tokens, too few for the loss in a window of 300: give more --text" in err
     assert "passkey" not in out
 
 
@@ -245,7 +245,10 @@ def test_what_a_later_part_lacks_is_told_before_the_first_is_measured(teacher, t
         (["--parts", "passkey,ruler"], "--parts knows passkey, needle, loss, costs, not 'ruler'"),
         (["--samples", "0"], "--samples must be 1 or more"),
         (["--lengths", "64", "--parts", "passkey"], "64 tokens are too few for a passkey prompt"),
-        (["--lengths", "9k", "--parts", "loss", "--text", "TEXT"], "less than one held-out window of 9217"),
+        (
+            ["--lengths", "9k", "--parts", "loss", "--text", "TEXT"],
+            "text has 6 tokens, too few for the loss in a window of 9,216",
+        ),
         (["--text", "/no/such/file"], "/no/such/file: No such file"),
         (["--lengths", "100000000000", "--parts", "costs"], "shorten the prompt"),
     ],

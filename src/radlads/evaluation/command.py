@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -141,12 +142,16 @@ def evaluate(evaluation: Evaluation, console: Console) -> list[str]:
     """
     from radlads.checkpoint.tokenizer_files import read_tokenizer
     from radlads.evaluation.harness import open_tasks, share_work
+    from radlads.inference.chat_template import ChatTemplate
     from radlads.inference.generate import choose_device
 
     device, dtype = choose_device(evaluation.device)
     entries = list(_entries(evaluation, dtype))
     for entry in entries:  # what is wrong with the last model's is told before the first one runs
-        read_tokenizer(_tokenizer_folder(entry.folder, evaluation))
+        folder = _tokenizer_folder(entry.folder, evaluation)
+        read_tokenizer(folder)
+        if evaluation.settings.chat_template:
+            ChatTemplate(folder, sys.maxsize)
     tells = share_work(device)
     tasks = open_tasks(task_names(evaluation.tasks), evaluation.include_path)
     results = {}

@@ -177,14 +177,17 @@ def measure_long_context(settings: LongContext, console: Console) -> dict[str, A
 
 def _check_room(settings: LongContext, tokenizer: "Tokenizer", corpus: "BinIdxReader") -> None:
     """Have a text or a length that is too short for a later part told before the first one is measured."""
-    from radlads.evaluation.perplexity import spread_windows
     from radlads.evaluation.retrieval import TASKS, PromptWriter
 
     for task in settings.parts:
         if task in TASKS:
             PromptWriter(task, tokenizer, corpus.tokens).write(min(settings.lengths), 0, seed=settings.seed)
-    if "loss" in settings.parts:
-        spread_windows(corpus, max(settings.lengths), settings.text_tokens)
+    longest, num_tokens = max(settings.lengths), corpus.num_tokens
+    if "loss" in settings.parts and num_tokens <= longest:
+        raise ValueError(
+            f"{settings.text or 'the held-out text'} has {num_tokens:,} tokens, too few for the loss in a window of "
+            f"{longest:,}: give more --text, or shorter --lengths"
+        )
 
 
 def _head(settings: LongContext, device: "torch.device", dtype: "torch.dtype") -> dict[str, Any]:
