@@ -4,6 +4,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -223,42 +224,54 @@ class Terminal:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from radlads.bench.command import add_options as add_bench_options
+    from radlads.evaluation.command import add_options as add_eval_options
+    from radlads.evaluation.long_context import add_options as add_long_context_options
+    from radlads.inference.options import add_chat_options, add_generate_options, add_serve_options
+    from radlads.planning.command import add_options as add_plan_options
+    from radlads.recipes.command import add_demo_options, add_export_options
+
     parser = argparse.ArgumentParser(
         prog="radlads", description="Turn softmax transformers into linear-attention decoders."
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    _add_demo(commands)
+    add = partial(_add, commands)
+    add("demo", demo, add_demo_options, "convert a teacher (the bundled one by default) end to end and show the result")
     commands.add_parser(
         "train", help="run one stage: -c FILE ... --train.KEY VALUE (radlads train --help)", add_help=False
     )
     _add_config(commands)
     _add_data(commands)
-    _add_generate(commands)
-    _add_eval(commands)
-    _add_long_context(commands)
-    _add_report(commands)
-    _add_export(commands)
-    _add_bench(commands)
-    _add_plan(commands)
+    add("generate", generate, add_generate_options, "continue a prompt with a converted model")
+    add("chat", chat, add_chat_options, "talk with a converted model that has a chat template")
+    add("serve", serve, add_serve_options, "answer OpenAI clients with a converted model")
+    add("eval", evaluate, add_eval_options, "score models on lm-eval's tasks, beside their teacher")
+    what = "what a model keeps of long texts, and what they cost it"
+    add("longcontext", long_context, add_long_context_options, what)
+    add("report", report, _add_report_options, "one page on a conversion, with plots: RUN/report.html")
+    add("export", export, add_export_options, "write a finished model as a folder to publish, and upload it")
+    add("bench", bench, add_bench_options, "measure speed and memory on this machine, random weights")
+    add("plan", plan, add_plan_options, "memory, hours and cost of the stages on a machine, before renting it")
     return parser
 
 
-def _add_demo(commands: Any) -> None:
-    from radlads.recipes.command import add_demo_options
-
-    command = commands.add_parser(
-        "demo", help="convert a teacher (the bundled one by default) end to end and show the result"
-    )
-    add_demo_options(command)
-    command.set_defaults(run=demo)
+def _add(
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    add_options: Callable[[argparse.ArgumentParser], None],
+    what: str,
+) -> None:
+    command = commands.add_parser(name, help=what)
+    add_options(command)
+    command.set_defaults(run=run)
 
 
 def _add_config(commands: Any) -> None:
     command = commands.add_parser("config", help="write configuration files")
     kinds = command.add_subparsers(title="what to write", required=True, metavar="KIND")
-    from_hf = kinds.add_parser("from-hf", help="print the sizes of a Hugging Face model, as a file for -c")
-    from_hf.add_argument("folder", type=Path, metavar="DIR", help="a folder with a config.json: Qwen2, Qwen3, Llama...")
-    from_hf.set_defaults(run=config_from_hf)
+    what = "print the sizes of a Hugging Face model, as a file for -c"
+    _add(kinds, "from-hf", config_from_hf, _add_config_options, what)
 
 
 def _add_data(commands: Any) -> None:
@@ -266,77 +279,20 @@ def _add_data(commands: Any) -> None:
 
     command = commands.add_parser("data", help="build, check and describe token corpora")
     kinds = command.add_subparsers(title="what to do", required=True, metavar="KIND")
-    info = kinds.add_parser("info", help="documents, tokens, lengths and magic primes of a corpus")
-    add_info_options(info)
-    info.set_defaults(run=data_info)
-    for name, run, what in (
-        ("build", data_build, "tokenise a dataset into NAME.bin and NAME.idx"),
-        ("check", data_check, "read a built corpus as a whole"),
-        ("fixeos", data_fixeos, "replace a trailing token 0 by the tokenizer's EOS in every document"),
-    ):
-        kind = kinds.add_parser(name, help=what)
-        add_corpus_options(kind)
-        kind.set_defaults(run=run)
+    add = partial(_add, kinds)
+    add("info", data_info, add_info_options, "documents, tokens, lengths and magic primes of a corpus")
+    add("build", data_build, add_corpus_options, "tokenise a dataset into NAME.bin and NAME.idx")
+    add("check", data_check, add_corpus_options, "read a built corpus as a whole")
+    what = "replace a trailing token 0 by the tokenizer's EOS in every document"
+    add("fixeos", data_fixeos, add_corpus_options, what)
 
 
-def _add_generate(commands: Any) -> None:
-    from radlads.inference.options import add_chat_options, add_generate_options, add_serve_options
-
-    command = commands.add_parser("generate", help="continue a prompt with a converted model")
-    add_generate_options(command)
-    command.set_defaults(run=generate)
-    command = commands.add_parser("chat", help="talk with a converted model that has a chat template")
-    add_chat_options(command)
-    command.set_defaults(run=chat)
-    command = commands.add_parser("serve", help="answer OpenAI clients with a converted model")
-    add_serve_options(command)
-    command.set_defaults(run=serve)
+def _add_config_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a folder with a config.json: Qwen2, Qwen3, Llama...")
 
 
-def _add_eval(commands: Any) -> None:
-    from radlads.evaluation.command import add_options
-
-    command = commands.add_parser("eval", help="score models on lm-eval's tasks, beside their teacher")
-    add_options(command)
-    command.set_defaults(run=evaluate)
-
-
-def _add_long_context(commands: Any) -> None:
-    from radlads.evaluation.long_context import add_options
-
-    command = commands.add_parser("longcontext", help="what a model keeps of long texts, and what they cost it")
-    add_options(command)
-    command.set_defaults(run=long_context)
-
-
-def _add_report(commands: Any) -> None:
-    command = commands.add_parser("report", help="one page on a conversion, with plots: RUN/report.html")
-    command.add_argument("folder", type=Path, metavar="RUN", help="a conversion's folder, or one of stage folders")
-    command.set_defaults(run=report)
-
-
-def _add_export(commands: Any) -> None:
-    from radlads.recipes.command import add_export_options
-
-    command = commands.add_parser("export", help="write a finished model as a folder to publish, and upload it")
-    add_export_options(command)
-    command.set_defaults(run=export)
-
-
-def _add_bench(commands: Any) -> None:
-    from radlads.bench.command import add_options
-
-    command = commands.add_parser("bench", help="measure speed and memory on this machine, random weights")
-    add_options(command)
-    command.set_defaults(run=bench)
-
-
-def _add_plan(commands: Any) -> None:
-    from radlads.planning.command import add_options
-
-    command = commands.add_parser("plan", help="memory, hours and cost of the stages on a machine, before renting it")
-    add_options(command)
-    command.set_defaults(run=plan)
+def _add_report_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="RUN", help="a conversion's folder, or one of stage folders")
 
 
 def _warn_of_idle_keys(config: "Config") -> None:
