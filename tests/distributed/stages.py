@@ -16,9 +16,9 @@ import numpy as np
 import tiny
 
 from radlads.config.load import load_config
+from radlads.console import Silent
 from radlads.data.binidx import BinIdxWriter
 from radlads.recipes.single_stage import train_stage
-from radlads.train.callbacks import Silent
 from radlads.train.lightning_module import StageModule
 from radlads.train.processes import joined
 
