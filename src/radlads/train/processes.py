@@ -32,6 +32,7 @@ from lightning.fabric.plugins.environments import (
 from radlads.config.schema import TrainConfig
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 BEAT_S, DEAD_AFTER_S, LEFT_AFTER_S = 1.0, 30.0, 5.0
 """How often a process says that it lives, after how long a silent one is taken for dead, and how long the others have
@@ -297,7 +298,7 @@ class Watch(threading.Thread):
 
     def _give_up(self, why: str) -> NoReturn:
         if self.tells(why):
-            print(f"radlads: {why}", file=sys.stderr, flush=True)
+            _log.error("radlads: %s", why)  # to stderr, as nobody catches what a thread raises
         for child in self._children:
             child.kill()
         os._exit(LOST)
