@@ -15,7 +15,12 @@ def with_runtime_loops(patch):
     return patch_and_mend
 
 
+def allow_runtime_loops(patch: pytest.MonkeyPatch) -> None:
+    """From now on kernels with runtime loops run."""
+    patch.setattr(interpreter, "_patch_lang_tensor", with_runtime_loops(interpreter._patch_lang_tensor))
+
+
 @pytest.fixture
 def runtime_loops(monkeypatch):
     """Kernels with runtime loops run."""
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", with_runtime_loops(interpreter._patch_lang_tensor))
+    allow_runtime_loops(monkeypatch)

@@ -19,7 +19,6 @@ from tolerances import relative_error
 from radlads.model.cache import RadladsCache
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
-from radlads.model.recurrence import fla_is_importable
 
 pytestmark = pytest.mark.gpu
 
@@ -101,12 +100,9 @@ def in_pieces(model: RadladsForCausalLM, ids: torch.Tensor, sizes: list[int]) ->
     return torch.cat(logits, dim=1).float()
 
 
-def precision_here(stack: str, dtype: str) -> str:
-    """What the automatic choice multiplies in: in fp32, fla's kernels, which are RAD-RWKV6's, round to TF32."""
-    if dtype == "bf16":
-        return "bf16"
-    uses_fla = "rad_rwkv6" in STACKS[stack]["time_mixers"] and not DRY_RUN and fla_is_importable()
-    return "tf32" if uses_fla else "exact"
+def precision_here(dtype: str) -> str:
+    """What the automatic choice multiplies in."""
+    return "bf16" if dtype == "bf16" else "exact"
 
 
 @stacks
@@ -115,7 +111,7 @@ def precision_here(stack: str, dtype: str) -> str:
 @pytest.mark.parametrize("sizes", [[1] * NUM_TOKENS, [64, 1, 1, 4]], ids=["token_by_token", "prefill_and_decode"])
 def test_decoding_is_prefill(stack, head_dim, dtype, sizes):
     """Both against the fp32 oracle and against each other."""
-    (fp32, model), ids, precision = small_models(stack, head_dim, dtype), tokens(), precision_here(stack, dtype)
+    (fp32, model), ids, precision = small_models(stack, head_dim, dtype), tokens(), precision_here(dtype)
     exact, whole, pieces = logits_of(fp32, ids, "exact"), logits_of(model, ids), in_pieces(model, ids, sizes)
     rounding = relative_error(logits_of(model, ids, precision), exact)
     errors = {
@@ -132,7 +128,7 @@ def test_decoding_is_prefill(stack, head_dim, dtype, sizes):
 @stacks
 @dtypes
 def test_left_padded_rows_are_single_rows(stack, dtype):
-    (fp32, model), ids, precision = small_models(stack, 64, dtype), tokens(), precision_here(stack, dtype)
+    (fp32, model), ids, precision = small_models(stack, 64, dtype), tokens(), precision_here(dtype)
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
     with torch.no_grad():

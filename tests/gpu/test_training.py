@@ -13,7 +13,7 @@ from radlads.distill import losses
 from radlads.distill.fp8_teacher import Fp8Linear, fp8_copy
 from radlads.distill.logits import build_stage
 from radlads.distill.stage import is_trainable
-from radlads.model import rad_rwkv7, recurrence
+from radlads.model import rad_rwkv6, rad_rwkv7, recurrence
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.train.adamw import AdamW
@@ -49,8 +49,8 @@ def model(mixer, device, dtype, layers=3):
 class Training:
     """A stage of student and teacher, step by step."""
 
-    def __init__(self, stage, device, dtype, *, layers=3, checkpointing="none", compiled=False):
-        self.student = model("rad_rwkv7", device, dtype, layers)
+    def __init__(self, stage, device, dtype, *, layers=3, checkpointing="none", compiled=False, mixer="rad_rwkv7"):
+        self.student = model(mixer, device, dtype, layers)
         self.teacher = model("qwen2", device, dtype, layers).requires_grad_(False)
         train = TrainConfig(attention_distillation_stage=STAGES[stage], lr_init=1e-3)
         self.stage = build_stage(train)
@@ -89,18 +89,20 @@ def assert_same_curve(found, expected, dtype):
 
 def use_backend(monkeypatch, backend):
     monkeypatch.setattr(rad_rwkv7, "rwkv7", functools.partial(recurrence.rwkv7, backend=backend))
+    monkeypatch.setattr(rad_rwkv6, "gla", functools.partial(recurrence.gla, backend=backend))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["triton", "fla"])
+@pytest.mark.parametrize("mixer", ["rad_rwkv7", "rad_rwkv6"])
 @pytest.mark.parametrize("stage", ["align", "distill"])
-def test_kernels_train_as_chunked_torch_does(device, monkeypatch, stage, backend, dtype):
+def test_kernels_train_as_chunked_torch_does(device, monkeypatch, stage, mixer, backend, dtype):
     if reason := recurrence.missing(backend, torch.empty(1, 2, 1, 64, device=device)):
         pytest.skip(reason)
     use_backend(monkeypatch, "chunked")
-    expected = Training(stage, device, dtype).curve()
+    expected = Training(stage, device, dtype, mixer=mixer).curve()
     use_backend(monkeypatch, backend)
-    assert_same_curve(Training(stage, device, dtype).curve(), expected, dtype)
+    assert_same_curve(Training(stage, device, dtype, mixer=mixer).curve(), expected, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -113,20 +115,20 @@ def test_checkpointing_changes_no_curve(device, checkpointing, dtype):
 
 @needs_gpu
 @pytest.mark.parametrize(
-    ("stage", "checkpointing", "dtype"),
+    ("stage", "checkpointing", "dtype", "mixer"),
     [
-        ("align", "none", torch.bfloat16),
-        ("distill", "none", torch.bfloat16),
-        ("extend", "selective", torch.bfloat16),
-        ("distill", "full", torch.float32),
+        ("align", "none", torch.bfloat16, "rad_rwkv7"),
+        ("distill", "none", torch.bfloat16, "rad_rwkv7"),
+        ("extend", "selective", torch.bfloat16, "rad_rwkv7"),
+        ("distill", "full", torch.float32, "rad_rwkv7"),
+        ("distill", "none", torch.bfloat16, "rad_rwkv6"),
     ],
 )
-def test_compiling_changes_no_curve(device, stage, checkpointing, dtype):
+def test_compiling_changes_no_curve(device, stage, checkpointing, dtype, mixer):
     torch.compiler.reset()
-    expected = Training(stage, device, dtype).curve()
-    assert_same_curve(
-        Training(stage, device, dtype, checkpointing=checkpointing, compiled=True).curve(), expected, dtype
-    )
+    expected = Training(stage, device, dtype, mixer=mixer).curve()
+    found = Training(stage, device, dtype, checkpointing=checkpointing, compiled=True, mixer=mixer).curve()
+    assert_same_curve(found, expected, dtype)
 
 
 @needs_gpu

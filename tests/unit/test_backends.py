@@ -9,13 +9,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from radlads.model import recurrence
 
-KERNELS = {"rwkv7": ("triton", "fla"), "gla": ("fla", "triton")}
 NUM_INPUTS = {"rwkv7": 6, "gla": 4}
 DISPATCH = {"rwkv7": recurrence.rwkv7, "gla": recurrence.gla}
 
-everything = pytest.mark.parametrize(
-    ("kind", "backend"), [(kind, backend) for kind, backends in KERNELS.items() for backend in backends]
-)
+kinds = pytest.mark.parametrize("kind", DISPATCH)
+kernels = pytest.mark.parametrize("backend", ["triton", "fla"])
+chosen = recurrence.choose_backend
 
 
 @pytest.fixture(autouse=True)
@@ -31,10 +30,6 @@ def values(device="cuda", T=70, N=64, dtype=torch.bfloat16):
         return torch.empty(2, T, 3, N, device=device, dtype=dtype)
 
 
-def chosen(kind, v, backend="auto"):
-    return recurrence.choose_backend(backend, v, KERNELS[kind])
-
-
 def refusal(kind, backend, v):
     """The message with which the recurrence itself refuses, which must be one sentence."""
     with pytest.raises(ValueError) as caught:
@@ -44,51 +39,42 @@ def refusal(kind, backend, v):
     return message
 
 
-def test_automatic_choice_on_a_gpu():
-    assert chosen("rwkv7", values()) == "triton"
-    assert chosen("gla", values()) == "fla"
+def test_automatic_choice():
+    assert chosen("auto", values()) == "triton"
+    assert chosen("auto", values(T=1)) == "reference"
+    assert chosen("auto", values("cpu")) == "chunked"
 
 
-@pytest.mark.parametrize("kind", KERNELS)
-def test_automatic_choice_of_a_single_token_and_on_a_cpu(kind):
-    assert chosen(kind, values(T=1)) == "reference"
-    assert chosen(kind, values("cpu")) == "chunked"
-
-
-@everything
-def test_a_backend_asked_for_is_taken(kind, backend):
-    assert chosen(kind, values(), backend) == chosen(kind, values(T=1), backend) == backend
+@kernels
+def test_a_backend_asked_for_is_taken(backend):
+    assert chosen(backend, values()) == chosen(backend, values(T=1)) == backend
 
 
 def test_automatic_choice_without_triton_or_fla(monkeypatch):
     monkeypatch.setattr(recurrence, "triton", None)
-    assert chosen("rwkv7", values()) == "fla"
+    assert chosen("auto", values()) == "fla"
     monkeypatch.setattr(recurrence, "fla_is_importable", lambda: False)
-    assert chosen("rwkv7", values()) == chosen("gla", values()) == "chunked"
-
-
-def test_automatic_choice_without_fla(monkeypatch):
-    monkeypatch.setattr(recurrence, "fla_is_importable", lambda: False)
-    assert chosen("gla", values()) == "triton"
+    assert chosen("auto", values()) == "chunked"
 
 
 def test_automatic_choice_for_other_head_sizes():
-    assert chosen("rwkv7", values(N=32)) == "fla"
+    assert chosen("auto", values(N=32)) == "fla"
 
 
-@pytest.mark.parametrize("kind", KERNELS)
-def test_automatic_choice_on_an_old_gpu(kind, monkeypatch):
+def test_automatic_choice_on_an_old_gpu(monkeypatch):
     monkeypatch.setattr(recurrence, "capability", lambda index: (7, 5))
-    assert chosen(kind, values()) == "chunked"
+    assert chosen("auto", values()) == "chunked"
 
 
-@everything
+@kinds
+@kernels
 def test_no_gpu(kind, backend):
     expected = f"the {backend} backend needs a CUDA GPU, but the tensors are on cpu: choose 'auto'"
     assert refusal(kind, backend, values("cpu")) == expected
 
 
-@everything
+@kinds
+@kernels
 def test_gpu_too_old(kind, backend, monkeypatch):
     monkeypatch.setattr(recurrence, "capability", lambda index: (7, 5))
     message = refusal(kind, backend, values())
@@ -97,7 +83,7 @@ def test_gpu_too_old(kind, backend, monkeypatch):
 
 def test_fla_not_installed(monkeypatch):
     monkeypatch.setattr(recurrence, "fla_is_importable", lambda: False)
-    for kind in KERNELS:
+    for kind in DISPATCH:
         assert (
             refusal(kind, "fla", values()) == "fla-core is not installed: pip install 'radlads[gpu]', or choose 'auto'"
         )
@@ -111,6 +97,6 @@ def test_triton_not_installed(monkeypatch):
 
 def test_head_sizes_of_the_triton_kernels():
     for N in (64, 128):
-        assert chosen("rwkv7", values(N=N), "triton") == "triton"
+        assert chosen("triton", values(N=N)) == "triton"
     message = refusal("rwkv7", "triton", values(N=32))
     assert message == "the triton backend has kernels for head sizes 64 and 128, not 32: choose 'auto'"

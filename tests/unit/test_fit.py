@@ -19,8 +19,9 @@ from radlads.distill.heldout import measure
 from radlads.model import modeling, rad_rwkv7
 from radlads.model.rad_rwkv7 import RadRwkv7
 from radlads.model.swiglu import SwiGLU
-from radlads.train import fit
-from radlads.train.fit import resolve_precision, run_stage
+from radlads.train import fit, hardware
+from radlads.train.fit import run_stage
+from radlads.train.hardware import resolve_precision
 from radlads.train.lightning_module import StageModule
 
 
@@ -175,7 +176,7 @@ def test_a_damaged_manifest_is_noticed(tmp_path):
         ({"data_file": "/no/such/corpus"}, "/no/such/corpus"),
         ({"accelerator": "gpu"}, "no CUDA GPU is here"),
         ({"magic_prime": 15}, "15"),
-        ({"devices": 2}, "train.devices is 2, but what that asks for is not available yet: set --train.devices 1"),
+        ({"devices": 2}, "ask for 2 processes, but 1 runs: use radlads train, which starts them, or set both to 1"),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that must not be there")
@@ -283,9 +284,9 @@ def test_compiling_always_compiles_while_the_stage_runs(teacher, corpus_folder, 
 
 def test_auto_compiles_on_cuda_with_triton_alone(monkeypatch):
     for triton in (True, False):
-        monkeypatch.setattr(fit, "has_triton", lambda device, triton=triton: triton)
-        assert fit.compiles("auto", torch.device("cuda")) is triton
-        assert not fit.compiles("auto", torch.device("cpu"))
+        monkeypatch.setattr(hardware, "has_triton", lambda device, triton=triton: triton)
+        assert hardware.compiles("auto", torch.device("cuda")) is triton
+        assert not hardware.compiles("auto", torch.device("cpu"))
 
 
 def test_a_gpu_without_bf16_is_refused_and_auto_goes_around_it(tmp_path, monkeypatch):

@@ -453,10 +453,3 @@ def test_released_names_of_a_start_mean_ours(teacher, corpus_folder, tmp_path):
         stage(corpus_folder, tmp_path / "2", "distill", load_model="auto", **hf)
     with pytest.raises(ValueError, match=r"rwkv-7\.pth does not exist: name a \.pth file"):
         stage(corpus_folder, tmp_path / "2", "distill", load_model=f"{aligned}/rwkv-7.pth", **hf)
-
-
-@pytest.mark.parametrize(("key", "value", "remedy"), [("devices", 8, "1"), ("num_nodes", 2, "1")])
-def test_what_is_not_available_is_refused_before_models_are_read(corpus_folder, tmp_path, key, value, remedy):
-    message = f"train.{key} is {value!r}, but .* not available yet: set --train.{key} {remedy}"
-    with pytest.raises(ValueError, match=message):
-        stage(corpus_folder, tmp_path, "align", load_model="nowhere", **{key: value})

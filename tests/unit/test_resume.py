@@ -144,7 +144,7 @@ def test_a_checkpoint_is_a_model_folder_and_holds_no_teacher(stopped):
     model = load_model(folder)
     assert {path.name for path in folder.iterdir()} >= {"run.json", "position.json", "metrics.csv", "manifest.json"}
     stored = SafetensorsFolder(folder / "state.safetensors")
-    moments = sum(stored.info(name).num_bytes for name in stored if ".exp_avg" in name)
+    moments = sum(stored.info(name).num_bytes for name in stored if ":exp_avg" in name)
     assert moments == 2 * 4 * sum(p.numel() for name, p in model.named_parameters() if "self_attn" in name)
     files = [path for path in folder.iterdir() if path.suffix == ".safetensors"]
     assert sum(path.stat().st_size for path in files) < 4 * model.num_parameters() + moments + 50_000
@@ -183,12 +183,14 @@ def test_checkpoints_are_due_by_steps_and_by_minutes(tmp_path):
     each = checkpointing.Checkpointing(
         train, tmp_path, {}, stopping.StopRequests(), tiny.Silent(), clock=lambda: now[0]
     )
-    each.on_train_start(SimpleNamespace(optimizers=[]), None)
-    assert [step for step in range(1, 10) if each._is_due(step)] == [4, 8]
+    module = SimpleNamespace(wants_checkpoint=None)
+    each.on_train_start(SimpleNamespace(optimizers=[]), module)
+    assert [step for step in range(1, 10) if each.is_due_by_steps(step)] == [4, 8]
+    assert not module.wants_checkpoint()
     now[0] = 120.0
-    assert each._is_due(1)
+    assert module.wants_checkpoint()
     train.checkpoint_every_minutes = train.checkpoint_every_steps = 0
-    assert not each._is_due(4)
+    assert not each.is_due_by_steps(4) and not module.wants_checkpoint()
 
 
 def test_a_step_that_is_not_finite_reaches_no_checkpoint(tmp_path):
@@ -266,8 +268,8 @@ def test_a_named_checkpoint_may_go_on_with_another_learning_rate(stopped):
     chosen, console = first(stopped, str(named), **{"train.lr_init": 5e-4})
     assert chosen == named
     assert console.lines == ["from step-000004 on: train.lr_init is 0.001 there and 0.0005 here"]
-    with pytest.raises(ValueError, match=r"different run \(train\.micro_bsz is 1 there and 2 here\)"):
-        first(stopped, str(named), **{"train.micro_bsz": 2})
+    with pytest.raises(ValueError, match=r"different run \(sequences in a step is 2 there and 4 here\)"):
+        first(stopped, str(named), **{"sequences in a step": 4})
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "state.safetensors", "position.json", "manifest.json"])

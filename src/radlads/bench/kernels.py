@@ -1,6 +1,9 @@
 """The recurrences alone, forward, and forward with backward, by every backend that is there."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +17,8 @@ from radlads.model.recurrence import Backend, gla, missing, rwkv7
 
 BACKENDS: tuple[Backend, ...] = ("triton", "fla", "chunked")
 WARMUP_RUNS, RUNS = 2, 10
+# fla's kernels try up to 40 launch configurations each, which all have to be compiled
+TUNING_LIMIT_S = 120
 
 
 def select_backends(names: str | None) -> list[Backend]:
@@ -44,8 +49,35 @@ def bench_kernels(
                 continue
             for backward in (False, True):
                 with record.attempt(row, lower="name a case with a smaller batch or fewer tokens"):
-                    record.add(_measure(case, backend, tensors, device, ceilings, backward=backward))
+                    try:
+                        with tuning_limit(TUNING_LIMIT_S) if backend == "fla" else nullcontext():
+                            record.add(_measure(case, backend, tensors, device, ceilings, backward=backward))
+                    except StillTuning as reason:
+                        record.add(replace(row, problem=str(reason)))
                 release_memory(device)
+
+
+class StillTuning(Exception):
+    """Triton's autotuner took too long."""
+
+
+@contextmanager
+def tuning_limit(seconds: float) -> Iterator[None]:
+    """Have Triton's autotuners raise StillTuning when they want to try another launch after so many seconds."""
+    from triton.runtime.autotuner import Autotuner
+
+    try_one, began = Autotuner._bench, time.monotonic()
+
+    def try_one_in_time(self, *args, **keys):  # type: ignore[no-untyped-def]
+        if time.monotonic() - began > seconds:
+            raise StillTuning(f"still tuning itself after {seconds:.0f} s: what is compiled stays, so run it again")
+        return try_one(self, *args, **keys)
+
+    Autotuner._bench = try_one_in_time
+    try:
+        yield
+    finally:
+        Autotuner._bench = try_one
 
 
 def random_inputs(case: KernelCase, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:

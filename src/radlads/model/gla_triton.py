@@ -1,9 +1,9 @@
 """RAD-RWKV6's recurrence as Triton kernels for CUDA GPUs, forward and backward.
 
 rwkv7_triton.py without removals, by the same three kernels and in the same letters: c the running sum of log w inside a
-chunk, its value in the middle taken off, X = r exp(c) what reads the state and Y = k exp(-c) what is written to it. A
-chunk of 32 tokens at the largest decay has factors up to exp(80), which bf16 and fp32 hold; where the product of two of
-them overflows, it belongs to the future and is masked.
+chunk, e its value at the end, m = e / 2 what is taken off c, X = r exp(c) what reads the state and Y = k exp(-c) what
+is written to it. A chunk of 32 tokens at the largest decay has factors up to exp(80), which bf16 and fp32 hold; where
+the product of two of them overflows, it belongs to the future and is masked.
 
 Shape letters: B batch, T tokens, H heads, N head size (keys and values), G chunks, L tokens per chunk.
 Scratch tensors are [B H, G, L, N], [B H, G, L, L] and [B H, G, N, N]; states are [K, V] = [N, N].
@@ -11,22 +11,24 @@ Scratch tensors are [B H, G, L, N], [B H, G, L, L] and [B H, G, N, N]; states ar
 
 from __future__ import annotations
 
-import re
-from typing import NamedTuple
-
 import torch
 
-from .rwkv7_triton import FEW_PROGRAMS, jit, triton
+from .chunked_kernels import (
+    Chunks,
+    Launch,
+    contiguous,
+    jit_for_all_sizes,
+    last_row,
+    operator,
+    sums_of_rows,
+    triton,
+)
 
 if triton is not None:
     import triton.language as tl
 
-HEAD_SIZES = (64, 128)
-# Remote code registers its own copy of the operators beside the installed package's
-NAMESPACE = re.sub(r"\W", "_", __name__)
 
-
-@jit
+@jit_for_all_sizes
 def _prepare(
     r_ptr, log_w_ptr, k_ptr, end_ptr, reads_ptr, mixes_ptr, writes_ptr,
     T, G, H, N: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr,
@@ -43,20 +45,20 @@ def _prepare(
     real = g * L + i < T
     dtype = r_ptr.dtype.element_ty
     c = tl.cumsum(tl.load(log_w_ptr + first_token + tokens, mask=real, other=0.0), axis=0)
-    middle = tl.sum(tl.where(i == L // 2, c, 0.0), axis=0)[None, :]
-    end = tl.sum(tl.where(i == L - 1, c, 0.0), axis=0)[None, :]
-    c -= middle
+    end = last_row(c, L)
+    half = tl.exp(0.5 * end)
+    c -= 0.5 * end
     x = (tl.load(r_ptr + first_token + tokens, mask=real, other=0.0).to(tl.float32) * tl.exp(c)).to(dtype)
     y = (tl.load(k_ptr + first_token + tokens, mask=real, other=0.0).to(tl.float32) * tl.exp(-c)).to(dtype)
     chunk, rows = bh * G + g, i * N + n[None, :]
     tl.store(end_ptr + chunk * N + n, tl.reshape(end, (N,)))
-    tl.store(reads_ptr + chunk * L * N + rows, (x.to(tl.float32) * tl.exp(middle)).to(dtype))
-    tl.store(writes_ptr + chunk * L * N + rows, (y.to(tl.float32) * tl.exp(end - middle)).to(dtype))
+    tl.store(reads_ptr + chunk * L * N + rows, (x.to(tl.float32) * half).to(dtype))
+    tl.store(writes_ptr + chunk * L * N + rows, (y.to(tl.float32) * half).to(dtype))
     mixes = tl.where(i >= j, tl.dot(x, tl.trans(y), input_precision=PRECISION), 0.0)
     tl.store(mixes_ptr + chunk * L * L + i * L + j, mixes.to(dtype))
 
 
-@jit
+@jit_for_all_sizes
 def _scan(
     reads_ptr, mixes_ptr, writes_ptr, end_ptr, in_ptr, first_ptr, out_ptr, last_ptr, states_ptr,
     T, G, H, N: tl.constexpr, L: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr,
@@ -94,206 +96,147 @@ def _scan(
     tl.store(last_ptr + bh * N * N + in_state, state)
 
 
-@jit
+@jit_for_all_sizes
 def _gradients(
-    r_ptr, log_w_ptr, k_ptr, v_ptr, d_out_ptr, states_ptr, d_states_ptr, dr_ptr, d_log_w_ptr, dk_ptr,
-    T, G, H, N: tl.constexpr, L: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    r_ptr, log_w_ptr, k_ptr, v_ptr, d_out_ptr, states_ptr, d_states_ptr, end_ptr, dr_ptr, d_log_w_ptr, dk_ptr,
+    T, G, H, N: tl.constexpr, L: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of r, log w and k, for one chunk and BK key channels.
+    """The gradients of r, log w and k, for one chunk and BK key channels; BV value channels at a time.
 
     The gradient of log w is a difference of products that nearly cancel: both take X and Y as rounded for the matrix
     products, and the state at the end as the one at the start and what was written, not as rounded apart from them.
     """
     g, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     chunk = bh * G + g
-    keys, n = tl.program_id(2) * BK + tl.arange(0, BK), tl.arange(0, N)
+    keys, values = tl.program_id(2) * BK + tl.arange(0, BK), tl.arange(0, BV)
     i, j = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
     first_token = ((bh // H * T + g * L) * H + bh % H) * N
-    tokens, here = i * (H * N) + n[None, :], i * (H * N) + keys[None, :]
-    in_state = keys[None, :] * N + n[:, None]
+    tokens, here = i * (H * N) + values[None, :], i * (H * N) + keys[None, :]
+    in_state = keys[None, :] * N + values[:, None]
     real = g * L + i < T
     dtype = r_ptr.dtype.element_ty
-    v = tl.load(v_ptr + first_token + tokens, mask=real, other=0.0)
-    d_out = tl.load(d_out_ptr + first_token + tokens, mask=real, other=0.0)
-    d_mixes = tl.where(i >= j, tl.dot(d_out, tl.trans(v), input_precision=PRECISION), 0.0).to(dtype)
-    c = tl.cumsum(tl.load(log_w_ptr + first_token + here, mask=real, other=0.0), axis=0)
-    middle = tl.sum(tl.where(i == L // 2, c, 0.0), axis=0)[None, :]
-    end = tl.sum(tl.where(i == L - 1, c, 0.0), axis=0)[None, :]
-    c -= middle
+    d_mixes = tl.zeros((L, L), tl.float32)
+    dx, dy = tl.zeros((L, BK), tl.float32), tl.zeros((L, BK), tl.float32)
+    kept = tl.zeros((BV, BK), tl.float32)
+    for first in tl.range(0, N, BV, num_stages=2):
+        v = tl.load(v_ptr + first_token + first + tokens, mask=real, other=0.0)
+        d_out = tl.load(d_out_ptr + first_token + first + tokens, mask=real, other=0.0)
+        start = tl.load(states_ptr + chunk * N * N + first + in_state)
+        d_end = tl.load(d_states_ptr + chunk * N * N + first + in_state)
+        d_mixes = tl.dot(d_out, tl.trans(v), acc=d_mixes, input_precision=PRECISION)
+        dx = tl.dot(d_out, start, acc=dx, input_precision=PRECISION)
+        dy = tl.dot(v, d_end, acc=dy, input_precision=PRECISION)
+        kept += start.to(tl.float32) * d_end.to(tl.float32)
+
+    end = tl.load(end_ptr + chunk * N + keys)[None, :]
+    log_w = tl.load(log_w_ptr + first_token + here, mask=real, other=0.0)
+    c = sums_of_rows(tl.where(i >= j, 0.5, -0.5), log_w, dtype, PRECISION)
+    if dtype == tl.float32:  # in which it shows that sums in another order end elsewhere
+        end = 2 * last_row(c, L)
+    half = tl.exp(0.5 * end)
     shrink, grow = tl.exp(c), tl.exp(-c)
     x = (tl.load(r_ptr + first_token + here, mask=real, other=0.0).to(tl.float32) * shrink).to(dtype)
     y = (tl.load(k_ptr + first_token + here, mask=real, other=0.0).to(tl.float32) * grow).to(dtype)
-    start = tl.load(states_ptr + chunk * N * N + in_state)
-    d_end = tl.load(d_states_ptr + chunk * N * N + in_state)
-    dx = tl.dot(d_out, start, input_precision=PRECISION) * tl.exp(middle)
-    dx = tl.dot(d_mixes, y, acc=dx, input_precision=PRECISION)
+    mixes = tl.where(i >= j, d_mixes, 0.0).to(dtype)
+    dx = tl.dot(mixes, y, acc=dx * half, input_precision=PRECISION)
     tl.store(dr_ptr + first_token + here, (dx * shrink).to(dtype), mask=real)
-    dy = tl.dot(v, d_end, input_precision=PRECISION) * tl.exp(end - middle)
-    at_end = tl.sum(dy * y.to(tl.float32), axis=0) + tl.sum(
-        start.to(tl.float32) * d_end.to(tl.float32), axis=0
-    ) * tl.reshape(tl.exp(end), (BK,))
-    dy = tl.dot(tl.trans(d_mixes), x, acc=dy, input_precision=PRECISION)
+    dy *= half
+    at_end = tl.sum(dy * y.to(tl.float32), axis=0)[None, :] + tl.sum(kept, axis=0)[None, :] * tl.exp(end)
+    dy = tl.dot(tl.trans(mixes), x, acc=dy, input_precision=PRECISION)
     tl.store(dk_ptr + first_token + here, (dy * grow).to(dtype), mask=real)
-    dc = dx * x.to(tl.float32) - dy * y.to(tl.float32) + tl.where(i == L - 1, at_end[None, :], 0.0)
+    dc = dx * x.to(tl.float32) - dy * y.to(tl.float32) + tl.where(i == L - 1, at_end, 0.0)
     tl.store(d_log_w_ptr + first_token + here, tl.cumsum(dc, axis=0, reverse=True), mask=real)
 
 
-class Launch(NamedTuple):
-    """How the kernels run for a dtype. chunk: tokens per chunk; values, keys: channels per program of `_scan` and of
-    `_gradients`; scan_stages: software pipelining; few: values and stages where there are few sequences and heads."""
-
-    chunk: int
-    values: int
-    keys: int
-    precision: str
-    warps: int
-    scan_stages: int
-    few: tuple[int, int]
+# By benchmarks/recurrence_sweep.py on an H100, 28 heads of 128. fp32's products are exact rather than fast
+BFLOAT16 = Launch(
+    chunk=32, precision="tf32", prepare_warps=(4, 4), values=64, scan_warps=4, scan_stages=3, few=(32, 3),
+    keys=64, gradient_step=32, gradient_warps=4, gradient_registers=128,
+)  # fmt: skip
+FLOAT32 = Launch(
+    chunk=32, precision="ieee", prepare_warps=(4, 4), values=32, scan_warps=4, scan_stages=1, few=(32, 1),
+    keys=32, gradient_step=32, gradient_warps=4, gradient_registers=None,
+)  # fmt: skip
 
 
-# As RAD-RWKV7's, whose kernels these resemble; fp32's products are exact rather than fast
-BFLOAT16 = Launch(32, 64, 64, "tf32", 4, 2, (32, 3))
-FLOAT32 = Launch(32, 32, 32, "ieee", 4, 1, (32, 1))
-
-
-class _Chunks:
-    """Shapes, scratch memory and launches for one call."""
+class _Chunks(Chunks):
+    """A call's memory and launches."""
 
     def __init__(self, v: torch.Tensor):
-        self.like, self.launch = v, BFLOAT16 if v.dtype == torch.bfloat16 else FLOAT32
-        self.B, self.T, self.H, self.N = v.shape
-        self.L = self.launch.chunk
-        self.G = -(-self.T // self.L)
+        super().__init__(v, BFLOAT16 if v.dtype == torch.bfloat16 else FLOAT32)
 
-    def scratch(self, *last: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Uninitialised memory [B H, G, ...]."""
-        return self.like.new_empty((self.B * self.H, self.G, *last), dtype=dtype or self.like.dtype)
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Memory for reads, mixes and writes."""
+        return self.scratch(self.L, self.N), self.scratch(self.L, self.L), self.scratch(self.L, self.N)
 
-    def last_state(self) -> torch.Tensor:
-        """Memory for the state after the sequence, [B, H, N, N] fp32."""
-        return self.like.new_empty(self.B, self.H, self.N, self.N, dtype=torch.float32)
-
-    def prepare(self, r, log_w, k) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The chunks' reads, mixes, writes and ends."""
-        reads, mixes, writes = self.scratch(self.L, self.N), self.scratch(self.L, self.L), self.scratch(self.L, self.N)
-        end = self.scratch(self.N, dtype=torch.float32)
+    def prepare(self, r, log_w, k, *, backward: bool):
+        """The chunks' ends, and their reads, mixes and writes."""
+        end, matrices = self.ends(), self.matrices()
         _prepare[(self.G, self.B * self.H)](
-            r, log_w, k, end, reads, mixes, writes, self.T, self.G, self.H,
-            N=self.N, L=self.L, PRECISION=self.launch.precision, num_warps=self.launch.warps,
+            r, log_w, k, end, *matrices, self.T, self.G, self.H,
+            N=self.N, L=self.L, PRECISION=self.launch.precision, num_warps=self.launch.prepare_warps[backward],
         )  # fmt: skip
-        return reads, mixes, writes, end
+        return end, matrices
 
-    def scan(self, reads, mixes, writes, end, x, first, *, reverse: bool, keep: bool):
+    def scan(self, matrices, end, x, first, *, reverse: bool, keep: bool):
         """Run `_scan` on x: what comes out, the last state and, with `keep`, the states met."""
         out, last, states = torch.empty_like(x), self.last_state(), self.scratch(self.N, self.N) if keep else None
-        launch, values, stages = self.launch, min(self.N, self.launch.values), self.launch.scan_stages
-        if self.B * self.H * self.N // values < FEW_PROGRAMS:
-            values, stages = launch.few
+        values, stages = self.scan_sizes()
         _scan[(self.N // values, self.B * self.H)](
-            reads, mixes, writes, end, x, first, out, last, states, self.T, self.G, self.H,
+            *matrices, end, x, first, out, last, states, self.T, self.G, self.H,
             N=self.N, L=self.L, BV=values, REVERSE=reverse, HAS_FIRST=first is not None, KEEP=keep,
-            PRECISION=launch.precision, num_warps=launch.warps, num_stages=stages,
+            PRECISION=self.launch.precision, num_warps=self.launch.scan_warps, num_stages=stages,
         )  # fmt: skip
         return out, last, states
 
 
-def forward(r, log_w, k, v, first):
+def forward(*inputs):
     """The output [B, T, H, N] and the last state [B, H, N, N] (fp32); arguments as for `gla` below."""
-    r, log_w, k, v = (x.contiguous() for x in (r, log_w, k, v))
+    r, log_w, k, v, first = contiguous(*inputs)
     chunks = _Chunks(v)
-    out, last, _ = chunks.scan(*chunks.prepare(r, log_w, k), v, _contiguous(first), reverse=False, keep=False)
+    end, matrices = chunks.prepare(r, log_w, k, backward=False)
+    out, last, _ = chunks.scan(matrices, end, v, first, reverse=False, keep=False)
     return out, last
 
 
-def forward_keeping(r, log_w, k, v, first):
+def forward_keeping(*inputs):
     """What `forward` returns, and what `backward` needs of it: [6 N + L] numbers per token and head."""
-    r, log_w, k, v = (x.contiguous() for x in (r, log_w, k, v))
+    r, log_w, k, v, first = contiguous(*inputs)
     chunks = _Chunks(v)
-    matrices = chunks.prepare(r, log_w, k)
-    return *chunks.scan(*matrices, v, _contiguous(first), reverse=False, keep=True), *matrices
+    end, matrices = chunks.prepare(r, log_w, k, backward=True)
+    return *chunks.scan(matrices, end, v, first, reverse=False, keep=True), end, *matrices
 
 
-def backward(d_out, d_last, r, log_w, k, v, states, reads, mixes, writes, end):
-    """Gradients of r, log_w, k, v, and of the first state (fp32)."""
-    d_out, r, log_w, k, v = (x.contiguous() for x in (d_out, r, log_w, k, v))
+def backward(*inputs):
+    """Gradients of r, log_w, k, v, and of the first state (fp32). Given those of the output and of the last state (or
+    None), the inputs, and what was kept."""
+    d_out, d_last, r, log_w, k, v, states, end, reads, mixes, writes = contiguous(*inputs)
     chunks = _Chunks(v)
-    dv, d_first, d_states = chunks.scan(writes, mixes, reads, end, d_out, _contiguous(d_last), reverse=True, keep=True)
+    dv, d_first, d_states = chunks.scan((writes, mixes, reads), end, d_out, d_last, reverse=True, keep=True)
     dr, d_log_w, dk = (torch.empty_like(x) for x in (r, log_w, k))
     launch, keys = chunks.launch, min(chunks.N, chunks.launch.keys)
     _gradients[(chunks.G, chunks.B * chunks.H, chunks.N // keys)](
-        r, log_w, k, v, d_out, states, d_states, dr, d_log_w, dk, chunks.T, chunks.G, chunks.H,
-        N=chunks.N, L=chunks.L, BK=keys, PRECISION=launch.precision, num_warps=launch.warps,
+        r, log_w, k, v, d_out, states, d_states, end, dr, d_log_w, dk, chunks.T, chunks.G, chunks.H,
+        N=chunks.N, L=chunks.L, BK=keys, BV=launch.gradient_step, PRECISION=launch.precision,
+        num_warps=launch.gradient_warps, maxnreg=launch.gradient_registers,
     )  # fmt: skip
     return dr, d_log_w, dk, dv, d_first
 
 
-def _contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
-    return None if x is None else x.contiguous()
-
-
-_INPUTS = "Tensor r, Tensor log_w, Tensor k, Tensor v"
-_KEPT = "Tensor states, Tensor reads, Tensor mixes, Tensor writes, Tensor end"
-
-
-def _tensors(count: int) -> str:
-    return f"({', '.join(['Tensor'] * count)})"
-
-
-_forward = torch.library.custom_op(
-    f"{NAMESPACE}::forward", forward, mutates_args=(), schema=f"({_INPUTS}, Tensor? first) -> {_tensors(2)}"
-)
-_forward_keeping = torch.library.custom_op(
-    f"{NAMESPACE}::forward_keeping",
-    forward_keeping,
-    mutates_args=(),
-    schema=f"({_INPUTS}, Tensor? first) -> {_tensors(7)}",
-)
-_backward = torch.library.custom_op(
-    f"{NAMESPACE}::backward",
-    backward,
-    mutates_args=(),
-    schema=f"(Tensor d_out, Tensor? d_last, {_INPUTS}, {_KEPT}) -> {_tensors(5)}",
-)
-
-
-def _like(x: torch.Tensor) -> torch.Tensor:
-    """What stands for a result shaped as x: contiguous, as the kernels' results are."""
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@_forward.register_fake
-def _(r, log_w, k, v, first):
-    return _like(v), _Chunks(v).last_state()
-
-
-@_forward_keeping.register_fake
-def _(r, log_w, k, v, first):
+def _like_kept(v: torch.Tensor) -> tuple[torch.Tensor, ...]:
     chunks = _Chunks(v)
-    L, N = chunks.L, chunks.N
-    matrices = chunks.scratch(L, N), chunks.scratch(L, L), chunks.scratch(L, N), chunks.scratch(N, dtype=torch.float32)
-    return _like(v), chunks.last_state(), chunks.scratch(N, N), *matrices
+    return chunks.scratch(chunks.N, chunks.N), chunks.ends(), *chunks.matrices()
 
 
-@_backward.register_fake
-def _(d_out, d_last, r, log_w, k, v, states, reads, mixes, writes, end):
-    return *(_like(x) for x in (r, log_w, k, v)), _Chunks(v).last_state()
-
-
-def _save(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:-1], *output[2:])
-    ctx.has_first = inputs[-1] is not None
-
-
-def _differentiate(ctx, d_out, d_last, *_):
-    saved = ctx.saved_tensors  # once: activation checkpointing hands them out a single time
-    v = saved[3]
-    d_out = torch.zeros_like(v) if d_out is None else d_out
-    *gradients, d_first = _backward(d_out, d_last, *saved)
-    return *gradients, d_first if ctx.has_first else None
-
-
-_forward_keeping.register_autograd(_differentiate, setup_context=_save)
+_run, _ = operator(
+    __name__,
+    ("r", "log_w", "k", "v"),
+    ("states", "end", "reads", "mixes", "writes"),
+    forward=forward,
+    forward_keeping=forward_keeping,
+    backward=backward,
+    like_kept=_like_kept,
+)
 
 
 def gla(r_BTHN, log_w_BTHN, k_BTHN, v_BTHN, state_BHKV=None):
@@ -302,8 +245,4 @@ def gla(r_BTHN, log_w_BTHN, k_BTHN, v_BTHN, state_BHKV=None):
     All inputs of one dtype, bfloat16 or float32, log_w float32; ranges as in gla_reference. N is 64 or 128. bfloat16:
     products of bf16 numbers summed in fp32, the state in fp32. Any T, but made for T of a chunk or more.
     """
-    inputs = (r_BTHN, log_w_BTHN, k_BTHN, v_BTHN, state_BHKV)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        out, last, *_ = _forward_keeping(*inputs)
-        return out, last
-    return _forward(*inputs)
+    return _run(r_BTHN, log_w_BTHN, k_BTHN, v_BTHN, state_BHKV)

@@ -1,7 +1,7 @@
 """The recurrences as the mixers call them: picks the step (T = 1), the GPU's kernels or the chunked torch path.
 
-On CUDA, RAD-RWKV7 runs on our own Triton kernels (rwkv7_triton.py), RAD-RWKV6 on fla's, or without fla on our own
-(gla_triton.py). The only door to fla.
+On CUDA both run on our own Triton kernels (rwkv7_triton.py, gla_triton.py); on fla's where it is asked for, or for a
+head size that ours do not have. The only door to fla.
 
 Equations stand in recurrence_reference.py. Shape letters: B batch, T tokens, H heads, K key channels, V value
 channels, G chunks, L tokens per chunk.
@@ -13,13 +13,14 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 
+from .chunked_kernels import HEAD_SIZES as TRITON_HEAD_SIZES
+from .chunked_kernels import triton
 from .gla_triton import gla as gla_triton
 from .recurrence_reference import gla_reference, rwkv7_reference
-from .rwkv7_triton import HEAD_SIZES as TRITON_HEAD_SIZES
 from .rwkv7_triton import rwkv7 as rwkv7_triton
-from .rwkv7_triton import triton
 
 Backend = Literal["auto", "reference", "chunked", "triton", "fla"]
+AUTOMATIC: tuple[Backend, ...] = ("triton", "fla", "chunked")
 OLDEST_CAPABILITY = (8, 0)  # the first with bf16 matrix units
 
 # Around a chunk's middle, factors reach exp(L / 2 * max(-log_w)): 16 * 0.6065 = 10 for RWKV7, 16 * 5 = 80 for RWKV6.
@@ -33,7 +34,7 @@ def rwkv7(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK, state_BHVK=Non
 
     Ranges as in rwkv7_reference. Raises ValueError if the backend cannot run here.
     """
-    choice = choose_backend(backend, v_BTHV, ("triton", "fla"))
+    choice = choose_backend(backend, v_BTHV)
     if choice == "triton":
         wanted, dtype = v_BTHV.dtype, _triton_dtype(v_BTHV)
         r_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK = (x.to(dtype) for x in (r_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK))
@@ -52,7 +53,7 @@ def gla(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, state_BHKV=None, backend: Backend = 
 
     Ranges as in gla_reference. Raises ValueError if the backend cannot run here.
     """
-    choice = choose_backend(backend, v_BTHV, ("fla", "triton"))
+    choice = choose_backend(backend, v_BTHV)
     if choice == "triton":
         wanted, dtype = v_BTHV.dtype, _triton_dtype(v_BTHV)
         r_BTHK, k_BTHK, v_BTHV = (x.to(dtype) for x in (r_BTHK, k_BTHK, v_BTHV))
@@ -66,8 +67,8 @@ def gla(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, state_BHKV=None, backend: Backend = 
     return out_BTHV.to(v_BTHV.dtype), state_BHKV
 
 
-def choose_backend(backend: Backend, v_BTHV: torch.Tensor, kernels: tuple[Backend, ...]) -> Backend:
-    """Resolve "auto": the oracle's single step for T = 1, the first of `kernels` that runs here, else chunked torch.
+def choose_backend(backend: Backend, v_BTHV: torch.Tensor) -> Backend:
+    """Resolve "auto": the oracle's single step for T = 1, else the first of triton, fla and chunked that runs here.
 
     Raises ValueError, saying what is missing, if the backend asked for cannot run.
     """
@@ -76,7 +77,7 @@ def choose_backend(backend: Backend, v_BTHV: torch.Tensor, kernels: tuple[Backen
     if backend == "auto":
         if v_BTHV.shape[1] == 1:
             return "reference"
-        return next((kernel for kernel in kernels if missing(kernel, v_BTHV) is None), "chunked")
+        return next(choice for choice in AUTOMATIC if missing(choice, v_BTHV) is None)
     if problem := missing(backend, v_BTHV):
         raise ValueError(problem)
     return backend

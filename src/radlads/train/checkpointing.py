@@ -47,12 +47,11 @@ class Checkpointing(L.Callback):
         self._measured, self._begin, self._position, self._clock = measured, begin, position or Position(), clock
         self._random_numbers_from = begin
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer, pl_module) -> None:
         self._stop.listen()  # Lightning has taken signals since the run began
         self._began = self._written = self._clock()
         self._step_seen = self._position.step
-        assert isinstance(pl_module, StageModule)
-        pl_module.wants_checkpoint = self._is_due_by_time
+        pl_module.wants_checkpoint = self.is_due_by_time
         if self._begin is not None:
             restore_optimizers(self._begin, pl_module.student, pl_module.own_parts, trainer.optimizers)
 
@@ -68,9 +67,7 @@ class Checkpointing(L.Callback):
         if step == self._step_seen or step == pl_module.num_steps:
             return
         self._step_seen = step
-        every_steps = self._train.checkpoint_every_steps
-        is_due = pl_module.checkpoint_agreed or (every_steps > 0 and step % every_steps == 0)
-        if self._stop.agreed is None and not is_due:
+        if self._stop.agreed is None and not (pl_module.checkpoint_agreed or self.is_due_by_steps(step)):
             return
         path = self._write(trainer, pl_module)
         if self._stop.agreed is not None:
@@ -84,7 +81,13 @@ class Checkpointing(L.Callback):
         """Wall time of the stage, all runs before this one included."""
         return self._position.seconds + self._clock() - self._began
 
-    def _is_due_by_time(self) -> bool:
+    def is_due_by_steps(self, step: int) -> bool:
+        """Whether one is due after this step, whatever the time."""
+        every_steps = self._train.checkpoint_every_steps
+        return every_steps > 0 and step % every_steps == 0
+
+    def is_due_by_time(self) -> bool:
+        """Whether the last one is as old as this process's clock lets it be."""
         every_s = 60 * self._train.checkpoint_every_minutes
         return every_s > 0 and self._clock() - self._written >= every_s
 

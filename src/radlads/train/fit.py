@@ -101,7 +101,7 @@ def run_stage(
     samples, num_steps = training_samples(config, student.config.vocab_size, processes)
     heldout = heldout_batches(config, student.config.vocab_size)
     run = describe_run(config, student, teacher, open_corpora(train), processes)
-    with StopRequests() as stop:
+    with StopRequests(alone=processes.size == 1) as stop:
         learns_from = teacher if stage.needs_teacher or heldout else None
         module = StageModule(stage, student, learns_from, train, num_steps, stop=stop, processes=processes)
         for model in (student, *([learns_from] if learns_from else [])):

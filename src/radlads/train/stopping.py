@@ -18,11 +18,12 @@ class StopRequests:
     """Remembers the first of SIGNALS that arrives while its block lasts; a Ctrl-C after it raises KeyboardInterrupt.
 
     received: the signal that reached this process. agreed: one that reached some process of the run, once all know it;
-    only then may the run end, or some would wait for others that are gone. Outside the main thread, where Python takes
-    no signals, nothing is ever asked for.
+    only then may the run end, or some would wait for others that are gone. A process that is `alone` agrees at once.
+    Outside the main thread, where Python takes no signals, nothing is ever asked for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, alone: bool = True) -> None:
+        self._alone = alone
         self.received: signal.Signals | None = None
         self.agreed: signal.Signals | None = None
         self._earlier: dict[signal.Signals, Any] = {}
@@ -48,6 +49,8 @@ class StopRequests:
         if self.received is not None and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = self.received or signal.Signals(signum)
+        if self._alone:
+            self.agreed = self.received
 
     def stopped(self) -> Stopped:
         """What to raise once the run may end."""

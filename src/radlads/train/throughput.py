@@ -37,20 +37,20 @@ class Throughput:
         self._flops, self._device, self._clock = flops_per_token, device, clock
         peak = peak_flop_per_s(device)
         self._peak = None if peak is None else peak * num_devices
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         self.begin(0)
 
     def begin(self, tokens: int) -> None:
-        """Count from now, where so many tokens are done."""
+        """Count tokens from now, where so many are done."""
         self._since, self._tokens = self._clock(), tokens
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
 
     def since_last_row(self, tokens: int) -> dict[str, float]:
         """Speed and memory since the last call, now that `tokens` are done; the device must have done them.
 
         tokens_per_s: of all devices together. mfu: the stage's arithmetic per second over the devices' bf16 peak, left
-        out where either is unknown. peak_memory_gb: most that tensors took at once on this GPU, in 1e9 bytes; left out
-        on a CPU.
+        out where either is unknown. peak_memory_gb: most that tensors took at once on this GPU since this began, in
+        1e9 bytes (a CUDA graph's own show only when it is recorded); left out on a CPU.
         """
         speed = (tokens - self._tokens) / max(self._clock() - self._since, 1e-9)
         row = {"tokens_per_s": speed}
