@@ -281,8 +281,7 @@ class TrainConfig:
     num_nodes: int = 1
     """Nodes. Start the command on each of them, by torchrun or srun (docs/scaling.md)."""
     ds_bucket_mb: int = 200
-    """Millions of numbers that DeepSpeed reduces or gathers at a time. No effect unless strategy is deepspeed_stage_1 or
-    deepspeed_stage_2."""
+    """Millions of numbers that DeepSpeed reduces or gathers at a time. No effect under other strategies."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     """The teacher."""
 

@@ -36,7 +36,7 @@ def check_engine(train: TrainConfig, processes: Processes) -> None:
     check_device(train, processes.device)
     if train.strategy == "deepspeed_stage_3":
         raise ValueError(
-            "train.strategy deepspeed_stage_3 is not available, as stages read weights where its hooks have not gathered "
+            "train.strategy deepspeed_stage_3 is not available, as stages read weights where its hooks do not gather "
             "them: set fsdp, which shards weights, gradients and optimiser too"
         )
     refused = {
