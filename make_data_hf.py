@@ -4,8 +4,8 @@
 import argparse
 import sys
 
-from radlads.cli import add_corpus_options
 from radlads.cli import main as radlads
+from radlads.data.command import add_corpus_options
 
 
 def main(argv: list[str]) -> int:

@@ -1,11 +1,12 @@
 """Tiny teachers, corpora and configurations for tests of conversion and training."""
 
 import copy
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen2ForCausalLM, Qwen3Config
 
 from radlads.config.load import load_config
@@ -50,6 +51,18 @@ def save_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(
         '{"eos_token": "<|end|>", "tokenizer_class": "PreTrainedTokenizerFast"}'
     )
+
+
+def put_bos_first(folder: Path) -> int:
+    """Have a folder's tokenizer begin every text with <|begin|>, as Llama 3's does; that token's id."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<|begin|>"])
+    bos = tokenizer.token_to_id("<|begin|>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", bos)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": "<|begin|>"}))
+    return bos
 
 
 def corpus(stem: Path, *, num_tokens: int = 20_000, seed: int = 0) -> Path:

@@ -4,6 +4,8 @@ import itertools
 import json
 from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
 from tiny import stage_config
 
 from radlads.config.load import dump_config
@@ -39,7 +41,7 @@ def run_folder(folder: Path) -> Path:
 
 
 def stage_folder(folder: Path, stage: str) -> Path:
-    """A finished stage without its weights."""
+    """A finished stage with hardly any weights."""
     folder.mkdir(parents=True)
     config = stage_config(folder, stage, **{"train.teacher.hf_path": "Qwen/Some-Teacher"})
     (folder / "config.yaml").write_text(dump_config(config))
@@ -48,6 +50,7 @@ def stage_folder(folder: Path, stage: str) -> Path:
     rows = [f"{1000 * i},{1 / i},{0.5 / i},{0.7 / i}" for i in range(1, 30)]
     (folder / "metrics.csv").write_text("\n".join(["tokens,loss,layer_0,layer_1", *rows, "29000,,,"]) + "\n")
     (folder / "heldout.csv").write_text("step,tokens,loss,kl,top1,heldout_tokens\n0,0,4,1,0.3,64\n9,29000,3.125,,,64\n")
+    save_file({"model.norm.weight": torch.zeros(64)}, folder / "model.safetensors")
     manifest = {
         "stage": stage,
         "parent": "setup of Some-Teacher",
@@ -91,7 +94,8 @@ def long_context() -> dict:
             for i, (first, end) in enumerate(itertools.pairwise(edges))
         ]
         costs = [
-            {"context_tokens": n, "prefill_tokens_per_s": 900 * factor, "decode_ms": 2 / factor, "state_bytes": 256 * n}
+            {"context_tokens": n, "prefill_tokens_per_s": 900 * factor, "decode_ms": 2 / factor}
+            | {"state_bytes": 256 * n, "peak_bytes": 900 * n}
             for n in lengths
         ]
         return {"passkey": cells, "needle": cells, "loss": bins, "costs": costs}

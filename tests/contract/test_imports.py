@@ -1,9 +1,11 @@
-"""Every module imports without the optional packages."""
+"""Every module imports without the optional packages, and help without the slow ones."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 SOURCE = Path(__file__).parents[2] / "src"
 OPTIONAL = ("fla", "triton", "wandb", "deepspeed", "lm_eval", "fastapi", "openai", "uvicorn")
@@ -59,3 +61,21 @@ def test_every_module_imports_without_the_optional_packages():
         [sys.executable, "-c", probe], capture_output=True, text=True, encoding="utf-8", env=environment, check=False
     )
     assert result.stdout.strip() == "ok", result.stdout + result.stderr
+
+
+SLOW = ("torch", "transformers", "lightning", "datasets", "tokenizers", "huggingface_hub", "matplotlib", "numpy")
+HELP = """
+import contextlib, io, sys
+from radlads.cli import main
+with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+    main(sys.argv[1:])
+print(*sorted({name.partition(".")[0] for name in sys.modules} & set(SLOW)))
+"""
+
+
+@pytest.mark.parametrize("command", ["", "demo", "data", "generate", "eval", "longcontext", "export", "bench", "plan"])
+def test_help_imports_nothing_slow(command):
+    probe = [sys.executable, "-c", f"SLOW = {SLOW!r}\n{HELP}", *command.split(), "--help"]
+    environment = os.environ | {"PYTHONPATH": str(SOURCE)}
+    result = subprocess.run(probe, capture_output=True, text=True, encoding="utf-8", env=environment, check=False)
+    assert (result.stdout.strip(), result.stderr) == ("", "")

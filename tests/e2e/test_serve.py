@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import shutil
 import socket
 import threading
 import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import tiny
@@ -48,6 +50,13 @@ def folder(teacher, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url(folder):
+    with serving(folder) as url:
+        yield url
+
+
+@contextmanager
+def serving(folder):
+    """The folder's server for a while; its address."""
     settings = argparse.Namespace(folder=folder, name=NAME, device="cpu", max_prompt_tokens=MAX_PROMPT_TOKENS)
     server = serve.build_server(settings)
     with serve.listening("127.0.0.1", 0) as listener:
@@ -119,6 +128,19 @@ def test_sixteen_clients_at_once_each_get_their_own_text(client, expected):
     # A stream keeps back the bytes of a character that is not whole at its end
     streamed = [text.rstrip("\N{REPLACEMENT CHARACTER}") if n % 2 else text for n, text in enumerate(texts)]
     assert answers == streamed and len(set(texts)) == 16
+
+
+def test_a_completion_is_what_generate_gives_for_a_tokenizer_with_a_bos(folder, tmp_path, capsys):
+    with_bos = shutil.copytree(folder, tmp_path / "hf")
+    tiny.put_bos_first(with_bos)
+    argv = ["--prompt", "Who are you?", "--temperature", "0", "--max-tokens", "12", "--device", "cpu"]
+    texts = []
+    for each in (folder, with_bos):
+        assert main(["generate", str(each), *argv]) == 0
+        texts.append(capsys.readouterr().out.rstrip("\n"))
+    with serving(with_bos) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        answer = complete(client, "Who are you?", 12).choices[0].text
+    assert answer.rstrip("\N{REPLACEMENT CHARACTER}") == texts[1] != texts[0]
 
 
 def test_requests_whose_client_leaves_are_stopped(client, expected):

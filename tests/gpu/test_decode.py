@@ -5,11 +5,12 @@ import torch
 from gpu_comparison import DEVICE, DRY_RUN
 from tolerances import BFLOAT16, relative_error
 
+from radlads.evaluation.costs import cost_of_context
 from radlads.inference.decoder import Decoder, RecurrentStep, left_padded, prefill
 from radlads.inference.generate import decode_ms, generate_tokens
 from radlads.inference.sampling import Sampling
 from radlads.model import recurrence
-from radlads.model.configuration import RadladsConfig
+from radlads.model.configuration import RadladsConfig, state_bytes
 from radlads.model.modeling import RadladsForCausalLM
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(DRY_RUN, reason="graphs and fused kernels need a GPU")]
@@ -188,3 +189,14 @@ def test_packing_takes_no_second_copy_of_the_weights():
 
 def test_a_steps_time_is_measured():
     assert 0.01 < decode_ms(build(torch.bfloat16), torch.ones(2, 5, dtype=torch.int64, device=DEVICE), steps=5) < 50
+
+
+@pytest.mark.parametrize("mixer", ["rad_rwkv7", "qwen2"])
+def test_the_peak_of_a_context_holds_its_state_and_not_the_weights(mixer):
+    model = build(torch.bfloat16, mixer=mixer)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    short, long = (cost_of_context(model, torch.arange(length).remainder(4099).tolist()) for length in (64, 2048))
+    for cost in (short, long):
+        assert cost.state_bytes == state_bytes(model.config, cost.context_tokens, bytes_per_value=2)
+        assert cost.state_bytes <= cost.peak_bytes < weights
+    assert (long.state_bytes > short.state_bytes) == (mixer == "qwen2")

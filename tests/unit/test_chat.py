@@ -210,6 +210,39 @@ def test_chat_answers_lines_that_are_piped_in(folder, monkeypatch, capsys):
     assert err == "radlads: the conversation begins anew\n"
 
 
+PICKY = TEMPLATE.replace("{% for", "{% if 'rude' in messages[-1].content %}{{ 1 / 0 }}{% endif %}{% for", 1)
+
+
+def test_a_message_that_cannot_be_answered_is_told_and_leaves_no_trace(either):
+    set_template(either, PICKY)
+    talk, undisturbed = conversation(either), conversation(either)
+    notices, replies = [], []
+    lines = iter(["Who?", "rude", "rude again", "Where?", None])
+    assert converse(talk, lambda: next(lines), replies.append, notices.append) == 2
+    set_template(either, TEMPLATE)
+    expected = ["".join(undisturbed.reply(text)) for text in ("Who?", "Where?")]
+    assert "".join(replies) == "".join(f"{reply}\n" for reply in expected)
+    assert talk.messages == undisturbed.messages and talk.num_read == undisturbed.num_read
+    assert notices[0].endswith("fails: division by zero") and len(notices) == 2
+
+
+def test_a_message_too_long_for_the_memory_is_told_and_the_next_one_answered(softmax_folder, monkeypatch):
+    monkeypatch.setattr("radlads.inference.generate.available_bytes", lambda device: 100_000)
+    talk, undisturbed, notices, replies = conversation(softmax_folder), conversation(softmax_folder), [], []
+    lines = iter(["x" * 1000, "Who?", None])
+    assert converse(talk, lambda: next(lines), replies.append, notices.append) == 1
+    assert "shorten the prompt" in notices[0]
+    assert "".join(replies) == "".join(undisturbed.reply("Who?")) + "\n"
+
+
+def test_piped_messages_that_cannot_be_answered_are_exit_code_2(folder, template, monkeypatch, capsys):
+    template(PICKY)
+    argv = ["chat", folder, "--temperature", "0", "--max-tokens", "8", "--device", "cpu"]
+    code, out, err = run(monkeypatch, capsys, argv, b"rude\nWho?\n")
+    assert code == 2 and err.count("\n") == 1 and "division by zero" in err
+    assert out == "".join(conversation(folder).reply("Who?")) + "\n"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

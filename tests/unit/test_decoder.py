@@ -1,8 +1,10 @@
 """The decoder on the CPU: its steps against the model's own forward and the full one."""
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -153,3 +155,13 @@ def test_a_decoder_serves_one_batch_after_another():
 def test_a_decoder_wants_a_prompt_for_each_row():
     with pytest.raises(ValueError, match="give one for each row"):
         Decoder(perturbed(), 2, GREEDY).prefill(PROMPTS)
+
+
+def test_reading_the_same_prompt_twice_reads_it_twice_and_nothing_is_kept():
+    model, tokens = perturbed(), torch.tensor([PROMPTS[0]])
+    num_read = []
+    model.model.embed_tokens.register_forward_hook(lambda module, args, out: num_read.append(args[0].shape[1]))
+    first, again = (weakref.ref(prefill(model, tokens)[1]) for _ in range(2))
+    assert num_read == [len(PROMPTS[0])] * 2
+    gc.collect()
+    assert first() is None and again() is None

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from huggingface_hub import HfApi, constants, metadata_load
+from huggingface_hub.utils import filter_repo_objects
 
 from radlads.checkpoint.manifest import weights_hash, write_manifest
 from radlads.checkpoint.model_folder import load_model, save_model
@@ -169,6 +170,38 @@ def test_the_card_has_what_eval_and_longcontext_measured(run, tmp_path):
     assert "| student | passkey | 512 | 90.0% of 20 |" in card
 
 
+def test_an_export_of_an_export_keeps_what_its_card_tells(run, tmp_path):
+    score = {"task": "a|b", "metric": "acc", "value": 0.75, "stderr": 0.01, "num_questions": 9, "chance": 0.5}
+    (run / "eval.json").write_text(json.dumps({"scores": [score | {"model": "run", "relative": None}]}))
+    assert export(run, tmp_path / "first", "--dtype", "bfloat16") == 0
+    assert export(tmp_path / "first", tmp_path / "again", "--shard-size", "50KB") == 0
+    first, again = ((tmp_path / name / "README.md").read_text() for name in ("first", "again"))
+    assert again == first.replace("first", "again")
+    assert "| a\\|b | acc | 75.0% ± 1.0 |" in again and "| align | 3.2500 |" in again
+    assert "| weights | bfloat16, cast from float32 after the measurements |" in again
+    assert export(tmp_path / "first", tmp_path / "wide", "--dtype", "float32") == 0
+    assert "| weights | float32 |" in (tmp_path / "wide" / "README.md").read_text()
+
+
+def test_an_export_of_an_export_keeps_its_hub_teacher_and_what_is_measured_anew(exported, tmp_path):
+    card = (exported / "README.md").read_text()
+    card = card.replace("library_name:", "base_model: owner/name\nlibrary_name:")
+    (exported / "README.md").write_text(card.replace("| teacher | teacher0 |", "| teacher | owner/name |"))
+    score = {"task": "piqa", "metric": "acc", "value": 0.75, "stderr": 0.01, "num_questions": 9, "chance": 0.5}
+    (exported / "eval.json").write_text(json.dumps({"scores": [score | {"model": "out", "relative": None}]}))
+    assert export(exported, tmp_path / "again") == 0
+    assert metadata_load(tmp_path / "again" / "README.md")["base_model"] == "owner/name"
+    again = (tmp_path / "again" / "README.md").read_text()
+    assert "| teacher | owner/name |" in again
+    assert "| piqa | acc | 75.0% ± 1.0 |" in again and "| align | 3.2500 |" in again
+
+
+def test_the_card_of_somebody_elses_model_is_not_ours_to_repeat(exported, tmp_path):
+    (exported / "README.md").write_text("---\nlicense: mit\n---\n# theirs\n\n## Tasks\n\nthe best\n")
+    assert export(exported, tmp_path / "again") == 0
+    assert "the best" not in (tmp_path / "again" / "README.md").read_text()
+
+
 def test_the_stages_before_are_told_as_far_as_they_are_still_what_they_were(run, teacher, tmp_path):
     parent = f"somewhere/run sha256:{weights_hash(run)[:16]}"
     last = stage(teacher, tmp_path / "last", name="distill", parent=parent, **{"train.teacher.hf_path": ""})
@@ -206,7 +239,7 @@ def test_a_conversion_is_its_last_stage_retied_if_it_was(teacher, tmp_path):
     assert exported.config.tie_word_embeddings and "lm_head.weight" not in SafetensorsFolder(tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| distill | 1.5000 | 0.5000 | 25.0% | 1,280 | 2 |" in card
-    assert "| retied | 1.5000 | 0.5000 | 25.0% |  |  |" in card
+    assert "| retied | 1.5000 | 0.5000 | 25.0% | none | none |" in card
     assert "| student | 1.25 |" in card
 
 
@@ -216,6 +249,29 @@ def test_an_export_can_be_exported_again_with_its_licence(exported, tmp_path):
     assert export(exported, tmp_path / "again", "--dtype", "float16") == 0
     assert SafetensorsFolder(tmp_path / "again").info("model.norm.weight").dtype == torch.float16
     assert metadata_load(tmp_path / "again" / "README.md")["license"] == "mit"
+
+
+def test_of_a_teacher_on_the_hub_no_weights_are_fetched(run, teacher, tmp_path, monkeypatch):
+    hub, asked = shutil.copytree(teacher, tmp_path / "hub"), []
+    (hub / "README.md").write_text("---\nlicense: mit\n---\n")
+    (hub / "NOTICE").write_text("of the teacher")
+
+    def fetched(name, allow_patterns):
+        asked.append(name)
+        folder = tmp_path / "cache"
+        folder.mkdir()
+        for path in filter_repo_objects([path.name for path in hub.iterdir()], allow_patterns=allow_patterns):
+            shutil.copyfile(hub / path, folder / path)
+        return str(folder)
+
+    monkeypatch.setattr("radlads.checkpoint.tokenizer_files.snapshot_download", fetched)
+    assert export(run, tmp_path / "out", "--teacher", "owner/name") == 0
+    assert asked == ["owner/name"]
+    got = {path.name for path in (tmp_path / "cache").iterdir()}
+    assert got == {path.name for path in hub.iterdir()} - {"model.safetensors"}
+    assert (tmp_path / "out" / "NOTICE").is_file()
+    metadata = metadata_load(tmp_path / "out" / "README.md")
+    assert (metadata["license"], metadata["base_model"]) == ("mit", "owner/name")
 
 
 # What is refused; nothing is left behind

@@ -89,8 +89,8 @@ def student(teacher, tmp_path_factory):
     return folder
 
 
-def run(folder, task_folder, **settings):
-    model = open_model(folder, torch.float32)
+def run(folder, task_folder, dtype=torch.float32, **settings):
+    model = open_model(folder, dtype)
     tokenizer = open_tokenizer(folder, model.config.vocab_size)
     return run_tasks(model, tokenizer, open_tasks(list(TASKS), task_folder), Settings(**settings))
 
@@ -124,12 +124,12 @@ def assert_same_numbers(results, expected):
         assert found == pytest.approx(value, abs=1e-4) and greedy == is_greedy
 
 
-def their_results(folder, task_folder, trust_remote_code):
+def their_results(folder, task_folder, trust_remote_code, **keys):
     from lm_eval import simple_evaluate
 
     return simple_evaluate(
         "hf",
-        model_args={"pretrained": str(folder), "trust_remote_code": trust_remote_code, "dtype": "float32"},
+        model_args={"pretrained": str(folder), "trust_remote_code": trust_remote_code, "dtype": "float32", **keys},
         tasks=list(TASKS),
         task_manager=open_tasks(list(TASKS), task_folder).manager,
         device="cpu",
@@ -145,6 +145,20 @@ def test_a_students_numbers_are_those_of_lm_evals_own_model(student, by_twos, ta
 def test_a_teachers_numbers_are_those_of_lm_evals_own_model(teacher, task_folder):
     theirs = their_results(teacher, task_folder, trust_remote_code=False)
     assert_same_numbers(run(teacher, task_folder, batch_rows=3), theirs)
+
+
+# The same bf16 products in batches of other shapes; observed 4e-6 of 10 to 80 nats. bf16 rounds a logit of 4 by 8e-3
+BF16_NATS, BF16_BITS_PER_BYTE = 2e-2, 2e-3
+
+
+def test_in_bf16_a_students_numbers_are_those_of_lm_evals_own_model(student, by_twos, task_folder):
+    ours = run(student, task_folder, torch.bfloat16, batch_rows=2)
+    theirs = their_results(student, task_folder, trust_remote_code=True, dtype="bfloat16", softmax_dtype="float32")
+    for (found, _), (expected, _) in zip(answers(ours, "colours"), answers(theirs, "colours"), strict=True):
+        assert found == pytest.approx(expected, abs=BF16_NATS)
+    bits = ("texts", "bits_per_byte,none")
+    assert metrics(ours)[bits] == pytest.approx(metrics(theirs)[bits], abs=BF16_BITS_PER_BYTE)
+    assert abs(metrics(ours)[bits] - metrics(by_twos)[bits]) > 1e-6, "this was fp32"
 
 
 def test_batches_change_nothing(student, by_twos, task_folder):
@@ -317,8 +331,8 @@ def test_one_command_compares_student_teacher_and_baselines(
     student, teacher, task_folder, tmp_path, monkeypatch, capsys
 ):
     command = (student, "--teacher", teacher, "--baselines", "--include-path", task_folder, "--device", "cpu")
-    command += ("--tasks", "colours,endings", "--cache", tmp_path / "cache", "--output", tmp_path / "results.json")
-    assert evaluate(*command) == 0, capsys.readouterr().err
+    command += ("--tasks", "colours,endings", "--cache", tmp_path / "cache")
+    assert evaluate(*command, "--output", tmp_path / "results.json") == 0, capsys.readouterr().err
     first = capsys.readouterr().out
     header, *rows = first.splitlines()[4:]
     assert header.split() == ["task", "metric", "questions", "chance", "teacher", "teacher", "64+4", "setup", "student"]
@@ -337,6 +351,9 @@ def test_one_command_compares_student_teacher_and_baselines(
     assert evaluate(*command) == 0
     assert capsys.readouterr().out == first
     assert evaluate(*command, "--limit", 2) == 0
+    assert evaluate(*command, "--output", tmp_path / "results.json") == USER_ERROR
+    assert "results.json exists already: remove it, or choose another --output" in capsys.readouterr().err
+    assert json.loads((tmp_path / "results.json").read_text()) == written
     monkeypatch.setattr("radlads.evaluation.command.weights_hash", lambda folder: "others")
     with pytest.raises(TypeError):
         evaluate(*command)
@@ -393,6 +410,30 @@ def test_a_folder_that_is_no_model_is_told(tmp_path, capsys):
     assert "is not a model folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("template", ["{% for %}", "{{ raise_exception('no') }}", "{{ messages[0].content / 2 }}"])
+def test_a_template_that_does_not_work_is_told_before_any_model_runs(
+    template, student, task_folder, tmp_path, monkeypatch, capsys
+):
+    for path in student.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    monkeypatch.setattr("radlads.evaluation.models.open_model", None)
+    command = (tmp_path, "--tasks", "colours", "--include-path", task_folder, "--apply-chat-template")
+    assert evaluate(*command) == USER_ERROR
+    assert f"radlads: the chat template of {tmp_path} fails: " in capsys.readouterr().err
+
+
+def test_a_template_that_fails_at_a_question_is_told(student, task_folder, tmp_path, capsys):
+    for path in student.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if 'sky' in m.content %}{{ 1 / 0 }}{% endif %}{{ m.content }}{% endfor %}"
+    )
+    command = (tmp_path, "--tasks", "colours", "--include-path", task_folder, "--apply-chat-template")
+    assert evaluate(*command, "--device", "cpu") == USER_ERROR
+    assert f"radlads: the chat template of {tmp_path} fails: division by zero" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("values", [{"time_mixers": 3}, {"rope_parameters": "yarn"}, {"dtype": ["a"]}])
 def test_a_damaged_configuration_is_told(student, tmp_path, capsys, values):
     config = json.loads((student / "config.json").read_text())
@@ -414,6 +455,21 @@ def test_a_folder_without_tokenizer_takes_another(student, teacher, task_folder,
     assert evaluate(*command) == USER_ERROR
     assert "--tokenizer" in capsys.readouterr().err
     assert evaluate(*command, "--tokenizer", teacher) == 0
+
+
+def test_the_tokenizer_that_is_named_comes_before_the_models_own(student, task_folder, tmp_path, monkeypatch, capsys):
+    tiny.save_tokenizer(tmp_path)
+    bos = tiny.put_bos_first(tmp_path)
+    read = []
+
+    def noted(model, pairs, **options):
+        read.extend(context[0] for context, _ in pairs)
+        return [(-1.0, False)] * len(pairs)
+
+    monkeypatch.setattr("radlads.evaluation.harness.log_likelihoods", noted)
+    command = (student, "--tasks", "colours", "--include-path", task_folder, "--limit", 1, "--device", "cpu")
+    assert evaluate(*command) == evaluate(*command, "--tokenizer", tmp_path) == 0, capsys.readouterr().err
+    assert [first == bos for first in read] == [False] * 4 + [True] * 4
 
 
 def test_a_missing_tokenizer_is_told_before_any_model_runs(student, task_folder, tmp_path, monkeypatch, capsys):

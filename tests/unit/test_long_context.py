@@ -2,24 +2,29 @@
 
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from radlads.checkpoint.hf_export import export
 from radlads.checkpoint.tokenizer_files import read_tokenizer
 from radlads.cli import main
 from radlads.convert.hf_source import open_teacher
 from radlads.convert.student import build_student, build_teacher
-from radlads.evaluation.costs import cost_of_context
+from radlads.evaluation.costs import RUNS, cost_of_context
 from radlads.evaluation.long_context import position_edges
 from radlads.evaluation.retrieval import FILLER, Prompt, PromptWriter, Recall, retrieval_grid
 from radlads.inference.decoder import prefill
 from radlads.inference.generate import generate_tokens
 from radlads.inference.sampling import Sampling
 from radlads.model.cache import RecurrentCacheLayer
+from radlads.model.configuration import RadladsConfig, state_bytes
+from radlads.model.modeling import RadladsForCausalLM
 
 TEXT = np.frombuffer(b"a text to hide things in, " * 9, dtype=np.uint8)
 
@@ -107,6 +112,55 @@ def test_the_grid_asks_every_length_at_every_depth_with_new_seeds(tokenizer):
     assert asked[0][2] == writer.write(250, 0, seed=9)
 
 
+class Standin(RadladsForCausalLM):
+    """Reads like any model and says, whatever it computes, the number that it was told within the prompt.
+
+    recalls: whether it says all of it, or another last digit.
+    """
+
+    recalls = True
+
+    def forward(self, input_ids, attention_mask=None, **keys):
+        outputs = super().forward(input_ids, attention_mask, **keys)
+        if input_ids.shape[1] > 1:
+            self.answers, self.num_said = [self.answer(bytes(row.clamp(max=255).tolist())) for row in input_ids], 0
+        outputs.logits = torch.zeros_like(outputs.logits[:, -1:])
+        for row, answer in enumerate(self.answers):
+            outputs.logits[row, -1, answer[self.num_said]] = 1
+        self.num_said += 1
+        return outputs
+
+    def answer(self, text):
+        number = re.search(rb" is( \d+)\.", text).group(1)
+        return number if self.recalls else number[:-1] + b"0123456789"[(number[-1] - 47) % 10 :][:1]
+
+
+@pytest.fixture
+def byte_tokenizer():
+    """Whose ids are bytes, so that a stand-in can read a prompt."""
+    vocabulary = {character: byte for byte, character in bytes_to_unicode().items()} | {"<|end|>": 256}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return tokenizer
+
+
+@pytest.mark.parametrize("recalls", [True, False])
+@pytest.mark.parametrize("task", ["passkey", "needle"])
+def test_a_model_that_recalls_gets_every_cell_right_and_one_wrong_digit_none(byte_tokenizer, task, recalls):
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = Standin(RadladsConfig(**tiny.SIZES | sizes | {"num_hidden_layers": 1}, time_mixers=["qwen2"])).eval()
+    model.recalls = recalls
+    cells = retrieval_grid(
+        Recall(model, byte_tokenizer, batch_rows=2),
+        PromptWriter(task, byte_tokenizer, TEXT),
+        lengths=[230, 300],
+        depths=[0, 0.5, 1],
+        num_samples=3,
+        seed=0,
+    )
+    assert [cell.num_right for cell in cells] == [3 if recalls else 0] * 6
+
+
 def test_costs_count_the_bytes_that_a_cache_holds(student, teacher):
     for model in (student[1], build_teacher(open_teacher(teacher))):
         cost = cost_of_context(model, range(60))
@@ -118,7 +172,18 @@ def test_costs_count_the_bytes_that_a_cache_holds(student, teacher):
             if tensor is not None
         ]
         assert cost.state_bytes == sum(tensor.numel() * tensor.element_size() for tensor in held)
-        assert cost.prefill_tokens_per_s > 0 and cost.decode_ms > 0
+        assert cost.state_bytes == state_bytes(model.config, 60, bytes_per_value=4)
+        assert cost.prefill_tokens_per_s > 0 and cost.decode_ms > 0 and cost.peak_bytes is None
+
+
+def test_a_context_is_read_as_often_as_it_is_timed(student):
+    lengths = []
+    hook = student[1].model.embed_tokens.register_forward_hook(
+        lambda module, args, out: lengths.append(args[0].numel())
+    )
+    cost_of_context(student[1], range(60))
+    hook.remove()
+    assert lengths.count(60) == 1 + RUNS + 1
 
 
 def test_edges_double():
@@ -151,12 +216,22 @@ def test_the_command_measures_model_and_teacher(student, teacher, tmp_path, caps
     assert json.loads((tmp_path / "out" / "longcontext.json").read_text()) == results
 
 
+def test_the_tokenizer_that_is_named_comes_before_the_models_own(student, tmp_path, monkeypatch):
+    tiny.save_tokenizer(tmp_path)
+    bos, asked = tiny.put_bos_first(tmp_path), []
+    monkeypatch.setattr(Recall, "num_right", lambda recall, prompts: asked.extend(prompts) or 0)
+    options = ["--parts", "passkey", "--lengths", "256", "--depths", "0", "--samples", 1, "--device", "cpu"]
+    assert longcontext(student[0], *options, "--out", tmp_path / "own") == 0
+    assert longcontext(student[0], *options, "--out", tmp_path / "named", "--tokenizer", tmp_path) == 0
+    assert [prompt.tokens[0] == bos for prompt in asked] == [False, True]
+
+
 def test_what_a_later_part_lacks_is_told_before_the_first_is_measured(teacher, tmp_path, capsys):
     (tmp_path / "book.txt").write_text("short")
     options = ["--parts", "passkey,loss", "--lengths", "300", "--samples", 1, "--text", tmp_path / "book.txt"]
     assert longcontext(teacher, "--out", tmp_path / "out", "--device", "cpu", *options) == 2
     out, err = capsys.readouterr()
-    assert "less than one held-out window of 301" in err
+    assert "book.txt has 6 tokens, too few for the loss in a window of 300: give more --text" in err
     assert "passkey" not in out
 
 
@@ -170,7 +245,10 @@ def test_what_a_later_part_lacks_is_told_before_the_first_is_measured(teacher, t
         (["--parts", "passkey,ruler"], "--parts knows passkey, needle, loss, costs, not 'ruler'"),
         (["--samples", "0"], "--samples must be 1 or more"),
         (["--lengths", "64", "--parts", "passkey"], "64 tokens are too few for a passkey prompt"),
-        (["--lengths", "9k", "--parts", "loss", "--text", "TEXT"], "less than one held-out window of 9217"),
+        (
+            ["--lengths", "9k", "--parts", "loss", "--text", "TEXT"],
+            "text has 6 tokens, too few for the loss in a window of 9,216",
+        ),
         (["--text", "/no/such/file"], "/no/such/file: No such file"),
         (["--lengths", "100000000000", "--parts", "costs"], "shorten the prompt"),
     ],

@@ -35,7 +35,7 @@ def words(page):
     [
         "Some-Teacher as RAD-RWKV7",
         "Qwen/Some-Teacher",
-        "87,000 tokens and 2.9 minutes of training",
+        "Tokens: 87,000; minutes of training, held-out measurements included: 2.9;",
         "align 29,000 1.0 500 16 4",
         "0.001 to 1e-05 KL fp32",
         "0.001 to 1e-05 0.5 KL + 0.5 CE fp32",
@@ -45,8 +45,8 @@ def words(page):
         "512× smaller state than the teacher&#x27;s at 65,536 tokens",
         "1.98× the teacher&#x27;s speed at position 8,000",
         "token at position 100 1.41 ms 2.50 ms 0.56×",
-        "piqa acc 400 25.0% 75.0% ± 2.0 65.0% ± 2.0 (80%)",
-        "wikitext perplexity 62 12.3456 12.3456",
+        "piqa acc 400 25.0% 75.0% ± 2.0 65.0% ± 2.0 (80.0%)",
+        "wikitext perplexity 62 none 12.3456 12.3456",
         "32,768 tokens of a book, windows of 8,192.",
         "Percent of 60 prompts in each cell",
         "a standard error of at most 6.5.",
@@ -54,15 +54,22 @@ def words(page):
         "radlads 9.9.9",
         "abc123",
         "AutoModelForCausalLM.from_pretrained(",
-        "At most 1.2 GB of main memory",
+        "GB of main memory at most: 1.2.",
+        "Parameters 64",
+        "State: the bytes of what a model&#x27;s cache holds after reading. Peak memory: the most that was allocated",
     ],
 )
 def test_the_page_tells_what_the_files_hold(page, text):
     assert text in words(page)
 
 
+def blanks(page):
+    """Cells, facts and figures in which nothing stands, or a None."""
+    return re.findall(r"<(?:td|dd|b|pre|p)\b[^>]*>(?:\s|\bNone\b)*</", page) + re.findall(r"\bNone\b", words(page))
+
+
 def test_a_whole_run_lacks_nothing(page):
-    assert "not measured" not in page
+    assert "not measured" not in page and "not recorded" not in page and not blanks(page)
 
 
 def test_the_page_needs_nothing_but_itself(page):
@@ -83,7 +90,7 @@ def test_ids_are_unique_and_all_references_lead_somewhere(page):
 
 def test_charts_take_their_colours_from_the_page(page):
     charts = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
-    assert len(charts) == 3 + 1 + 1 + 1 + 4 + 1 + 3
+    assert len(charts) == 3 + 1 + 1 + 1 + 4 + 1 + 4
     assert not any(colour in chart for chart in charts for colour in COLOURS.values())
     style = re.search(r"<style>.*?</style>", page, flags=re.DOTALL).group()
     assert all(style.count(f"--{name}:") == 2 for name in COLOURS), "a value in the light, and one in the dark"
@@ -97,7 +104,7 @@ def test_plots_are_written_beside_it(run):
     assert plots == sorted(
         [*(f"loss-{stage}" for stage in tiny_run.STAGES), "alignment", "heldout", "heldout-course", "loss-by-position"]
         + [f"{task}-{model}" for task in ("passkey", "needle") for model in ("teacher", "student")]
-        + ["cost-decode-ms", "cost-prefill-tokens-per-s", "cost-state-bytes"]
+        + ["cost-decode-ms", "cost-peak-bytes", "cost-prefill-tokens-per-s", "cost-state-bytes"]
     )
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (run / "plots").iterdir())
 
@@ -119,6 +126,93 @@ def test_what_is_missing_is_said_with_the_command_that_measures_it(own):
     assert page.count("not measured") == 5
     assert f"radlads longcontext {own}/hf \\\n    --teacher Qwen/Some-Teacher \\\n    --out {own}/longcontext" in page
     assert f"radlads eval {own}/1-align {own}/2-distill {own}/hf" in page
+
+
+def edit(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.fixture
+def told(own, monkeypatch):
+    """A run of the test's own, whose charts, which take seconds, are not drawn."""
+    monkeypatch.setattr(Chart, "save_png", lambda chart, folder: None)
+    monkeypatch.setattr(Chart, "svg", lambda chart: "")
+    return own
+
+
+SUMMARY_KEYS = {
+    "gap_closed": "not measured of the held-out gap",
+    "teacher": "teacher not measured not measured not measured",
+    "align": "align not measured not measured not measured",
+    "bytes": "state of teacher and student at a few lengths: not measured",
+    "decode_ms": "time of a token of teacher and student at a few positions: not measured",
+    "sample": "Samples not measured",
+    "reload_max_abs_diff": "without radlads: not measured.",
+    "peak_rss_gb": "GB of main memory at most: not measured.",
+}
+
+
+def test_whatever_the_summary_lacks_is_not_measured(told):
+    edit(told / "summary.json", lambda summary: [summary.pop(key) for key in SUMMARY_KEYS])
+    page = write_page(told).read_text()
+    assert [text for text in SUMMARY_KEYS.values() if text not in words(page)] == []
+    assert not blanks(page)
+
+
+def test_whatever_a_manifest_lacks_is_not_measured(told):
+    remove(told, "summary.json", "longcontext")
+    edit(
+        told / "2-distill" / "manifest.json",
+        lambda manifest: [manifest.pop(key) for key in ("tokens", "seconds", "heldout")],
+    )
+    text = words(write_page(told).read_text())
+    assert "distill not measured not measured not measured 16 4" in text
+    assert "distill not measured not measured not measured extend 3.1250" in text
+    assert "Tokens: not measured; minutes of training, held-out measurements included: not measured;" in text
+
+
+def test_a_part_of_long_context_that_a_model_lacks_is_not_measured(told):
+    def forget(results):
+        del results["models"]["student"]["needle"], results["models"]["teacher"]["costs"]
+
+    edit(told / "longcontext" / "longcontext.json", forget)
+    text = words(write_page(told).read_text())
+    assert "needle of the student: not measured" in text and "costs of the teacher: not measured" in text
+    assert text.count("not measured") == 2
+
+
+def test_a_peak_that_a_cpu_does_not_tell_is_not_measured(told):
+    def forget(results):
+        for row in results["models"]["student"]["costs"]:
+            row["peak_bytes"] = None
+        for row in results["models"]["teacher"]["costs"]:
+            del row["peak_bytes"]
+
+    edit(told / "longcontext" / "longcontext.json", forget)
+    page = write_page(told).read_text()
+    assert "peak memory by length, which only CUDA tells: not measured" in words(page)
+    assert "State of one sequence" in words(page) and "Peak memory beside" not in words(page)
+
+
+def test_charts_of_the_training_that_are_missing_are_named(told):
+    remove(told, "1-align/metrics.csv", "2-distill/heldout.csv")
+    text = words(write_page(told).read_text())
+    for gap in ("align: training loss", "align: alignment by layer", "distill: held-out loss while training"):
+        assert f"{gap}: not measured" in text
+
+
+def test_a_stage_that_says_nothing_of_itself_leaves_no_blank(told):
+    remove(told, "*")
+    folder = tiny_run.stage_folder(told / "2-distill", "distill")
+    remove(folder, "*.yaml", "config.json", "*.csv", "*.safetensors")
+    (folder / "manifest.json").write_text('{"stage": "distill", "sha256": {}}')
+    page = write_page(told).read_text()
+    assert not blanks(page)
+    for fact in ("Teacher", "Layers", "Heads", "Vocabulary", "Started from", "Training text", "Weights"):
+        assert f"{fact} not recorded" in words(page)
+    assert "Parameters not measured" in words(page)
 
 
 def test_stages_without_a_summary_tell_their_own_measurements(own):

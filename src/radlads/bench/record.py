@@ -17,7 +17,7 @@ import torch
 from radlads.bench.measure import Ceilings, Timing
 from radlads.checkpoint.atomic import read_json, write_text
 from radlads.checkpoint.manifest import versions
-from radlads.train.callbacks import Console
+from radlads.console import Console
 
 # The cases that the file of latest results holds
 LATEST = (

@@ -10,8 +10,8 @@ from radlads.bench.measure import device_name, measure_ceilings
 from radlads.bench.models import Variant, open_shape
 from radlads.bench.record import Record, checkout_commit, environment
 from radlads.bench.train import TrainSettings, bench_train
+from radlads.console import Console
 from radlads.inference.generate import choose_device
-from radlads.train.callbacks import Console
 
 RESULTS_SHAPE = "7b"
 

@@ -1,9 +1,11 @@
-"""A model folder's tokenizer: its files, and the ids that it has, which may be fewer than the embedding's rows."""
+"""A model folder's tokenizer: where it is, its files and its ids, which may be fewer than the embedding's rows."""
 
 import json
 import shutil
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from tokenizers import Tokenizer
 
 from radlads.checkpoint.atomic import read_json, write_text
@@ -20,7 +22,41 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     GENERATION_FILE,
 )
+# Beside the tokenizer what says whose model it is and under which licence; no weights
+_HUB_FILES = ("*.json", "*.txt", "*.jinja", "README.md", "LICENSE*", "LICENCE*", "NOTICE*")
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def locate_tokenizer(path_or_name: str | Path) -> Path:
+    """The local folder of a path, or of a hub name, whose tokenizer, configuration and licence are fetched, no weights.
+
+    Raises ValueError if there is neither.
+    """
+    folder, name = Path(path_or_name).expanduser(), str(path_or_name)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ValueError(f"{folder} is a file: give the folder that holds {TOKENIZER_FILE}")
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise ValueError(f"{name} is neither a folder nor a hub name such as Qwen/Qwen2.5-0.5B-Instruct")
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{name} is neither a folder nor a tokenizer that the hub hands out: {reason}") from error
+
+
+def choose_tokenizer(named: str | Path | None, *folders: Path) -> Path:
+    """Where a tokenizer is taken from: the folder or hub name that is named, else the first of `folders` that has one.
+
+    Raises ValueError if none has.
+    """
+    if named is not None:
+        return locate_tokenizer(named)
+    for folder in folders:
+        if (folder / TOKENIZER_FILE).is_file():
+            return folder
+    raise ValueError(f"{folders[0]} has no {TOKENIZER_FILE}: name the teacher's folder with --tokenizer")
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:

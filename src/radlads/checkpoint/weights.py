@@ -162,6 +162,8 @@ class RowShards(StoredWeights):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         parts = [shard[name] for shard in self._shards if name in shard]
+        if not parts:
+            raise KeyError(name)
         return torch.cat(parts) if parts[0].ndim and len(parts) > 1 else parts[0]
 
     def info(self, name: str) -> TensorInfo:

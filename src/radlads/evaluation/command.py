@@ -3,13 +3,15 @@
 import argparse
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from radlads.checkpoint.atomic import write_text
 from radlads.checkpoint.manifest import sha256, versions, weights_hash
+from radlads.console import Console
 from radlads.evaluation.scores import SUITES, Score, scores, table, task_names
 
 if TYPE_CHECKING:
@@ -21,15 +23,10 @@ if TYPE_CHECKING:
 TEACHER, WINDOWED, SETUP = "teacher", "teacher 64+4", "setup"
 
 
-class Console(Protocol):
-    """Where messages go while models run."""
-
-    def line(self, text: str) -> None: ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What to evaluate, and how. folders: model folders or hub names. tokenizer: for folders that have none."""
+    """What to evaluate, and how. folders: model folders or hub names. tokenizer: a folder or hub name, instead of the
+    models' own."""
 
     folders: Sequence[str]
     tasks: Sequence[str]
@@ -37,7 +34,7 @@ class Evaluation:
     teacher: str | None = None
     baselines: bool = False
     include_path: Path | None = None
-    tokenizer: Path | None = None
+    tokenizer: str | None = None
     device: str = "auto"
     cache: Path | None = None
     output: Path | None = None
@@ -59,6 +56,8 @@ class Evaluation:
             raise ValueError(f"{self.output.parent} is not a folder: create it first")
         if self.output is not None and self.output.is_dir():
             raise ValueError(f"{self.output} is a folder: name the file to write")
+        if self.output is not None and self.output.exists():
+            raise ValueError(f"{self.output} exists already: remove it, or choose another --output")
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--apply-chat-template", "--apply_chat_template", action="store_true", help="questions as a user's messages"
     )
     parser.add_argument("--include-path", "--include_path", type=Path, metavar="DIR", help="task files of your own")
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="for models whose folder has none")
+    parser.add_argument(
+        "--tokenizer", metavar="DIR", help="for all models (default: each one's own, else the teacher's)"
+    )
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="a GPU where there is one")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="keep answers there, and go on from them")
     parser.add_argument(
@@ -141,12 +142,16 @@ def evaluate(evaluation: Evaluation, console: Console) -> list[str]:
     """
     from radlads.checkpoint.tokenizer_files import read_tokenizer
     from radlads.evaluation.harness import open_tasks, share_work
+    from radlads.inference.chat_template import ChatTemplate
     from radlads.inference.generate import choose_device
 
     device, dtype = choose_device(evaluation.device)
     entries = list(_entries(evaluation, dtype))
     for entry in entries:  # what is wrong with the last model's is told before the first one runs
-        read_tokenizer(_tokenizer_folder(entry.folder, evaluation))
+        folder = _tokenizer_folder(entry.folder, evaluation)
+        read_tokenizer(folder)
+        if evaluation.settings.chat_template:
+            ChatTemplate(folder, sys.maxsize)
     tells = share_work(device)
     tasks = open_tasks(task_names(evaluation.tasks), evaluation.include_path)
     results = {}
@@ -224,14 +229,12 @@ def _labels(folders: Sequence[Path]) -> list[str]:
 
 
 def _tokenizer_folder(folder: Path, evaluation: Evaluation) -> Path:
-    """The model's own folder, else --tokenizer, else the teacher's."""
+    """--tokenizer, else the model's own folder, else the teacher's."""
+    from radlads.checkpoint.tokenizer_files import choose_tokenizer
     from radlads.convert.hf_source import locate
 
-    if (folder / "tokenizer.json").is_file():
-        return folder
-    if evaluation.tokenizer is None and evaluation.teacher is None:
-        raise ValueError(f"{folder} has no tokenizer.json: name the teacher's folder with --tokenizer")
-    return evaluation.tokenizer or locate(evaluation.teacher or "")
+    teacher = [] if evaluation.teacher is None else [locate(evaluation.teacher)]
+    return choose_tokenizer(evaluation.tokenizer, folder, *teacher)
 
 
 def _fingerprint(entry: _Entry, tokenizer: Path, evaluation: Evaluation) -> str:

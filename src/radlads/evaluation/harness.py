@@ -16,6 +16,7 @@ import torch
 
 from radlads.convert.hf_source import quiet
 from radlads.evaluation.likelihood import Answer, log_likelihoods
+from radlads.inference.chat_template import template_errors_named
 from radlads.model.modeling import RadladsForCausalLM
 
 if TYPE_CHECKING:
@@ -160,6 +161,12 @@ def language_model(
                     segment_tokens=segment_tokens,
                     on_answer=keep,
                 )
+
+        def apply_chat_template(
+            self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True, **keys: Any
+        ) -> str:
+            with template_errors_named(f"of {tokenizer.name_or_path}"):
+                return str(super().apply_chat_template(chat_history, add_generation_prompt, **keys))
 
         def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
             for request in requests:

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from radlads.checkpoint.atomic import write_text
 from radlads.checkpoint.manifest import versions
+from radlads.console import Console
 
 if TYPE_CHECKING:
     import torch
@@ -24,20 +25,12 @@ PARTS = ("passkey", "needle", "loss", "costs")
 _FIRST_EDGE = 16
 
 
-class Console(Protocol):
-    """Where messages go while models run."""
-
-    def line(self, text: str) -> None: ...
-
-    def progress(self, text: str) -> None: ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class LongContext:
     """What to measure, and how. lengths: tokens of the prompts. depths: where in them the fact is told, 0 .. 1.
 
     text: a text file or a .bin/.idx pair, None for held-out sources of the running Python. text_tokens: how much of it
-    the loss is taken on. tokenizer: for folders that have none.
+    the loss is taken on. tokenizer: a folder or hub name, instead of the model's own.
     """
 
     folder: str
@@ -50,7 +43,7 @@ class LongContext:
     seed: int = 0
     text: Path | None = None
     text_tokens: int = 131072
-    tokenizer: Path | None = None
+    tokenizer: str | None = None
     device: str = "auto"
     out: Path
 
@@ -93,7 +86,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text-tokens", type=int, default=131072, help="tokens that the loss is taken on (default 131072)"
     )
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="for models whose folder has none")
+    parser.add_argument("--tokenizer", metavar="DIR", help="(default: the model's own, else the teacher's)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="a GPU where there is one")
     parser.add_argument(
         "--out",
@@ -148,6 +141,7 @@ def measure_long_context(settings: LongContext, console: Console) -> dict[str, A
     Raises ValueError for folders that are no model, a text that is too short or not of the tokenizer, prompts too
     short for their fact, and states that would not fit into memory.
     """
+    from radlads.checkpoint.tokenizer_files import choose_tokenizer
     from radlads.convert.hf_source import load_tokenizer, locate
     from radlads.evaluation.models import model_config, open_model
     from radlads.inference.generate import check_memory, choose_device
@@ -163,7 +157,7 @@ def measure_long_context(settings: LongContext, console: Console) -> dict[str, A
     settings.out.mkdir(parents=True, exist_ok=True)
     results = _head(settings, device, dtype)
     vocab_size = min(config.vocab_size for config in configs.values())
-    tokenizer_folder = _tokenizer_folder(settings, folders)
+    tokenizer_folder = choose_tokenizer(settings.tokenizer, *folders.values())
     tokenizer = load_tokenizer(tokenizer_folder, vocab_size)
     with _corpus(settings, tokenizer, tokenizer_folder, vocab_size) as corpus:
         _check_room(settings, tokenizer, corpus)
@@ -183,14 +177,17 @@ def measure_long_context(settings: LongContext, console: Console) -> dict[str, A
 
 def _check_room(settings: LongContext, tokenizer: "Tokenizer", corpus: "BinIdxReader") -> None:
     """Have a text or a length that is too short for a later part told before the first one is measured."""
-    from radlads.evaluation.perplexity import spread_windows
     from radlads.evaluation.retrieval import TASKS, PromptWriter
 
     for task in settings.parts:
         if task in TASKS:
             PromptWriter(task, tokenizer, corpus.tokens).write(min(settings.lengths), 0, seed=settings.seed)
-    if "loss" in settings.parts:
-        spread_windows(corpus, max(settings.lengths), settings.text_tokens)
+    longest, num_tokens = max(settings.lengths), corpus.num_tokens
+    if "loss" in settings.parts and num_tokens <= longest:
+        raise ValueError(
+            f"{settings.text or 'the held-out text'} has {num_tokens:,} tokens, too few for the loss in a window of "
+            f"{longest:,}: give more --text, or shorter --lengths"
+        )
 
 
 def _head(settings: LongContext, device: "torch.device", dtype: "torch.dtype") -> dict[str, Any]:
@@ -288,7 +285,8 @@ def _costs(
     last = costs[-1]
     console.line(
         f"costs    after {last.context_tokens:,} tokens: {last.prefill_tokens_per_s:,.0f} tokens/s read, "
-        f"{last.decode_ms:.2f} ms a token, {last.state_bytes / 1e6:.2f} MB of state"
+        f"{last.decode_ms:.2f} ms a token, {last.state_bytes / 1e6:.2f} MB held in the cache, peak beside the weights "
+        + (f"{last.peak_bytes / 1e6:.2f} MB" if last.peak_bytes is not None else "not measured on a CPU")
     )
     return [asdict(cost) for cost in costs]
 
@@ -299,18 +297,6 @@ def position_edges(context_tokens: int) -> list[int]:
     while (edge := max(_FIRST_EDGE, 2 * edges[-1])) < context_tokens:
         edges.append(edge)
     return [*edges, context_tokens]
-
-
-def _tokenizer_folder(settings: LongContext, folders: dict[str, Path]) -> Path:
-    """--tokenizer, else the first model's folder that has a tokenizer."""
-    from radlads.checkpoint.tokenizer_files import TOKENIZER_FILE
-
-    if settings.tokenizer is not None:
-        return settings.tokenizer
-    for folder in folders.values():
-        if (folder / TOKENIZER_FILE).is_file():
-            return folder
-    raise ValueError(f"{folders['student']} has no {TOKENIZER_FILE}: name the teacher's folder with --tokenizer")
 
 
 @contextmanager

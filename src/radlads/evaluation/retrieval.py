@@ -1,7 +1,8 @@
 """Passkey and needle: a number is told once within a long text, and asked for at its end.
 
 Owns the prompts, the number of right answers and nothing else. Prompts are put together from tokens: each has exactly
-the length asked for, and its answer is the same tokens where it is told and where it is asked for.
+the length asked for, begins with the BOS if its tokenizer puts one before a text, and its answer is the same tokens
+where it is told and where it is asked for.
 """
 
 import random
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer
 
 from radlads.checkpoint.tokenizer_files import num_ids
 from radlads.inference.decoder import Decoder
+from radlads.inference.prompts import first_ids
 from radlads.inference.sampling import Sampling
 from radlads.model.modeling import RadladsForCausalLM
 
@@ -77,7 +79,7 @@ class PromptWriter:
     """Writes one task's prompts. text: the tokens in which tasks that use a text hide their fact."""
 
     def __init__(self, task: str, tokenizer: Tokenizer, text: NDArray[np.integer]):
-        self.name, self.task, self._tokenizer = task, TASKS[task], tokenizer
+        self.name, self.task, self._tokenizer, self._first = task, TASKS[task], tokenizer, first_ids(tokenizer)
         self._haystack = text if self.task.uses_text else np.array(self._ids(FILLER))
 
     def write(self, length_tokens: int, depth: float, *, seed: int) -> Prompt:
@@ -88,7 +90,7 @@ class PromptWriter:
         draw = random.Random(f"{self.name} {length_tokens} {depth} {seed}")
         city = draw.choice(_CITIES)
         answer = self._ids(f" {draw.randrange(10 ** (self.task.digits - 1), 10**self.task.digits)}")
-        introduction = self._ids(self.task.introduction)
+        introduction = [*self._first, *self._ids(self.task.introduction)]
         fact = [*self._ids(self.task.before.format(city=city)), *answer, *self._ids(self.task.after)]
         question = self._ids(self.task.question.format(city=city))
         hay_tokens = length_tokens - len(introduction) - len(fact) - len(question)

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from radlads.report.wording import chance_text, score_text
+
 # The paper's tasks, and the metric it gives of each
 PAPER = {
     "lambada_openai": "acc",
@@ -94,17 +96,12 @@ def table(scores_by_model: Mapping[str, Sequence[Score]], teacher: str | None = 
     rows = [["task", "metric", "questions", "chance", *columns]]
     for scored in zip(*scores_by_model.values(), strict=True):
         first, reference = scored[0], scored[columns.index(teacher)] if teacher else None
-        chance = "" if first.chance is None else f"{first.chance:.1%}"
         cells = [_cell(score, None if score is reference else reference) for score in scored]
-        rows.append([first.task, first.metric, f"{first.num_questions:,}", chance, *cells])
+        rows.append([first.task, first.metric, f"{first.num_questions:,}", chance_text(first.chance), *cells])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _cell(score: Score, teacher: Score | None) -> str:
-    as_share = score.chance is not None
-    text = f"{score.value:.1%}" if as_share else f"{score.value:.4f}"
-    if not math.isnan(score.stderr):
-        text += f" ± {100 * score.stderr:.1f}" if as_share else f" ± {score.stderr:.4f}"
     relative = None if teacher is None else score.relative_to(teacher)
-    return text if relative is None else f"{text} ({relative:.1%})"
+    return score_text(score.value, score.stderr, relative, is_share=score.chance is not None)

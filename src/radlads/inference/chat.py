@@ -97,23 +97,30 @@ def converse(
     read: Callable[[], str | None],
     write: Callable[[str], None],
     notice: Callable[[str], None],
-) -> None:
+) -> int:
     """Answer what `read` returns, line by line, until it returns None. Ctrl-C stops a reply; /reset begins anew.
 
-    write: takes replies, piece by piece. notice: takes sentences about the conversation.
+    write: takes replies, piece by piece. notice: takes sentences about the conversation, and what is wrong with a
+    message that cannot be answered, which leaves no trace in it. Returns how many there were of those.
     """
-    has_told = False
+    has_told, num_refused = False, 0
     while (text := read()) is not None:
         if text.strip() == RESET:
             conversation.reset()
             notice("the conversation begins anew")
         elif text.strip():
-            _answer(conversation, text, write)
+            try:
+                _answer(conversation, text, write)
+            except ValueError as error:
+                num_refused += 1
+                notice(str(error))
+                continue
             if conversation.began_anew and not has_told:
                 has_told = True
                 notice(
                     "the chat template changes earlier turns: the whole conversation was read again, and may be again"
                 )
+    return num_refused
 
 
 def _answer(conversation: Conversation, text: str, write: Callable[[str], None]) -> None:

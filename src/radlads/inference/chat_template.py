@@ -1,7 +1,8 @@
 """A model folder's chat template: messages in, tokens out, and what ends a reply."""
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -29,18 +30,15 @@ class ChatTemplate:
         if not self.tokenizer.chat_template:
             raise ValueError(
                 f"{folder} has no chat template: copy chat_template.jinja from an instruct model with this tokenizer, "
-                "or use radlads generate"
+                "or do without one: radlads generate, radlads eval"
             )
         if _PROBE not in self.text([{"role": "user", "content": _PROBE}]):
             raise ValueError(f"the chat template of {folder} leaves out what the user says: copy it anew")
 
     def text(self, messages: Sequence[Message], *, asks: bool = True) -> str:
         """The messages as one text; asks: with the beginning of the reply. Raises ValueError if the template fails."""
-        try:
+        with template_errors_named(f"of {self.folder}"):
             return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=asks))
-        except _TEMPLATE_ERRORS as error:
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
-            raise ValueError(f"the chat template of {self.folder} fails: {reason}") from error
 
     def token_ids(self, messages: Sequence[Message]) -> list[int]:
         """The messages and the beginning of the reply as tokens."""
@@ -65,6 +63,16 @@ class ChatTemplate:
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@contextlib.contextmanager
+def template_errors_named(whose: str) -> Iterator[None]:
+    """Have whatever a template's code raises come out as a ValueError that says whose template it is."""
+    try:
+        yield
+    except _TEMPLATE_ERRORS as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ValueError(f"the chat template {whose} fails: {reason}") from error
 
 
 def stop_ids(folder: Path) -> frozenset[int]:

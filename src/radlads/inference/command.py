@@ -11,11 +11,11 @@ from tokenizers import Tokenizer
 
 from radlads.checkpoint.model_folder import load_model
 from radlads.checkpoint.tokenizer_files import num_ids
-from radlads.convert.hf_source import load_tokenizer
+from radlads.convert.hf_source import open_tokenizer
 from radlads.inference import generate
 from radlads.inference.chat_template import stop_ids
 from radlads.inference.options import sampling_of
-from radlads.inference.prompts import batches, checked_text, read_prompt, read_prompts
+from radlads.inference.prompts import batches, checked_text, prompt_ids, read_prompt, read_prompts
 from radlads.inference.sampling import Sampling
 from radlads.inference.saved_state import ReadText, fingerprint, load_state, read_text, save_state
 from radlads.model.modeling import RadladsForCausalLM
@@ -29,9 +29,6 @@ class _Model:
     model: RadladsForCausalLM
     tokenizer: Tokenizer
     stop_ids: frozenset[int]
-
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def fingerprint(self) -> str:
         return fingerprint(self.folder, self.model.config)
@@ -51,7 +48,7 @@ def generate_text(arguments: argparse.Namespace, notice: Callable[[str], None]) 
     opened = _open(arguments)
     after = load_state(opened.model, opened.fingerprint(), arguments.load_state) if arguments.load_state else None
     if arguments.save_state:
-        after, prompt = read_text(opened.model, opened.encode(prompt), after), ""
+        after, prompt = _read(opened, prompt, after), ""
         size = save_state(after, opened.fingerprint(), arguments.save_state)
         notice(f"wrote {arguments.save_state}: {after.num_tokens:,} tokens, {size / 1e6:.3g} MB")
     if records:
@@ -60,6 +57,11 @@ def generate_text(arguments: argparse.Namespace, notice: Callable[[str], None]) 
         pieces = generate.stream_text(opened.model, opened.tokenizer, prompt, sampling, opened.stop_ids, after)
         yield from pieces
         yield "\n"
+
+
+def _read(opened: _Model, text: str, after: ReadText | None) -> ReadText:
+    ids = prompt_ids(opened.tokenizer, text, continues=after is not None)
+    return read_text(opened.model, ids, after)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -85,15 +87,16 @@ def _prompt(arguments: argparse.Namespace) -> str:
 def _open(arguments: argparse.Namespace) -> _Model:
     device, dtype = generate.choose_device(arguments.device)
     model = load_model(arguments.folder, dtype=dtype).to(device)  # type: ignore[arg-type]
-    tokenizer = load_tokenizer(arguments.folder, model.config.vocab_size)
-    return _Model(arguments.folder, model, tokenizer, stop_ids(arguments.folder))
+    tokenizer = open_tokenizer(arguments.folder, model.config.vocab_size)
+    return _Model(arguments.folder, model, tokenizer._tokenizer, stop_ids(arguments.folder))
 
 
 def _answers(
     opened: _Model, records: list[dict[str, Any]], sampling: Sampling, after: ReadText | None, rows: int
 ) -> Iterator[str]:
     """A JSON line for each record, in order: what the record holds, and the text that continues its prompt."""
-    prompts = [opened.encode(record["prompt"]) for record in records]
+    continues = after is not None
+    prompts = [prompt_ids(opened.tokenizer, record["prompt"], continues=continues) for record in records]
     sampling = replace(sampling, num_ids=num_ids(opened.tokenizer))
     for batch in batches([len(prompt) for prompt in prompts], rows):
         # The seed of a prompt goes by its number in the file, whatever batch it is in

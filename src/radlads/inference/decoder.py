@@ -4,7 +4,6 @@ Owns the three ways of taking a step, the CUDA graph around it, and the tokens' 
 sampling.py and the kernels to fused_step.py. Shape letters: B rows, T tokens, C hidden size, V vocabulary.
 """
 
-import functools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -280,7 +279,6 @@ def can_be_fused(model: RadladsForCausalLM, rows: int) -> bool:
     )
 
 
-@functools.cache
 @torch.inference_mode()
 def prefill(
     model: RadladsForCausalLM,

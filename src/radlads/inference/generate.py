@@ -16,6 +16,7 @@ from tokenizers.decoders import DecodeStream
 
 from radlads.checkpoint.tokenizer_files import num_ids
 from radlads.inference.decoder import Decoder, prefill
+from radlads.inference.prompts import prompt_ids
 from radlads.inference.sampling import Sampling, choose
 from radlads.inference.saved_state import ReadText
 from radlads.model.configuration import RadladsConfig, state_bytes
@@ -105,8 +106,8 @@ def stream_text(
     Ids that the tokenizer has no token for are never drawn.
     """
     sampling = replace(sampling, num_ids=sampling.num_ids or num_ids(tokenizer))
-    prompt_ids = tokenizer.encode(prompt, add_special_tokens=False).ids
-    yield from decoded(tokenizer, stream_tokens(model, prompt_ids, sampling, stop_ids, after=after))
+    ids = prompt_ids(tokenizer, prompt, continues=after is not None)
+    yield from decoded(tokenizer, stream_tokens(model, ids, sampling, stop_ids, after=after))
 
 
 def decoded(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:

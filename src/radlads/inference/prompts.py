@@ -1,10 +1,17 @@
-"""Prompts from the command line and from files, before a model sees them: what is no text is refused by a sentence."""
+"""Prompts from the command line and from files, before a model sees them: what is no text is refused by a sentence.
+
+Owns which tokens a raw text becomes, too: generate, serve, eval and longcontext all read it as transformers has it.
+"""
 
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 def checked_text(text: str) -> str:
@@ -34,6 +41,26 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path} is empty: give one prompt on each line")
     record = _json_record if path.suffix == ".jsonl" else _text_record
     return [record(line.removesuffix("\r"), f"line {number} of {path}") for number, line in enumerate(lines, start=1)]
+
+
+def prompt_ids(tokenizer: "Tokenizer", text: str, *, continues: bool = False) -> list[int]:
+    """The tokens of a raw text, those of transformers' tokenizer: some, Llama 3's, put a BOS first. None of no text.
+
+    continues: the text goes on from one that was read, so nothing is put first. A chat's text is no raw one: its
+    template writes what stands first.
+    """
+    if not text:
+        return []
+    tokenizer.no_truncation()  # a tokenizer.json may ask for either
+    tokenizer.no_padding()
+    return tokenizer.encode(text, add_special_tokens=not continues).ids
+
+
+def first_ids(tokenizer: "Tokenizer") -> list[int]:
+    """What the tokenizer puts before a raw text, for prompts that are put together from tokens."""
+    encoding = tokenizer.encode("a")
+    num_first = len(list(takewhile(bool, encoding.special_tokens_mask)))
+    return encoding.ids[:num_first]
 
 
 def batches(lengths: Sequence[int], rows: int) -> Iterator[range]:

@@ -24,6 +24,7 @@ from radlads.checkpoint.model_folder import load_model
 from radlads.config.compare import deciding, differences
 from radlads.config.load import load_config
 from radlads.config.schema import Config
+from radlads.console import Console
 from radlads.convert.hf_source import TeacherSource, end_of_text_id, load_tokenizer, open_teacher
 from radlads.convert.student import build_student, build_teacher, retie
 from radlads.data.binidx import BinIdxReader
@@ -37,7 +38,6 @@ from radlads.model.modeling import RadladsForCausalLM
 from radlads.recipes.reload_check import reload_max_abs_diff
 from radlads.recipes.report import write_report
 from radlads.report.page import write_page
-from radlads.train.callbacks import Console
 from radlads.train.fit import recipe_hash, run_stage
 
 Variant = Literal["balanced", "group_norm"]

@@ -18,16 +18,17 @@ from radlads.checkpoint.hf_export import check_exportable, write_export
 from radlads.checkpoint.manifest import MANIFEST, read_manifest
 from radlads.checkpoint.model_folder import StoredModel, load_model, open_model
 from radlads.checkpoint.published import EMBEDDING
-from radlads.checkpoint.tokenizer_files import GENERATION_FILE, num_ids, read_tokenizer
+from radlads.checkpoint.tokenizer_files import GENERATION_FILE, locate_tokenizer, num_ids, read_tokenizer
 from radlads.checkpoint.weight_files import parse_size
-from radlads.convert.hf_source import load_tokenizer, locate
+from radlads.checkpoint.weights import StoredWeights
+from radlads.console import Console
+from radlads.convert.hf_source import load_tokenizer
 from radlads.recipes.conversion import MARKER, RELOAD_TOLERANCE, STAGES, SUMMARY
 from radlads.recipes.hub_upload import check_repo, listing, upload
 from radlads.recipes.llama_cpp import CONVERT, check_runs, verdict, write_for_llama_cpp
-from radlads.recipes.model_card import CARD, CardFacts, model_card, read_licence
+from radlads.recipes.model_card import CARD, CardFacts, EarlierCard, model_card, read_card, read_licence
 from radlads.recipes.reload_check import logits_of, reloaded_logits
-from radlads.report.run_folder import Run, Stage, read_run
-from radlads.train.callbacks import Console
+from radlads.report.run_folder import Measurements, Stage, read_measurements, read_run
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CHECKED_TOKENS = 64
@@ -71,15 +72,17 @@ class Export:
 class Source:
     """The model of a run. tokenizer_folder: the teacher's, where its licence is too.
 
-    retied: the conversion ended by dropping the head for the embedding. stages: those that led to the model.
+    retied: the conversion ended by dropping the head for the embedding. stages: those that led to the model. earlier:
+    the card of an export, which knows what its folder does not.
     """
 
     folder: Path
     tokenizer_folder: Path
     teacher_name: str | None
-    facts: Run | None
+    measured: Measurements
     stages: list[Stage]
     retied: bool
+    earlier: EarlierCard | None = None
 
 
 def export_run(export: Export, console: Console) -> None:
@@ -116,9 +119,11 @@ def find_source(run: Path, teacher: str | None) -> Source:
     teacher that is neither recorded nor named.
     """
     if (run / "config.json").is_file() and not (run / MANIFEST).is_file():
-        tokenizer_folder = run if teacher is None else locate(teacher)
+        tokenizer_folder = run if teacher is None else locate_tokenizer(teacher)
         read_tokenizer(tokenizer_folder)
-        return Source(run, tokenizer_folder, teacher, None, [], retied=False)
+        return Source(
+            run, tokenizer_folder, teacher, read_measurements(run), [], retied=False, earlier=read_card(run / CARD)
+        )
     folder = _last_stage(run)
     read_manifest(folder)
     (last,) = read_run(folder).stages
@@ -126,9 +131,9 @@ def find_source(run: Path, teacher: str | None) -> Source:
     name = teacher or next((name for name in map(_teacher_of, reversed(stages)) if name), None)
     if name is None:
         raise ValueError(f"{run} does not say who its teacher was: name its folder with --teacher")
-    facts = read_run(run)
+    measured = read_measurements(run)
     tokenizer_folder = _existing_teacher(name, named=teacher is not None)
-    return Source(folder, tokenizer_folder, name, facts, stages, "retied" in (facts.summary or {}))
+    return Source(folder, tokenizer_folder, name, measured, stages, "retied" in (measured.summary or {}))
 
 
 def _last_stage(run: Path) -> Path:
@@ -145,7 +150,7 @@ def _last_stage(run: Path) -> Path:
 def _existing_teacher(name: str, *, named: bool) -> Path:
     """The teacher's folder, which has a tokenizer."""
     try:
-        folder = locate(name)
+        folder = locate_tokenizer(name)
         read_tokenizer(folder)
     except ValueError as error:
         if named:
@@ -247,20 +252,34 @@ def _add_licence_files(teacher_folder: Path, folder: Path) -> None:
 
 
 def _card_facts(export: Export, source: Source, written: StoredModel, name: str, difference: float) -> CardFacts:
-    """The card's facts; a teacher that is a local folder is called by its name alone."""
-    teacher = source.teacher_name
-    is_local = teacher is not None and Path(teacher).expanduser().is_dir()
-    weights, trained = written.used, open_model(source.folder).weights.info(EMBEDDING).dtype
+    """The card's facts."""
+    (teacher, base_model), earlier = _names_of_teacher(source), source.earlier
+    weights, dtype = written.used, _dtype_of(written.used)
+    measured_in = (earlier and earlier.cast_from) or _dtype_of(open_model(source.folder).weights)
     return CardFacts(
         name=export.repo or name,
-        teacher=Path(teacher).expanduser().resolve().name if teacher is not None and is_local else teacher,
-        base_model=None if is_local else teacher,
+        teacher=teacher,
+        base_model=base_model,
         licence=read_licence(source.tokenizer_folder),
         config=written.config,
         num_parameters=sum(math.prod(weights.info(each).shape) for each in weights),
         difference=difference,
         stages=source.stages,
-        run=source.facts,
+        measured=source.measured,
         convert=CONVERT.format(folder=name) if export.for_llama_cpp else None,
-        cast_from=None if weights.info(EMBEDDING).dtype == trained else str(trained).removeprefix("torch."),
+        cast_from=None if measured_in == dtype else measured_in,
+        earlier=earlier,
     )
+
+
+def _names_of_teacher(source: Source) -> tuple[str | None, str | None]:
+    """What it is called, and its name on the hub; a local folder is called by its own name alone."""
+    name = source.teacher_name
+    if name is None:
+        return (None, None) if source.earlier is None else (source.earlier.teacher, source.earlier.base_model)
+    folder = Path(name).expanduser()
+    return (folder.resolve().name, None) if folder.is_dir() else (name, name)
+
+
+def _dtype_of(weights: StoredWeights) -> str:
+    return str(weights.info(EMBEDDING).dtype).removeprefix("torch.")

@@ -15,14 +15,15 @@ from huggingface_hub import ModelCardData, metadata_load
 from radlads.checkpoint.atomic import read_json
 from radlads.checkpoint.manifest import versions
 from radlads.model.configuration import RadladsConfig, state_bytes
-from radlads.report.run_folder import Run, Stage, by_name
+from radlads.report.run_folder import Measurements, Stage, by_name
+from radlads.report.wording import MIXERS, NOT_MEASURED, NOT_RECORDED, number_text, score_text
 
 CARD = "README.md"
-NOT_MEASURED = "not measured"
 UNKNOWN_LICENCE = "unknown: ask"
 _PAPER = "https://arxiv.org/abs/2505.03005"
+_DESCRIPTION, _VERSIONS = "What it is", "Made with"
+_CAST, _CAST_END = ", cast from ", " after the measurements"
 _CONTEXTS_TOKENS = (1024, 8192, 65536)
-_MIXERS = {"rad_rwkv6": "RAD-RWKV6", "rad_rwkv7": "RAD-RWKV7", "qwen2": "softmax attention"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class CardFacts:
     """What the card is made of. name: of the repository or folder. teacher: its hub name or its folder's own.
 
     convert: llama.cpp's command where the folder is for its converter. difference: of the logits after reloading.
-    cast_from: the type of the run's weights, where that is another one.
+    cast_from: the type of the run's weights, where that is another one. earlier: the run's own card, of an export.
     """
 
     name: str
@@ -56,9 +57,35 @@ class CardFacts:
     num_parameters: int
     difference: float
     stages: Sequence[Stage]
-    run: Run | None
+    measured: Measurements
     convert: str | None
     cast_from: str | None
+    earlier: "EarlierCard | None" = None
+
+
+@dataclass(frozen=True)
+class EarlierCard:
+    """The card of an export that is exported again. sections: the lines under each heading."""
+
+    base_model: str | None
+    sections: Mapping[str, list[str]]
+
+    @property
+    def teacher(self) -> str | None:
+        return self._described("teacher", unknown=NOT_RECORDED)
+
+    @property
+    def cast_from(self) -> str | None:
+        """The type that the weights had when they were measured, if it is not their present one."""
+        _, _, rest = (self._described("weights") or "").partition(_CAST)
+        return rest.removesuffix(_CAST_END) or None
+
+    def _described(self, row: str, *, unknown: str = "") -> str | None:
+        """What the description's table has beside a name."""
+        start = f"| {row} | "
+        lines = [line for line in self.sections.get(_DESCRIPTION, ()) if line.startswith(start)]
+        text = lines[0].removeprefix(start).removesuffix(" |").replace("\\|", "|") if lines else ""
+        return text if text and text != unknown else None
 
 
 def read_licence(folder: Path) -> Licence:
@@ -79,17 +106,37 @@ def _metadata_of(card: Path) -> Mapping[str, Any]:
         return {}
 
 
+def read_card(path: Path) -> EarlierCard | None:
+    """A card that model_card wrote, whoever has edited it since; None for any other file."""
+    metadata = _metadata_of(path)
+    if "radlads" not in (metadata.get("tags") or ()):
+        return None
+    base_model, sections = metadata.get("base_model"), dict[str, list[str]]()
+    for part in path.read_text(encoding="utf-8").split("\n## ")[1:]:
+        title, *lines = part.split("\n")
+        sections[title.strip()] = "\n".join(lines).strip("\n").split("\n")
+    return EarlierCard(base_model if isinstance(base_model, str) else None, sections)
+
+
 def model_card(facts: CardFacts) -> str:
     """The card's text: metadata for the hub, then Markdown."""
+    measured = {
+        "Held-out text": _heldout(facts),
+        "Tasks": _tasks(facts.measured.evaluation),
+        "Long context": _long_context(facts.measured.long_context),
+        "Speed": _speed(facts.measured.summary),
+    }
+    versions_made_with = [", ".join(f"{name} {version}" for name, version in _versions(facts).items())]
+    if facts.earlier is not None:  # what was measured of the model was measured before it was exported
+        known = facts.earlier.sections
+        measured |= {title: known[title] for title in measured.keys() & known if measured[title] == [NOT_MEASURED]}
+        versions_made_with = known.get(_VERSIONS, versions_made_with)
     sections = {
         "Use": _use(facts),
-        "What it is": _description(facts),
-        "Held-out text": _heldout(facts),
-        "Tasks": _tasks(facts.run.evaluation if facts.run else None),
-        "Long context": _long_context(facts.run.long_context if facts.run else None),
-        "Speed": _speed(facts.run.summary if facts.run else None),
+        _DESCRIPTION: _description(facts),
+        **measured,
         "Licence": [f"The teacher's: {facts.licence}."],
-        "Made with": [", ".join(f"{name} {version}" for name, version in _versions(facts).items())],
+        _VERSIONS: versions_made_with,
     }
     lines = ["---", _metadata(facts).to_yaml(), "---", "", f"# {facts.name}", "", _summary(facts)]
     for title, content in sections.items():
@@ -144,14 +191,14 @@ def _description(facts: CardFacts) -> list[str]:
     sizes = ", ".join(f"{state_bytes(config, tokens) / 1e6:,.1f}" for tokens in _CONTEXTS_TOKENS)
     dtype = str(config.dtype).removeprefix("torch.")
     rows = [
-        ["teacher", facts.teacher or "not recorded"],
-        ["layers", ", ".join(f"{count} x {_MIXERS.get(name, name)}" for name, count in mixers)],
+        ["teacher", facts.teacher or NOT_RECORDED],
+        ["layers", ", ".join(f"{count} x {MIXERS.get(name, name)}" for name, count in mixers)],
         ["parameters", f"{facts.num_parameters:,}"],
         ["hidden size", str(config.hidden_size)],
         ["vocabulary", f"{config.vocab_size:,}"],
         [
             "weights",
-            dtype if facts.cast_from is None else f"{dtype}, cast from {facts.cast_from} after the measurements",
+            dtype if facts.cast_from is None else f"{dtype}{_CAST}{facts.cast_from}{_CAST_END}",
         ],
         ["state of a sequence after 1k, 8k, 64k tokens", f"{sizes} MB"],
         ["logits after reloading, largest difference", f"{facts.difference:.1e}"],
@@ -161,7 +208,7 @@ def _description(facts: CardFacts) -> list[str]:
 
 def _heldout(facts: CardFacts) -> list[str]:
     """Loss, KL and top-1 of the teacher, of the setup and after each stage; a stage's own figures without a summary."""
-    summary = (facts.run.summary if facts.run else None) or {}
+    summary = facts.measured.summary or {}
     found = {name: summary[name] for name in ("teacher", "setup") if name in summary}
     for name, stage in by_name(facts.stages).items():
         measured = summary.get(stage.name) or stage.manifest.get("heldout") or {}
@@ -180,10 +227,8 @@ def _heldout(facts: CardFacts) -> list[str]:
 
 
 def _number(value: object, form: str, row: str, key: str) -> str:
-    if isinstance(value, int | float):
-        return format(value, form)
     untrained = key in ("tokens", "seconds") and row in ("teacher", "setup", "retied")
-    return "" if untrained else NOT_MEASURED
+    return "none" if untrained and value is None else number_text(value, form)
 
 
 def _tasks(evaluation: Mapping[str, Any] | None) -> list[str]:
@@ -203,11 +248,7 @@ def _tasks(evaluation: Mapping[str, Any] | None) -> list[str]:
 
 
 def _score(score: Mapping[str, Any]) -> str:
-    is_share, error, relative = score["chance"] is not None, score["stderr"], score.get("relative")
-    text = f"{score['value']:.1%}" if is_share else f"{score['value']:.4f}"
-    if error is not None:
-        text += f" ± {100 * error:.1f}" if is_share else f" ± {error:.4f}"
-    return text if relative is None else f"{text} ({relative:.1%})"
+    return score_text(score["value"], score["stderr"], score.get("relative"), is_share=score["chance"] is not None)
 
 
 def _long_context(measured: Mapping[str, Any] | None) -> list[str]:

@@ -13,12 +13,12 @@ from radlads.checkpoint.weight_files import is_weights_file, open_weights, start
 from radlads.checkpoint.weights import StoredWeights
 from radlads.config.schema import Config, ModelConfig, check_available, stage_of
 from radlads.config.sizes import check_sizes
+from radlads.console import Console
 from radlads.convert.bare_weights import is_teachers, shape_of, student_from_teacher, student_of, teacher_of
 from radlads.convert.blueprint import Blueprint, stored_blueprint
 from radlads.convert.hf_source import SUPPORTED_ARCHITECTURES, locate, open_teacher, teacher_config
 from radlads.convert.student import layer_mixers, student_blueprint, teacher_blueprint
 from radlads.model.configuration import RadladsConfig
-from radlads.train.callbacks import Console
 from radlads.train.fit import StageResult, run_stage
 from radlads.train.loggers import check_loggers
 from radlads.train.placement import build_models

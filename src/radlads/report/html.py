@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from radlads.report.charts import Chart
+from radlads.report.wording import NOT_MEASURED, NOT_RECORDED
 
 
 def section(title: str, *parts: str) -> str:
@@ -16,9 +17,9 @@ def paragraph(text: str, kind: str = "") -> str:
     return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
 
 
-def missing(command: str = "", *, what: str = "") -> str:
+def missing(command: str = "", *, what: str = "", how: str = NOT_MEASURED) -> str:
     """What stands where nothing was measured, with the command that would."""
-    text = f"{what}: not measured" if what else "not measured"
+    text = f"{what}: {how}" if what else how
     return f'<p class="missing">{escape(text)}' + (f"<code>{escape(command)}</code>" if command else "") + "</p>"
 
 
@@ -36,15 +37,19 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def facts(pairs: Mapping[str, str]) -> str:
-    """Names and what they stand for; empty ones are left out."""
-    items = "\n".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in pairs.items() if text)
-    return f"<dl>\n{items}\n</dl>"
+    """Names and what they stand for; an empty one was not recorded."""
+    items = "\n".join(f"<dt>{escape(name)}</dt><dd>{escape(text or NOT_RECORDED)}</dd>" for name, text in pairs.items())
+    return f"<dl>\n{items}\n</dl>" if items else missing(how=NOT_RECORDED)
 
 
 def figures(pairs: Iterable[tuple[str, str]]) -> str:
     """Large figures, each with what it is."""
-    items = "\n".join(f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for value, name in pairs)
+    items = "\n".join(f"<div>{_figure(value)}<span>{escape(name)}</span></div>" for value, name in pairs)
     return f'<div class="figures">\n{items}\n</div>' if items else ""
+
+
+def _figure(value: str) -> str:
+    return f'<b class="none">{value}</b>' if value == NOT_MEASURED else f"<b>{escape(value)}</b>"
 
 
 def charts(drawn: Iterable[Chart]) -> str:

@@ -2,7 +2,7 @@
 
 import shlex
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -11,13 +11,21 @@ from typing import Any
 from radlads.checkpoint.atomic import write_text
 from radlads.report import html
 from radlads.report.charts import Chart
-from radlads.report.plots import STEPS, bytes_in_words, conversion_charts, long_context_charts
+from radlads.report.plots import STEPS, conversion_charts, layers_of, long_context_charts
 from radlads.report.run_folder import EVALUATION, EXPORT, LONG_CONTEXT, Run, Stage, by_name, read_run
+from radlads.report.wording import (
+    MIXERS,
+    NOT_MEASURED,
+    NOT_RECORDED,
+    bytes_in_words,
+    chance_text,
+    number_text,
+    score_text,
+)
 
 PAGE = "report.html"
 PLOTS = "plots"
 _MODELS = ("teacher", "student")
-_IN_WORDS = {"rad_rwkv6": "RAD-RWKV6", "rad_rwkv7": "RAD-RWKV7", "qwen2": "softmax attention"}
 
 
 def write_page(folder: Path) -> Path:
@@ -51,19 +59,18 @@ def _body(run: Run, before: Sequence[Chart], after: Sequence[Chart]) -> list[str
     retrieval = [chart for chart in after if chart.name.startswith(("passkey", "needle"))]
     position = [chart for chart in after if chart.name == "loss-by-position"]
     costs = [chart for chart in after if chart.name.startswith("cost-")]
-    measure = _long_context_command(run)
     return [
         f"<header>\n<h1>{escape(_title(run))}</h1>",
         html.paragraph(_origin(run), "lead"),
-        html.figures(_headline(run)) + "</header>",
+        _headline(run) + "</header>",
         html.section("What was converted", html.facts(_conversion(run))),
         html.section("Recipe and budget", _recipe(run)),
-        html.section("Training", html.charts(losses) or html.missing()),
+        html.section("Training", *_with_gaps(html.charts(losses), _gaps_in_training(run))),
         html.section("Teacher and student on held-out text", _heldout(run, before)),
         html.section("Tasks", _tasks(run)),
-        html.section("Loss by position", html.charts(position) or html.missing(measure), _loss_note(run)),
-        html.section("Facts in long texts", html.charts(retrieval) or html.missing(measure), _retrieval_note(run)),
-        html.section("Speed and memory", _costs(run, costs), "" if costs else html.missing(measure, what="by length")),
+        html.section("Loss by position", *_long_context(run, position, "loss"), _loss_note(run)),
+        html.section("Facts in long texts", *_long_context(run, retrieval, "passkey", "needle"), _retrieval_note(run)),
+        html.section("Speed and memory", *_costs(run), *_long_context(run, costs, "costs"), _costs_note(run)),
         html.section("Samples", _samples(run)),
         html.section("Loading the model", _loading(run)),
         html.section("Configuration and versions", _configuration(run)),
@@ -76,7 +83,8 @@ def _title(run: Run) -> str:
 
 def _origin(run: Run) -> str:
     stages = ", ".join(stage.folder.name for stage in run.stages)
-    return f"A conversion by radlads {_versions(run).get('radlads', '')}. Stages: {stages}."
+    version = _versions(run).get("radlads", f"(version {NOT_RECORDED})")
+    return f"A conversion by radlads {version}. Stages: {stages}."
 
 
 def _teacher_name(run: Run) -> str:
@@ -89,105 +97,154 @@ def _teacher_name(run: Run) -> str:
 def _mixers(model: Mapping[str, Any]) -> str:
     counts = Counter(model.get("time_mixers", ()))
     if len(counts) == 1:
-        return _IN_WORDS.get(next(iter(counts)), next(iter(counts)))
-    return " + ".join(f"{count} × {_IN_WORDS.get(name, name)}" for name, count in counts.items()) or "student"
+        return MIXERS.get(next(iter(counts)), next(iter(counts)))
+    return " + ".join(f"{count} × {MIXERS.get(name, name)}" for name, count in counts.items()) or "student"
 
 
-def _headline(run: Run) -> list[tuple[str, str]]:
-    """The figures that a reader asks for first, of those that were measured."""
-    found = []
-    summary = run.summary or {}
-    last = next((step for step in ("retied", *reversed(STEPS)) if step in summary), None)
-    if "gap_closed" in summary:
-        found.append((f"{summary['gap_closed']:.1%}", "of the held-out gap between setup and teacher closed"))
-    if last is not None and "teacher" in summary:
-        found.append((f"{summary[last]['loss']:.3f}", f"held-out loss; teacher {summary['teacher']['loss']:.3f}"))
-        found.append((f"{summary[last]['top1']:.1%}", "of likeliest tokens are the teacher's"))
-    for key, text in (
-        ("bytes", "smaller state than the teacher's at {} tokens"),
-        ("decode_ms", "the teacher's speed at position {}"),
+def _headline(run: Run) -> str:
+    """The figures that a reader asks for first."""
+    summary = run.summary
+    if summary is None:
+        return html.missing(what="teacher and student on the same text")
+    last = summary.get(next((step for step in ("retied", *reversed(STEPS)) if step in summary), ""), {})
+    loss = number_text(summary.get("teacher", {}).get("loss"), ".3f")
+    found = [
+        (number_text(summary.get("gap_closed"), ".1%"), "of the held-out gap between setup and teacher closed"),
+        (number_text(last.get("loss"), ".3f"), f"held-out loss; teacher {loss}"),
+        (number_text(last.get("top1"), ".1%"), "of likeliest tokens are the teacher's"),
+    ]
+    for key, text, where in (
+        ("bytes", "smaller state than the teacher's", " at {:,} tokens"),
+        ("decode_ms", "the teacher's speed", " at position {:,}"),
     ):
         if pairs := _pairs(summary.get(key, {})):
             position, teacher, student = pairs[-1]
-            found.append((_times(teacher / student), text.format(f"{position:,}")))
-    return found
+            found.append((_times(teacher / student), text + where.format(position)))
+        else:
+            found.append((NOT_MEASURED, text))
+    return html.figures(found)
 
 
 def _conversion(run: Run) -> dict[str, str]:
     model, teacher = run.student, run.stages[0].config.get("train", {}).get("teacher", {})
-    heads, kv_heads = model.get("num_attention_heads"), model.get("num_key_value_heads")
     variant = "group norm" if model.get("groupnorm_att") else "balanced" if model.get("balance_state") else ""
+    vocabulary = model.get("vocab_size")
     return {
         "Teacher": str(teacher.get("path") or teacher.get("hf_path") or ""),
         "Student": f"{_mixers(model)}{f', {variant}' if variant else ''}",
-        "Layers": f"{model.get('num_hidden_layers')} of width {model.get('hidden_size')}",
-        "Heads": f"{heads} of size {model.get('head_dim')}, {kv_heads} of keys and values",
-        "Parameters": _parameters(run),
-        "Vocabulary": f"{model['vocab_size']:,} tokens" if "vocab_size" in model else "",
+        "Layers": _filled("{} of width {}", model, "num_hidden_layers", "hidden_size"),
+        "Heads": _filled(
+            "{} of size {}, {} of keys and values", model, "num_attention_heads", "head_dim", "num_key_value_heads"
+        ),
+        "Parameters": f"{run.num_parameters:,}" if run.num_parameters else NOT_MEASURED,
+        "Vocabulary": "" if vocabulary is None else f"{vocabulary:,} tokens",
         "Started from": str(run.stages[0].manifest.get("parent", "")),
         "Training text": str(run.stages[0].config.get("train", {}).get("data_file", "")),
     }
 
 
-def _parameters(run: Run) -> str:
-    return f"{run.num_parameters:,}" if run.num_parameters else ""
+def _filled(text: str, values: Mapping[str, Any], *keys: str) -> str:
+    """The text with these values in it, nothing if one is not there."""
+    found = [values.get(key) for key in keys]
+    return "" if None in found else text.format(*found)
 
 
 def _recipe(run: Run) -> str:
     head = ["stage", "tokens", "minutes", "tokens/s", "context", "batch", "learning rate", "loss", "precision"]
-    tokens = sum(stage.manifest.get("tokens", 0) for stage in run.stages)
-    minutes = sum(stage.manifest.get("seconds", 0) for stage in run.stages) / 60
-    total = f"{tokens:,} tokens and {minutes:.1f} minutes of training in all, held-out measurements included."
-    if run.summary and "peak_rss_gb" in run.summary:
-        total += f" At most {run.summary['peak_rss_gb']:.1f} GB of main memory."
+    tokens, seconds = (_sum(stage.manifest.get(key) for stage in run.stages) for key in ("tokens", "seconds"))
+    minutes = None if seconds is None else seconds / 60
+    memory = number_text((run.summary or {}).get("peak_rss_gb"), ".1f")
+    total = (
+        f"Tokens: {number_text(tokens, ',')}; minutes of training, held-out measurements included: "
+        f"{number_text(minutes, '.1f')}; GB of main memory at most: {memory}."
+    )
     return html.table(head, map(_recipe_row, run.stages)) + html.paragraph(total, "note")
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    """None if one is not there: what is left out would make a total that is none."""
+    found = list(values)
+    return None if None in found else sum(value for value in found if value is not None)
 
 
 def _loss(stage: str, train: dict[str, Any]) -> str:
     """What a stage minimised; weights belong to extend with a teacher alone."""
     teacher = train.get("teacher", {})
     if stage == "align":
-        return str(train.get("align_loss", ""))
+        return str(train.get("align_loss", NOT_RECORDED))
     if stage == "distill":
         return "KL"
     if not (teacher.get("path") or teacher.get("hf_path")):
         return "CE"
     weights = {"KL": teacher.get("kl_weight"), "CE": teacher.get("ce_weight")}
-    return " + ".join(f"{weight:g} {name}" for name, weight in weights.items() if weight)
+    return " + ".join(f"{weight:g} {name}" for name, weight in weights.items() if weight) or NOT_RECORDED
 
 
 def _recipe_row(stage: Stage) -> list[str]:
     train, model = stage.config.get("train", {}), stage.config.get("model", {})
-    tokens, seconds = stage.manifest.get("tokens", 0), stage.manifest.get("seconds", 0)
+    tokens, seconds = stage.manifest.get("tokens"), stage.manifest.get("seconds")
     batch = train.get("micro_bsz", 0) * train.get("accumulate_grad_batches", 1)
     return [
         stage.name,
-        f"{tokens:,}",
-        f"{seconds / 60:.1f}",
-        f"{tokens / seconds:,.0f}" if seconds else "",
-        f"{model.get('ctx_len', ''):,}" if "ctx_len" in model else "",
-        f"{batch:,}" if batch else "",
-        f"{train['lr_init']:g} to {train['lr_final']:g}" if "lr_final" in train else "",
+        number_text(tokens, ","),
+        number_text(seconds and seconds / 60, ".1f"),
+        number_text(tokens and seconds and tokens / seconds, ",.0f"),
+        f"{model['ctx_len']:,}" if "ctx_len" in model else NOT_RECORDED,
+        f"{batch:,}" if batch else NOT_RECORDED,
+        _filled("{:g} to {:g}", train, "lr_init", "lr_final") or NOT_RECORDED,
         _loss(stage.name, train),
-        str(train.get("precision", "")),
+        str(train.get("precision", NOT_RECORDED)),
     ]
+
+
+def _gaps_in_training(run: Run) -> list[str]:
+    """The charts of the training that a stage has no rows for."""
+    gaps = []
+    for name, stage in by_name(run.stages).items():
+        if not any("loss" in row for row in stage.metrics):
+            gaps.append(f"{name}: training loss")
+        if stage.name == "align" and not layers_of(stage.metrics):
+            gaps.append(f"{name}: alignment by layer")
+        if not any("loss" in row for row in stage.heldout):
+            gaps.append(f"{name}: held-out loss while training")
+    return gaps
+
+
+def _with_gaps(charts: str, gaps: Iterable[str]) -> list[str]:
+    """Charts and what is missing beside them; a single sentence where there are none."""
+    return [charts, *(html.missing(what=gap) for gap in gaps)] if charts else [html.missing()]
+
+
+def _long_context(run: Run, drawn: Sequence[Chart], *parts: str) -> list[str]:
+    """The charts of parts of radlads longcontext, and which part of which model is missing."""
+    if not drawn:
+        what = "by length" if parts == ("costs",) else ""
+        return [html.missing(_long_context_command(run), what=what)]
+    models = _models(run)
+    gaps = [f"{part} of the {name}" for part in parts for name in _MODELS if not models.get(name, {}).get(part)]
+    if parts == ("costs",) and not any(each.name == "cost-peak-bytes" for each in drawn):
+        gaps.append("peak memory by length, which only CUDA tells")
+    return _with_gaps(html.charts(drawn), gaps)
 
 
 def _heldout(run: Run, before: Sequence[Chart]) -> str:
     if run.summary is None:
-        rows = [[stage.name, *_measured(stage.manifest["heldout"])] for stage in run.stages if _has_heldout(stage)]
-        if not rows:
+        if not any(_has_heldout(stage) for stage in run.stages):
             return html.missing()
+        rows = [
+            [name, *_measured(stage.manifest["heldout"] if _has_heldout(stage) else {})]
+            for name, stage in by_name(run.stages).items()
+        ]
         note = "Each stage's own held-out windows: their lengths may differ from stage to stage."
         return html.table(["after", "loss", "KL", "top-1"], rows) + html.paragraph(note, "note")
-    steps = [step for step in ("teacher", *STEPS, "retied") if step in run.summary]
-    rows = [[step, *_measured(run.summary[step])] for step in steps]
+    steps = ("teacher", *STEPS, *(["retied"] if "retied" in run.summary else []))
+    rows = [[step, *_measured(run.summary.get(step, {}))] for step in steps]
     note = (
         "Loss and KL in nats per token; top-1: how often the likeliest token is the teacher's. setup: the teacher's "
         "weights copied, nothing trained. The share of the gap closed is (setup − extend) / (setup − teacher) in loss."
     )
     left = html.table(["", "loss", "KL", "top-1"], rows) + html.paragraph(note, "note")
-    return html.columns(left, html.charts(chart for chart in before if chart.name == "heldout"))
+    return html.columns(left, html.charts(chart for chart in before if chart.name == "heldout") or html.missing())
 
 
 def _has_heldout(stage: Stage) -> bool:
@@ -195,23 +252,22 @@ def _has_heldout(stage: Stage) -> bool:
 
 
 def _measured(values: Mapping[str, Any]) -> list[str]:
-    kl, top1 = values.get("kl"), values.get("top1")
-    return [f"{values['loss']:.4f}", "" if kl is None else f"{kl:.4f}", "" if top1 is None else f"{top1:.1%}"]
+    return [number_text(values.get(key), form) for key, form in (("loss", ".4f"), ("kl", ".4f"), ("top1", ".1%"))]
 
 
 def _tasks(run: Run) -> str:
     """radlads eval's table, a row for each task and metric, a column for each model."""
-    if run.evaluation is None:
+    scores = (run.evaluation or {}).get("scores")
+    if not scores:
         words = ["eval", *map(str, _model_folders(run)), "--teacher", _teacher_path(run), "--baselines"]
         return html.missing(_command(*words, "--tasks", "paper", "--output", str(run.folder / EVALUATION)))
-    scores = run.evaluation.get("scores", [])
     models = list(dict.fromkeys(score["model"] for score in scores))
     found = {(score["task"], score["metric"], score["model"]): score for score in scores}
     rows = []
     for task, metric in dict.fromkeys((score["task"], score["metric"]) for score in scores):
         present = [found.get((task, metric, model)) for model in models]
         first = next(score for score in present if score is not None)
-        chance = "" if first["chance"] is None else f"{first['chance']:.1%}"
+        chance = chance_text(first["chance"])
         rows.append([task, metric, f"{first['num_questions']:,}", chance, *map(_score, present)])
     note = (
         "± one standard error. In brackets the score relative to the teacher's, (score − chance) / (teacher − chance); "
@@ -222,12 +278,8 @@ def _tasks(run: Run) -> str:
 
 def _score(score: Mapping[str, Any] | None) -> str:
     if score is None:
-        return ""
-    as_share, error, relative = score["chance"] is not None, score["stderr"], score.get("relative")
-    text = f"{score['value']:.1%}" if as_share else f"{score['value']:.4f}"
-    if error is not None:
-        text += f" ± {100 * error:.1f}" if as_share else f" ± {error:.4f}"
-    return text if relative is None else f"{text} ({relative:.0%})"
+        return NOT_MEASURED
+    return score_text(score["value"], score["stderr"], score.get("relative"), is_share=score["chance"] is not None)
 
 
 def _loss_note(run: Run) -> str:
@@ -258,26 +310,39 @@ def _retrieval_note(run: Run) -> str:
     )
 
 
-def _costs(run: Run, drawn: Sequence[Chart]) -> str:
+def _costs(run: Run) -> list[str]:
+    """State and decoding time at a few positions, as summary.json has them."""
     summary = run.summary or {}
+    states, speeds = _pairs(summary.get("bytes", {})), _pairs(summary.get("decode_ms", {}))
     rows = [
         [f"state at {tokens:,} tokens", bytes_in_words(teacher), bytes_in_words(student), _times(teacher / student)]
-        for tokens, teacher, student in _pairs(summary.get("bytes", {}))
+        for tokens, teacher, student in states
     ]
     rows += [
         [f"token at position {tokens:,}", f"{teacher:.2f} ms", f"{student:.2f} ms", _times(teacher / student)]
-        for tokens, teacher, student in _pairs(summary.get("decode_ms", {}))
+        for tokens, teacher, student in speeds
     ]
-    rest = html.charts(drawn)
-    if drawn and run.long_context is not None:
-        settings = run.long_context["settings"]
-        rest += html.paragraph(f"Charts: one sequence, {settings['dtype']}, {settings['device']}.", "note")
+    gaps = [] if states else [html.missing(what="state of teacher and student at a few lengths")]
+    gaps += [] if speeds else [html.missing(what="time of a token of teacher and student at a few positions")]
     if not rows:
-        return rest
+        return gaps
     note = (
-        "One sequence. State: keys and values in bf16, recurrent states in fp32. × is the teacher's over the student's."
+        "One sequence. State: computed from the model's sizes, keys and values in bf16, recurrent states in fp32. "
+        "× is the teacher's over the student's."
     )
-    return html.table(["", "teacher", "student", "×"], rows) + html.paragraph(note, "note") + rest
+    return [html.table(["", "teacher", "student", "×"], rows), html.paragraph(note, "note"), *gaps]
+
+
+def _costs_note(run: Run) -> str:
+    if not any(model.get("costs") for model in _models(run).values()):
+        return ""
+    settings = (run.long_context or {})["settings"]
+    return html.paragraph(
+        f"Charts: one sequence, {settings['dtype']}, {settings['device']}. State: the bytes of what a model's cache "
+        "holds after reading. Peak memory: the most that was allocated while reading and generating, beside the "
+        "weights.",
+        "note",
+    )
 
 
 def _times(ratio: float) -> str:
@@ -294,7 +359,7 @@ def _samples(run: Run) -> str:
     sample = (run.summary or {}).get("sample")
     if not sample:
         return html.missing()
-    texts = [html.heading(f"The {name}") + html.code(sample[name]) for name in _MODELS if name in sample]
+    texts = [html.heading(f"The {name}") + html.code(sample.get(name, NOT_MEASURED)) for name in _MODELS]
     return html.paragraph("Both continue the same prompt, drawing with the same seed:") + (
         html.code(sample["prompt"]) + html.columns(*texts)
     )
@@ -315,18 +380,15 @@ def _loading(run: Run) -> str:
     )
     parts = [html.paragraph("With transformers alone, or on the command line:"), html.code(lines)]
     parts.append(html.code(f"radlads generate {shlex.quote(name)} --prompt 'Once upon a time'"))
-    difference = (run.summary or {}).get("reload_max_abs_diff")
-    if difference is not None:
-        text = (
-            f"Reloaded in a process without radlads, its logits differ from the student's by at most {difference:.1e}."
-        )
-        parts.append(html.paragraph(text, "note"))
+    difference = number_text((run.summary or {}).get("reload_max_abs_diff"), ".1e")
+    text = "Largest difference of its logits from the student's, reloaded in a process without radlads"
+    parts.append(html.paragraph(f"{text}: {difference}.", "note"))
     return "\n".join(parts)
 
 
 def _configuration(run: Run) -> str:
     versions = html.facts({name: str(version) for name, version in _versions(run).items()})
-    recipes = [html.folded(f"{stage.folder.name}/config.yaml", stage.recipe) for stage in run.stages if stage.recipe]
+    recipes = [html.folded(f"{stage.folder.name}/config.yaml", stage.recipe or NOT_RECORDED) for stage in run.stages]
     hashes = {
         f"{stage.folder.name}/{name}": f"sha256 {digest}"
         for stage in run.stages

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from radlads.report.charts import COLOURS, Chart
+from radlads.report.wording import bytes_in_words
 
 Row = Mapping[str, Any]
 STEPS = ("setup", "align", "distill", "extend")
@@ -66,8 +67,10 @@ def long_context_charts(models: Mapping[str, Row]) -> list[Chart]:
             for key, title, unit in (
                 ("prefill_tokens_per_s", "Reading a prompt", "tokens per second"),
                 ("decode_ms", "Generating after it", "ms per token"),
-                ("state_bytes", "State of one sequence", "bytes"),
+                ("state_bytes", "State of one sequence: what its cache holds", "bytes"),
+                ("peak_bytes", "Peak memory beside the weights, measured", "bytes"),
             )
+            if _rows_with(costs, key)
         ]
     return charts
 
@@ -150,13 +153,14 @@ def draw_loss_by_position(axes: Axes, losses: Mapping[str, Sequence[Row]]) -> No
 
 
 def draw_cost(axes: Axes, costs: Mapping[str, Sequence[Row]], key: str, unit: str) -> None:
-    """One cost of a context over its length."""
+    """One cost of a context over its length, of the models that have it."""
+    costs = _rows_with(costs, key)
     for name, rows in costs.items():
         lengths = [row["context_tokens"] for row in rows]
         axes.plot(lengths, [row[key] for row in rows], marker="o", ms=4, color=COLOURS[name], label=name)
     axes.set(xlabel="tokens of context", ylabel=unit, xscale="log")
     _doublings(axes, [row["context_tokens"] for rows in costs.values() for row in rows])
-    if key == "state_bytes":
+    if unit == "bytes":
         axes.set_yscale("log")
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
@@ -168,17 +172,15 @@ def draw_cost(axes: Axes, costs: Mapping[str, Sequence[Row]], key: str, unit: st
     axes.legend()
 
 
+def _rows_with(costs: Mapping[str, Sequence[Row]], key: str) -> dict[str, list[Row]]:
+    """Rows that have a value, by model; models without any are left out."""
+    found = {name: [row for row in rows if row.get(key) is not None] for name, rows in costs.items()}
+    return {name: rows for name, rows in found.items() if rows}
+
+
 def layers_of(rows: Sequence[Row]) -> list[str]:
     """The columns layer_0, layer_1, ... that metrics.csv has."""
     return sorted({key for row in rows for key in row if key.startswith("layer_")}, key=lambda key: int(key[6:]))
-
-
-def bytes_in_words(value: float) -> str:
-    """Decimal units, three digits at most."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.0f} B"
 
 
 def _points(rows: Sequence[Row], column: str) -> tuple[list[float], list[float]] | tuple[()]:

@@ -54,16 +54,22 @@ class Stage:
         return content if isinstance(content, dict) else {}
 
 
-@dataclass(frozen=True)
-class Run:
-    """What a folder holds; None, or nothing, for what is not there."""
+@dataclass(frozen=True, kw_only=True)
+class Measurements:
+    """What was measured of a folder's models, by the files in it; None for what was not."""
+
+    summary: Mapping[str, Any] | None
+    evaluation: Mapping[str, Any] | None
+    long_context: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Measurements):
+    """What a run's folder holds."""
 
     folder: Path
     stages: list[Stage]
     num_parameters: int
-    summary: Mapping[str, Any] | None
-    evaluation: Mapping[str, Any] | None
-    long_context: Mapping[str, Any] | None
 
     @property
     def student(self) -> Mapping[str, Any]:
@@ -99,10 +105,20 @@ def read_run(folder: Path) -> Run:
     stages = sorted((_read_stage(path) for path in _stage_folders(folder)), key=_place)
     if not stages:
         raise ValueError(f"{folder} holds no finished stage: name the folder of a conversion, or one of stage folders")
+    measured = read_measurements(folder)
     return Run(
         folder=folder,
         stages=stages,
         num_parameters=num_parameters(stages[-1].folder),
+        summary=measured.summary,
+        evaluation=measured.evaluation,
+        long_context=measured.long_context,
+    )
+
+
+def read_measurements(folder: Path) -> Measurements:
+    """What lies in a folder of any kind. Raises ValueError for a damaged file."""
+    return Measurements(
         summary=_checked(folder / SUMMARY, _check_summary),
         evaluation=_checked(folder / EVALUATION, _check_evaluation),
         long_context=_checked(folder / LONG_CONTEXT, _check_long_context),

@@ -5,33 +5,15 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
 
 import lightning as L
 import torch
 
+from radlads.console import Console
 from radlads.distill.heldout import Heldout, measure
 from radlads.train.lightning_module import StageModule
 from radlads.train.loggers import HELDOUT_PREFIX
 from radlads.train.optim import weights_to_keep
-
-
-class Console(Protocol):
-    """Where messages go: `line` for those that stay, `progress` for those the next one may replace."""
-
-    def line(self, text: str) -> None: ...
-
-    def progress(self, text: str) -> None: ...
-
-
-class Silent:
-    """A console that shows nothing: of the processes of a run, all but the first have it."""
-
-    def line(self, text: str) -> None:
-        """Nothing."""
-
-    def progress(self, text: str) -> None:
-        """Nothing."""
 
 
 class Progress(L.Callback):

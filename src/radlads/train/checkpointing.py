@@ -8,7 +8,8 @@ from typing import Any
 import lightning as L
 
 from radlads.config.schema import TrainConfig
-from radlads.train.callbacks import Console, HeldoutCallback
+from radlads.console import Console
+from radlads.train.callbacks import HeldoutCallback
 from radlads.train.deepspeed_engine import ByEngine
 from radlads.train.lightning_module import StageModule
 from radlads.train.samples import sequences_per_step

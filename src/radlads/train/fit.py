@@ -20,12 +20,13 @@ from radlads.checkpoint.model_folder import save_model, take_part_in_saving
 from radlads.checkpoint.safetensors_writer import SHARD_BYTES
 from radlads.config.load import dump_config
 from radlads.config.schema import Config, TrainConfig, check_available, checkpointing_of
+from radlads.console import Console
 from radlads.distill.fp8_teacher import fp8_copy
 from radlads.distill.heldout import Heldout
 from radlads.distill.logits import build_stage
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.registry import is_registered
-from radlads.train.callbacks import Console, HeldoutCallback, Progress
+from radlads.train.callbacks import HeldoutCallback, Progress
 from radlads.train.checkpointing import Checkpointing
 from radlads.train.deepspeed_engine import Engine, engine_dtype
 from radlads.train.hardware import compiles, gpu_multiplies_bf16, out_of_memory, resolve_precision

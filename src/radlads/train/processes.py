@@ -32,6 +32,7 @@ from lightning.fabric.plugins.environments import (
 from radlads.config.schema import TrainConfig
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 BEAT_S, DEAD_AFTER_S, LEFT_AFTER_S = 1.0, 30.0, 5.0
 """How often a process says that it lives, after how long a silent one is taken for dead, and how long the others have
@@ -211,10 +212,12 @@ def _watched(rank: int, size: int, children: list[subprocess.Popen[bytes]]) -> I
         dist.barrier()
         watch.leave("")
     except (ValueError, OSError) as error:
+        # The first keeps the store, and leaves when all others have: so its word is read before
+        of_the_first = None if rank == 0 else watch.wait_for_word_of(0)
         watch.leave(str(error))
         if rank == 0:
             raise
-        if watch.wait_for_word_of(0) == str(error):
+        if of_the_first == str(error):
             raise SystemExit(2) from None
         raise ValueError(f"process {rank} of {size}: {error}") from error
     except RuntimeError as error:
@@ -231,6 +234,8 @@ def _watched(rank: int, size: int, children: list[subprocess.Popen[bytes]]) -> I
         raise
     finally:
         watch.stop()
+        if rank == 0:
+            watch.wait_for_the_others()
 
 
 def _is_of_a_collective(error: RuntimeError) -> bool:
@@ -293,7 +298,7 @@ class Watch(threading.Thread):
 
     def _give_up(self, why: str) -> NoReturn:
         if self.tells(why):
-            print(f"radlads: {why}", file=sys.stderr, flush=True)
+            _log.error("radlads: %s", why)  # to stderr, as nobody catches what a thread raises
         for child in self._children:
             child.kill()
         os._exit(LOST)
@@ -322,6 +327,11 @@ class Watch(threading.Thread):
         while self.lost is None and time.monotonic() < until and self.is_alive():
             time.sleep(BEAT_S / 4)
         return self.lost
+
+    def wait_for_the_others(self) -> None:
+        """Keep the store until all have left, if they do so soon."""
+        with suppress(RuntimeError):
+            self._store.wait([f"left/{other}" for other in self._seen], timedelta(seconds=LEFT_AFTER_S))
 
     def stop(self) -> None:
         """End the thread."""

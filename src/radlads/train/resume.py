@@ -14,9 +14,9 @@ from radlads.checkpoint.atomic import read_json
 from radlads.checkpoint.manifest import sha256
 from radlads.config.compare import deciding, differences
 from radlads.config.schema import Config
+from radlads.console import Console
 from radlads.data.binidx import BinIdxReader
 from radlads.model.modeling import RadladsForCausalLM
-from radlads.train.callbacks import Console
 from radlads.train.processes import ALONE, Processes
 from radlads.train.samples import sequences_per_step
 from radlads.train.snapshots import CHECKPOINTS, RUN, checkpoints_in, fault_of, remove

@@ -1,0 +1,126 @@
+"""`radlads demo` and `radlads export`: their options, and the conversion or export that these ask for.
+
+Imports no torch before it has to.
+"""
+
+import argparse
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from radlads.recipes.conversion import Conversion
+    from radlads.recipes.export import Export
+
+
+def add_demo_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `radlads demo`."""
+    parser.add_argument("--teacher", help="a Hugging Face folder or hub name such as Qwen/Qwen2.5-0.5B-Instruct")
+    parser.add_argument("--mixer", default="rad_rwkv7", help="rad_rwkv7 (default) or rad_rwkv6")
+    parser.add_argument(
+        "--variant",
+        default="balanced",
+        choices=["balanced", "group_norm"],
+        help="of rad_rwkv7: the paper's or the released 7B's",
+    )
+    parser.add_argument("--out", type=Path, help="folder to write (default out/demo, out/conversion with --teacher)")
+    parser.add_argument("--data", type=Path, help="training tokens, a .bin/.idx pair (default: this Python's own text)")
+    parser.add_argument("--heldout-data", type=Path, help="held-out tokens, a .bin/.idx pair; goes with --data")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a configuration key of all stages, e.g. train.micro_bsz=4",
+    )
+    parser.add_argument(
+        "--retie", action="store_true", help="end with the embedding as the head again (teachers whose head is tied)"
+    )
+
+
+def add_export_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `radlads export`."""
+    parser.add_argument("run_folder", type=Path, metavar="RUN", help="a conversion's folder, a stage's, or a model's")
+    parser.add_argument("out", type=Path, nargs="?", metavar="OUT", help="folder to write; without it RUN is uploaded")
+    parser.add_argument("--teacher", metavar="DIR", help="whose tokenizer the model gets, where RUN does not say")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: RUN's)")
+    parser.add_argument("--shard-size", default="5GB", help="largest file of weights, such as 5GB (default) or 500MB")
+    parser.add_argument("--check", choices=["gguf"], help="write nothing; say whether llama.cpp can run the model")
+    parser.add_argument("--for-llama-cpp", action="store_true", help="write what llama.cpp's converter reads")
+    parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload to the Hugging Face hub")
+    parser.add_argument("--private", action="store_true", help="make the repository a private one, if it is new")
+    parser.add_argument("--dry-run", action="store_true", help="list what would be uploaded instead")
+
+
+def overrides_of(arguments: argparse.Namespace) -> dict[str, str]:
+    """The configuration keys that --set names. Raises ValueError for what is no KEY=VALUE."""
+    return dict(_override(text) for text in arguments.set)
+
+
+def conversion_of(arguments: argparse.Namespace) -> "Conversion":
+    """The conversion that add_demo_options' arguments describe. Raises ValueError for values that make none."""
+    from radlads.recipes.conversion import BUNDLED_TEACHER, Conversion
+
+    return Conversion(
+        teacher=arguments.teacher or BUNDLED_TEACHER,
+        mixer=arguments.mixer,
+        variant=arguments.variant,
+        out=arguments.out or Path("out") / ("demo" if arguments.teacher is None else "conversion"),
+        data=arguments.data,
+        heldout_data=arguments.heldout_data,
+        overrides=overrides_of(arguments),
+        retie=arguments.retie,
+    )
+
+
+def export_of(arguments: argparse.Namespace) -> "Export":
+    """The export that add_export_options' arguments describe. Raises ValueError for values that make none."""
+    from radlads.recipes.export import Export
+
+    return Export(
+        run=arguments.run_folder,
+        out=arguments.out,
+        teacher=arguments.teacher,
+        dtype=arguments.dtype,
+        shard_size=arguments.shard_size,
+        for_llama_cpp=arguments.for_llama_cpp,
+        repo=arguments.push_to_hub,
+        private=arguments.private,
+        dry_run=arguments.dry_run,
+    )
+
+
+def check_lines(arguments: argparse.Namespace) -> tuple[bool, list[str]]:
+    """For --check: whether llama.cpp can run the model, and why. Raises ValueError beside options that write."""
+    from radlads.recipes.export import check_gguf
+
+    if arguments.out is not None or arguments.push_to_hub is not None:
+        raise ValueError("--check writes nothing: leave out OUT and --push-to-hub, or --check")
+    return check_gguf(arguments.run_folder, arguments.teacher)
+
+
+def summary_lines(summary: Mapping[str, Any], out: Path) -> Iterator[str]:
+    """What a conversion came to, as its summary.json has it."""
+    yield f"\n{'held out':12}{'loss':>9}{'KL':>9}{'top-1':>8}{'tokens':>12}{'seconds':>9}"
+    for row in ("teacher", "setup", "align", "distill", "extend", *(["retied"] if "retied" in summary else [])):
+        values = summary[row]
+        cost = f"{values['tokens']:12,}{values['seconds']:9.0f}" if "tokens" in values else ""
+        yield f"{row:12}{values['loss']:9.4f}{values['kl']:9.4f}{values['top1']:8.1%}{cost}"
+    yield f"\n{summary['gap_closed']:.1%} of the gap between setup and teacher is closed"
+    yield f"\n{'':12}{'state in kB at 1k, 8k, 64k tokens':>36}{'ms per token at position 100, 8000':>40}"
+    for name in ("teacher", "student"):
+        state = " ".join(f"{value / 1000:10,.0f}" for value in summary["bytes"][name].values())
+        decode = " ".join(f"{value:8.2f}" for value in summary["decode_ms"][name].values())
+        yield f"{name:12}{state:>36}{decode:>40}"
+    for name in ("teacher", "student"):
+        yield f"\n--- the {name} continues {summary['sample']['prompt']!r}\n{summary['sample'][name]}"
+    yield f"\nexport reloads without radlads: logits differ by at most {summary['reload_max_abs_diff']:.1e}"
+    yield f"{summary['seconds']:.0f} s, at most {summary['peak_rss_gb']:.1f} GB"
+    yield f"model: {out}/hf, report: {out}/report.html"
+
+
+def _override(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--set takes KEY=VALUE, not {text!r}")
+    return key, value

@@ -1,0 +1,34 @@
+"""How what was measured is put in words, the same in tables, on pages and on model cards. Imports nothing slow."""
+
+import math
+
+NOT_MEASURED = "not measured"
+NOT_RECORDED = "not recorded"
+MIXERS = {"rad_rwkv6": "RAD-RWKV6", "rad_rwkv7": "RAD-RWKV7", "qwen2": "softmax attention"}
+
+
+def score_text(value: float, stderr: float | None, relative: float | None, *, is_share: bool) -> str:
+    """A score, ± its standard error if there is one (None or nan: there is not), in brackets that relative to the
+    teacher's. is_share: of right answers, which are given in percent."""
+    text = f"{value:.1%}" if is_share else f"{value:.4f}"
+    if stderr is not None and not math.isnan(stderr):
+        text += f" ± {100 * stderr:.1f}" if is_share else f" ± {stderr:.4f}"
+    return text if relative is None else f"{text} ({relative:.1%})"
+
+
+def chance_text(chance: float | None) -> str:
+    """The score of guessing, which some metrics have none of."""
+    return "none" if chance is None else f"{chance:.1%}"
+
+
+def number_text(value: object, form: str) -> str:
+    """A number in this format, or that there is none."""
+    return format(value, form) if isinstance(value, int | float) else NOT_MEASURED
+
+
+def bytes_in_words(value: float) -> str:
+    """Decimal units, three digits at most."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.0f} B"

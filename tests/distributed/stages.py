@@ -1,0 +1,98 @@
+"""A program for tests: `stages.py SPEC.json` trains the stages that SPEC lists, one after the other, in its processes.
+
+Each entry has the configuration's dotted keys, and `kill` or `raises`, [rank, step]: where a process sends itself
+SIGKILL, or raises a user's error. With `nodes` in place of devices the caller starts a program for each node.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+import tiny
+
+from radlads.config.load import load_config
+from radlads.console import Silent
+from radlads.data.binidx import BinIdxWriter
+from radlads.recipes.single_stage import train_stage
+from radlads.train.lightning_module import StageModule
+from radlads.train.processes import joined
+
+END = 255
+
+
+class Printing(Silent):
+    def line(self, text: str) -> None:
+        print(text, flush=True)
+
+
+def main(spec: Path) -> int:
+    entries = json.loads(spec.read_text())
+    configs = [load_config([], entry["keys"]) for entry in entries]
+    try:
+        with joined(configs[0].train) as processes:
+            for entry, config in zip(entries, configs, strict=True):
+                plan(entry, processes.rank)
+                train_stage(config, Printing() if processes.is_first else Silent(), processes)
+    except (ValueError, OSError) as error:
+        print(f"radlads: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def plan(entry: dict, rank: int) -> None:
+    """Have this process end amid the stage, if the entry says so."""
+    step_as_ever = StageModule.training_step
+
+    def step(self, *batch):
+        if entry.get("kill") == [rank, self.steps_done]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if entry.get("raises") == [rank, self.steps_done]:
+            raise ValueError("a user's error")
+        if entry.get("stop") == [rank, self.steps_done]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step_as_ever(self, *batch)
+
+    StageModule.training_step = step
+
+
+def keys(folder: Path, teacher: Path, stage: str, name: str, **train: object) -> dict[str, object]:
+    """A tiny stage's dotted keys: 30 steps of 8 sequences of 16 tokens, as two processes of 4 make them."""
+    own = {
+        "model.ctx_len": 16,
+        "model.tmix": "rad_rwkv7",
+        "model.groupnorm_att": 0,
+        "model.gate_rank_type": 2,
+        "train.attention_distillation_stage": {"align": 1, "distill": 2, "extend": -1}[stage],
+        "train.data_file": str(folder / "train"),
+        "train.precision": "fp32",
+        "train.accelerator": "cpu",
+        "train.micro_bsz": 4,
+        "train.devices": 2,
+        "train.lr_init": 1e-3,
+        "train.my_exit_tokens": 16 * 8 * 30,
+        "train.log_every_n_steps": 1,
+        "train.proj_dir": str(folder),
+        "train.proj_name": name,
+    }
+    if stage != "extend":
+        own["train.teacher.hf_path"] = str(teacher)
+    return own | {f"train.{key}": value for key, value in train.items()}
+
+
+def corpus(folder: Path) -> Path:
+    """Random walks in documents of 2 to 60 tokens, each with END at its end, as `folder`/train."""
+    random = np.random.default_rng(0)
+    with BinIdxWriter(folder / "train", tiny.VOCAB) as writer:
+        for length in random.integers(1, 60, 700):
+            walk = np.cumsum(random.integers(-3, 4, length)) % (END - 1)
+            writer.add_document(np.append(walk, END))
+    return folder
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,137 @@
+"""How a run of several processes starts, stops, goes on and fails: none waits for one that is gone."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import stages
+from launch import curve, run, start
+from tolerances import TRAJECTORY_MAX
+
+from radlads.config.load import load_config
+from radlads.train.processes import ALONE, check_processes, joined
+
+AT_MOST_S = 60  # from the end of one process to that of the others
+
+
+@pytest.fixture(scope="module")
+def folder(teacher, tmp_path_factory):
+    folder = stages.corpus(tmp_path_factory.mktemp("ends"))
+    run(folder, [{"keys": stages.keys(folder, teacher, "align", "one", devices=1, micro_bsz=8)}])
+    return folder
+
+
+def assert_same_curve(folder, name):
+    expected = curve(folder, "one")
+    assert curve(folder, name) == pytest.approx(expected, rel=TRAJECTORY_MAX)
+    assert curve(folder, name, "optimizer_step") == list(range(1, len(expected) + 1))
+
+
+@pytest.mark.parametrize(("rank", "strategy"), [(0, "ddp"), (1, "fsdp")])
+def test_when_a_process_is_killed_the_others_end_and_the_run_goes_on(folder, teacher, rank, strategy):
+    name = f"killed-{rank}"
+    keys = stages.keys(folder, teacher, "align", name, strategy=strategy, checkpoint_every_steps=4)
+    process = start(folder, [{"keys": keys, "kill": [rank, 9]}])
+    began = time.monotonic()
+    if rank == 0:  # what the other process says comes when this one has gone
+        process.wait(200)
+        began = time.monotonic()
+    out, err = process.communicate(timeout=280)
+    assert time.monotonic() - began < AT_MOST_S + 200 * (rank == 1)
+    assert process.returncode == (-signal.SIGKILL if rank == 0 else 2), (out, err)
+    assert ("process 0 of 2 is gone" if rank == 0 else "was ended by SIGKILL") in err
+    assert "start the same command again to go on from the last checkpoint" in err
+    assert "Traceback" not in err
+    out, _ = run(folder, [{"keys": keys}])
+    assert f"going on after step 8 of 30, from {folder / name}.partial/checkpoints/step-000008" in out
+    assert_same_curve(folder, name)
+
+
+@pytest.mark.parametrize(("strategy", "then"), [("ddp", "one"), ("fsdp", "one"), ("one", "fsdp")])
+def test_a_signal_stops_all_and_another_number_of_processes_goes_on(folder, teacher, strategy, then):
+    name = f"stopped-{strategy}-{then}"
+    settings = {
+        "one": {"devices": 1, "micro_bsz": 4, "accumulate_grad_batches": 2},
+        "ddp": {"strategy": "ddp"},
+        "fsdp": {"strategy": "fsdp"},
+    }
+    keys = stages.keys(folder, teacher, "align", name, **settings[strategy])
+    last = 0 if strategy == "one" else 1
+    out, _ = run(folder, [{"keys": keys, "stop": [last, 6]}], code=128 + signal.SIGTERM)
+    assert "SIGTERM: stopped after step 7 of 30, with the checkpoint" in out
+    out, _ = run(folder, [{"keys": stages.keys(folder, teacher, "align", name, **settings[then])}])
+    assert "going on after step 7 of 30" in out
+    assert_same_curve(folder, name)
+
+
+def test_an_error_that_one_process_has_ends_all(folder, teacher):
+    keys = stages.keys(folder, teacher, "align", "one-raises")
+    _, err = run(folder, [{"keys": keys, "raises": [1, 3]}], code=2)
+    assert "radlads: process 1 of 2: a user's error" in err
+    assert "Traceback" not in err
+
+
+def test_an_error_that_all_have_is_told_once(folder, teacher):
+    keys = stages.keys(folder, teacher, "align", "all-raise", data_file=str(folder / "missing"))
+    _, err = run(folder, [{"keys": keys}], code=2)
+    assert err.count("radlads: ") == 1 and "missing" in err
+
+
+def test_shards_refuse_what_they_cannot_do(folder, teacher):
+    settings = {"strategy": "fsdp", "optimizer": "muon"}
+    _, err = run(folder, [{"keys": stages.keys(folder, teacher, "align", "muon", **settings)}], code=2)
+    assert "train.optimizer muon needs whole matrices to update" in err and "set train.strategy ddp" in err
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def test_two_nodes_over_loopback_are_one_run(folder, teacher):
+    keys = stages.keys(folder, teacher, "align", "nodes", devices=1, num_nodes=2)
+    known = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    nodes = [start(folder, [{"keys": keys}], NODE_RANK=str(rank), **known) for rank in range(2)]
+    for node in nodes:
+        out, err = node.communicate(timeout=280)
+        assert node.returncode == 0, (out, err)
+    assert_same_curve(folder, "nodes")
+
+
+def test_torchrun_starts_the_processes_of_the_command(folder, teacher):
+    keys = stages.keys(folder, teacher, "align", "torchrun", strategy="fsdp")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port", free_port()]
+    options = [f"--{key}={value}" for key, value in keys.items()]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "-m", "radlads.cli", "train", *options], env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote ") == 1
+    assert_same_curve(folder, "torchrun")
+
+
+def test_what_is_missing_for_more_processes_is_said(folder, teacher, monkeypatch):
+    def train(**settings):
+        return load_config([], stages.keys(folder, teacher, "align", "x", **settings)).train
+
+    with pytest.raises(ValueError, match="4 processes, but 1 runs: use radlads train"):
+        check_processes(train(devices=2, num_nodes=2), ALONE)
+    with (
+        pytest.raises(ValueError, match=r"train.devices is -1, all GPUs, but train\.accelerator is no GPU"),
+        joined(train(devices=-1)),
+    ):
+        pass
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with (
+        pytest.raises(ValueError, match=r"MASTER_ADDR is not set: start the command by torchrun or srun"),
+        joined(train(num_nodes=2)),
+    ):
+        pass
+    with joined(train(devices=1)) as processes:
+        assert processes == ALONE

@@ -1,0 +1,61 @@
+"""Two processes make the steps that one makes of twice the batch, whatever shares the work between them."""
+
+import pytest
+import stages
+from launch import curve, run
+from tolerances import TRAJECTORY_MAX, TRAJECTORY_MEAN
+
+STEPS = 30
+STAGES = {
+    "align": {},
+    "align-accumulated": {"micro_bsz": 2, "accumulate_grad_batches": 2},
+    "distill": {"activation_checkpointing": "selective"},
+    "distill-accumulated": {"micro_bsz": 1, "accumulate_grad_batches": 4, "activation_checkpointing": "full"},
+    "extend": {"trainable": "decay"},
+    "distill-documents": {"reset_state_at_eos": 1, "eos_token_id": stages.END},
+    "distill-masked": {"mask_labels_at_eos": 1, "eos_token_id": stages.END},
+}
+REFUSED = {("distill-documents", "fsdp")}
+CASES = [(name, strategy) for name in STAGES for strategy in ("ddp", "fsdp") if (name, strategy) not in REFUSED]
+
+
+@pytest.fixture(scope="module")
+def folder(teacher, tmp_path_factory):
+    """The folder of all runs: `one-NAME`, `ddp-NAME` and `fsdp-NAME`."""
+    folder = stages.corpus(tmp_path_factory.mktemp("two"))
+    whole = [entry(folder, teacher, name, "one") for name in STAGES]
+    run(folder, whole)
+    run(folder, [entry(folder, teacher, name, strategy) for name, strategy in CASES])
+    return folder
+
+
+def entry(folder, teacher, name, strategy):
+    stage, settings = name.partition("-")[0], dict(STAGES[name])
+    if stage != "align":
+        settings["load_model"] = str(folder / "one-align")
+    if strategy == "one":
+        settings |= {"devices": 1, "micro_bsz": 2 * settings.get("micro_bsz", 4)}
+    else:
+        settings["strategy"] = strategy
+    return {"keys": stages.keys(folder, teacher, stage, f"{strategy}-{name}", **settings)}
+
+
+@pytest.mark.parametrize(("name", "strategy"), CASES)
+def test_the_curves_are_one_processs(folder, name, strategy):
+    for column in ("loss", "grad_norm"):
+        expected, found = curve(folder, f"one-{name}", column), curve(folder, f"{strategy}-{name}", column)
+        drift = [abs(a / b - 1) for a, b in zip(found, expected, strict=True)]
+        assert len(drift) == STEPS
+        assert max(drift) < TRAJECTORY_MAX
+        assert sum(drift) / STEPS < TRAJECTORY_MEAN
+
+
+def test_the_curves_learn_something(folder):
+    assert curve(folder, "one-align")[-1] != curve(folder, "one-align-accumulated")[0]
+    for name in ("distill", "distill-accumulated"):
+        losses = curve(folder, f"one-{name}")
+        assert sum(losses[-5:]) < 0.95 * sum(losses[:5]), "a curve that learns nothing shows nothing"
+
+
+def test_tokens_are_those_of_all_processes(folder):
+    assert curve(folder, "ddp-distill", "tokens") == curve(folder, "one-distill", "tokens")
