@@ -1,9 +1,7 @@
-"""DeepSpeed's engine in CPU processes, which Lightning and the command refuse: the code that runs on GPUs, for tests.
+"""DeepSpeed's engine in CPU processes, which Lightning and the command refuse: the code that runs on GPUs, for tests."""
 
-The environment has to have DS_ACCELERATOR=cpu.
-"""
+import os
 
-import deepspeed
 from lightning.pytorch.strategies import DDPStrategy
 
 from radlads.train import deepspeed_engine
@@ -11,6 +9,9 @@ from radlads.train import deepspeed_engine
 
 def allow_cpus() -> None:
     """Let stages of this process run on DeepSpeed without a GPU."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
     deepspeed_engine.check_device = lambda train, device: None
     deepspeed_engine.Engine.setup_environment = DDPStrategy.setup_environment
     deepspeed_engine.Engine.setup_distributed = setup_distributed
