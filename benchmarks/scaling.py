@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,17 @@ import numpy as np
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from radlads.checkpoint.model_folder import save_model
+from radlads.config.schema import ModelConfig
+from radlads.convert.hf_source import open_teacher
+from radlads.convert.student import build_student
 from radlads.data.binidx import BinIdxWriter
 from radlads.planning.models import QWEN25
 
 TINY = (2, 128, 256, 4, 2, 512, False)
 STAGES = {"align": 1, "distill": 2}
 ROW_STEPS = 5
+STUDENT: dict[str, Any] = {"tmix": "rad_rwkv7", "groupnorm_att": 0, "gate_rank_type": 2}
 
 
 def main() -> int:
@@ -43,6 +49,7 @@ def main() -> int:
     parser.add_argument("--accelerator", default="gpu")
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--seconds", type=float, default=240.0, help="after which a run is given up")
+    parser.add_argument("--no-curves", action="store_true", help="leave out the run that curves are compared with")
     parser.add_argument("--json", type=Path, help="where figures go, as soon as they are there")
     arguments = parser.parse_args()
     figures: list[dict[str, Any]] = []
@@ -58,22 +65,25 @@ def main() -> int:
 
 
 class Runs:
-    """The runs of one model, whose files are in `folder`."""
+    """The runs of one model, whose files are in `folder`. All begin with the student as setup leaves it."""
 
     def __init__(self, arguments: argparse.Namespace, folder: Path):
         self.arguments, self.folder = arguments, folder
         layers, channels, inner, heads, kv_heads, vocabulary, tied = QWEN25.get(arguments.size, TINY)
         save_teacher(folder / "teacher", layers, channels, inner, heads, kv_heads, vocabulary, tied=tied)
         save_corpus(folder / "corpus", vocabulary)
-        self.student = ""
+        (folder / "student").mkdir()
+        save_model(build_student(open_teacher(folder / "teacher"), ModelConfig(**STUDENT))[0], folder / "student")
 
-    def of(self, stage: str):
-        """A figure for each run of a stage. The distill stage's begin where the first align run ended."""
+    def of(self, stage: str) -> Iterator[dict[str, Any]]:
+        """A figure for each run of a stage."""
         wanted, devices, sequences = self.arguments, self.arguments.devices, self.arguments.sequences
         alone = self.run(stage, "alone", devices=1, sequences=sequences)
         yield alone
-        whole = self.run(stage, "whole", devices=1, sequences=sequences, accumulate=devices)
-        yield whole
+        whole: dict[str, Any] = {"failed": "left out"}
+        if not wanted.no_curves:
+            whole = self.run(stage, "whole", devices=1, sequences=sequences, accumulate=devices)
+            yield whole
         for strategy in wanted.strategies.split(","):
             found = self.run(stage, strategy, devices=devices, sequences=sequences)
             if "failed" not in found and "failed" not in alone:
@@ -81,8 +91,6 @@ class Runs:
             if "failed" not in found and "failed" not in whole:
                 found |= {f"{key}_drift": drift(found[key], whole[key]) for key in ("loss", "grad_norm")}
             yield found
-        if stage == "align":
-            self.student = str(self.folder / "align-alone")
 
     def run(self, stage: str, name: str, *, devices: int, sequences: int, accumulate: int = 1) -> dict[str, Any]:
         """One run: speed, memory, and the curves."""
@@ -94,7 +102,7 @@ class Runs:
             "data_file": self.folder / "corpus",
             "proj_dir": self.folder,
             "proj_name": f"{stage}-{name}",
-            "load_model": self.student or "auto",
+            "load_model": self.folder / "student",
             "accelerator": wanted.accelerator,
             "precision": wanted.precision,
             "strategy": name if devices > 1 else "auto",
@@ -106,7 +114,7 @@ class Runs:
             "lr_init": 1e-3 if stage == "align" else 1e-5,
             "beta2": 0.95,
         }
-        model = {"ctx_len": context, "tmix": "rad_rwkv7", "groupnorm_att": 0, "gate_rank_type": 2}
+        model = STUDENT | {"ctx_len": context}
         options = [f"--train.{key}={value}" for key, value in keys.items()]
         options += [f"--model.{key}={value}" for key, value in model.items()]
         figure: dict[str, Any] = {"stage": stage, "run": name, "devices": devices, "sequences": sequences * accumulate}

@@ -53,10 +53,10 @@ def save_model(
         write_shards(weights, folder, shard_bytes=shard_bytes)
 
 
-def take_part_in_saving(model: RadladsForCausalLM) -> None:
-    """Gather a sharded model's tensors where another process writes them by save_model in shards."""
+def take_part_in_saving(model: RadladsForCausalLM, *, shard_bytes: int = SHARD_BYTES) -> None:
+    """Gather a sharded model's tensors where another process writes them by save_model in shards of that size."""
     weights = ModelWeights(model)
-    for names in shards_of(weights, SHARD_BYTES):
+    for names in shards_of(weights, shard_bytes):
         for name in file_order(weights, names):
             weights[name]
 

@@ -1,0 +1,61 @@
+"""A sharded model is loaded and saved without any process holding it, and is the model that one process holds."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import memory
+import pytest
+import stages
+import torch
+
+from radlads.checkpoint.model_folder import load_model
+from radlads.config.load import load_config
+from radlads.convert.hf_source import open_teacher
+from radlads.convert.student import build_student
+
+LARGEST_TENSOR = 8192 * 512 * 4
+SLACK = 25_000_000  # what gathering, torch and the allocator take besides
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("memory")
+    memory.save_teacher(folder / "teacher")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__).with_name("memory.py")), str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    config = load_config([], stages.keys(folder, folder / "teacher", "distill", "unused"))
+    torch.manual_seed(0)
+    return build_student(open_teacher(folder / "teacher"), config.model)[0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux's account of a process's memory")
+def test_no_process_holds_more_than_its_rows_and_a_tensor(folder, whole):
+    all_bytes = sum(parameter.nbytes for parameter in whole.parameters())
+    for rank in range(2):
+        held = json.loads((folder / f"memory-{rank}.json").read_text())
+        assert all_bytes * 0.4 < held["building"] < all_bytes / 2 + LARGEST_TENSOR + SLACK < 0.75 * all_bytes
+        assert held["saving"] < 2 * LARGEST_TENSOR + SLACK
+
+
+def test_what_was_saved_is_the_model(folder, whole):
+    saved = load_model(folder / "saved")
+    copied = [name for name, each in whole.named_parameters() if "proj" in name or "norm" in name or "embed" in name]
+    parameters = dict(saved.named_parameters())
+    assert len(copied) > 100
+    assert all(torch.equal(parameters[name], dict(whole.named_parameters())[name]) for name in copied)
+    with torch.no_grad():
+        logits = saved(torch.arange(64).view(2, 32), use_cache=False).logits[0, -1, :8]
+    for rank in range(2):
+        held = json.loads((folder / f"memory-{rank}.json").read_text())
+        assert held["logits"] == pytest.approx(logits.tolist(), abs=1e-5)
+    assert len(list((folder / "saved").glob("model-*-of-*.safetensors"))) > 3
