@@ -1,4 +1,4 @@
-"""DeepSpeed's engine in CPU processes, which Lightning and the command refuse: the code that runs on GPUs, for tests."""
+"""DeepSpeed's engine in CPU processes, which Lightning and the command refuse: for tests of what runs on GPUs."""
 
 import os
 

@@ -94,13 +94,21 @@ def test_bf16_keeps_fp32_weights(folder, strategy):
     assert max(drift(folder, "one-distill-accumulated", f"{strategy}-bf16")) < 0.01
 
 
-@needs_deepspeed
-def test_a_run_goes_on_bit_for_bit_and_another_strategys_goes_on_too(folder, teacher):
+@pytest.fixture(scope="module")
+def ends(folder, teacher):
+    """What is said where runs that were stopped go on, and then one diverges."""
     zero = bf16(folder, teacher, "deepspeed_stage_2", "stopped")
     by_zero(folder, [zero | {"stop": [1, 6]}], code=128 + signal.SIGTERM)
     run(folder, [entry(folder, teacher, "distill-accumulated", "ddp", "handed-on") | {"stop": [0, 6]}], code=143)
     handed = entry(folder, teacher, "distill-accumulated", "deepspeed_stage_1", "handed-on")
-    out, _ = by_zero(folder, [zero, handed])
+    rates = {"lr_init": 1e25, "lr_final": 1e25, "checkpoint_every_steps": 1}
+    diverging = entry(folder, teacher, "distill-accumulated", "deepspeed_stage_2", "diverging", **rates)
+    return by_zero(folder, [zero, handed, diverging], code=2)
+
+
+@needs_deepspeed
+def test_a_run_goes_on_bit_for_bit_and_another_strategys_goes_on_too(folder, ends):
+    out, _ = ends
     assert out.count("going on after step 7 of 30") == 2
     expected, found = (load_file(folder / name / "model.safetensors") for name in ("deepspeed_stage_2-bf16", "stopped"))
     assert all(expected[name].equal(found[name]) for name in expected)
@@ -109,10 +117,8 @@ def test_a_run_goes_on_bit_for_bit_and_another_strategys_goes_on_too(folder, tea
 
 
 @needs_deepspeed
-def test_a_step_that_is_not_finite_reaches_no_checkpoint(folder, teacher):
-    rates = {"lr_init": 1e25, "lr_final": 1e25, "checkpoint_every_steps": 1}
-    diverging = entry(folder, teacher, "distill-accumulated", "deepspeed_stage_2", "diverging", **rates)
-    _, err = by_zero(folder, [diverging], code=2)
+def test_a_step_that_is_not_finite_reaches_no_checkpoint(folder, ends):
+    _, err = ends
     assert "the loss of distill (loss) is nan at step 2, and the first tensor that is not finite is" in err
     assert [path.name for path in (folder / "diverging.partial/checkpoints").iterdir()] == ["step-000001"]
 

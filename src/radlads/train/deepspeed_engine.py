@@ -153,14 +153,15 @@ class ByEngine:
         return GradientNorms(torch.as_tensor(self._engine.get_global_grad_norm(), device=count.device).float(), {})
 
     def let_go(self) -> None:
-        """See Updates."""
+        """See Updates. Hooks of the engine, and its memory, would stay with the parameters."""
         self._engine.optimizer.destroy()
 
     def give_back(self) -> None:
-        """Put the fp32 weights into the student, on the CPU; no process has them twice there."""
+        """Put the fp32 weights into the student, on the CPU, and let the engine go."""
         weights = FullWeights(self._student, self.own_parts, self._frozen)
         for name, parameter in self._student.named_parameters():
             parameter.data = weights[name]
+        self.let_go()
 
     def held(self) -> Held:
         """What a checkpoint takes, the same as of a student that was updated without DeepSpeed."""
