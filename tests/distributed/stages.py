@@ -1,7 +1,8 @@
 """A program for tests: `stages.py SPEC.json` trains the stages that SPEC lists, one after the other, in its processes.
 
 Each entry has the configuration's dotted keys, and `kill` or `raises`, [rank, step]: where a process sends itself
-SIGKILL, or raises a user's error. With `nodes` in place of devices the caller starts a program for each node.
+SIGKILL, or raises a user's error. With `deepspeed_on_cpu` DeepSpeed's strategies run on CPUs. With `nodes` in place of
+devices the caller starts a program for each node.
 """
 
 import json
@@ -33,6 +34,10 @@ class Printing(Silent):
 def main(spec: Path) -> int:
     entries = json.loads(spec.read_text())
     configs = [load_config([], entry["keys"]) for entry in entries]
+    if any(entry.get("deepspeed_on_cpu") for entry in entries):
+        import deepspeed_on_cpu
+
+        deepspeed_on_cpu.allow_cpus()
     try:
         with joined(configs[0].train) as processes:
             for entry, config in zip(entries, configs, strict=True):

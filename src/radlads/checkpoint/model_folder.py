@@ -31,16 +31,22 @@ from radlads.model.registry import is_registered
 
 
 def save_model(
-    model: RadladsForCausalLM, folder: Path, *, dtype: torch.dtype | None = None, shard_bytes: int | None = None
+    model: RadladsForCausalLM,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int | None = None,
+    weights: StoredWeights | None = None,
 ) -> None:
     """Write the model's config.json and weights (in `dtype`, default: their own) into a folder that exists.
 
-    The weights are one file, or shards of at most `shard_bytes` where one is not enough.
+    The weights are one file, or shards of at most `shard_bytes` where one is not enough. `weights`: others of the same
+    names, instead of the model's own.
     """
     model.config.architectures = [type(model).__name__]
-    model.config.dtype = dtype or next(model.parameters()).dtype
+    weights = CastWeights(ModelWeights(model) if weights is None else weights, dtype)
+    model.config.dtype = weights.info(next(iter(weights))).dtype
     model.config.save_pretrained(folder)
-    weights = CastWeights(ModelWeights(model), dtype)
     if shard_bytes is None:
         write_safetensors(weights, list(weights), folder / WEIGHTS_FILE)
     else:

@@ -274,13 +274,14 @@ class TrainConfig:
     """Hardware to train on."""
     strategy: str = "auto"
     """How several processes share the work: ddp = each holds both models whole; fsdp = each holds its rows of every
-    parameter, of the teacher's too; auto = ddp. No effect on one device."""
+    parameter, of the teacher's too; deepspeed_stage_1 = as ddp, with the optimiser in shards; deepspeed_stage_2 =
+    gradients too; deepspeed_stage_3 is not available; auto = ddp. No effect on one device."""
     devices: int = 1
     """Processes on each node, one GPU each; -1 = all GPUs of the node."""
     num_nodes: int = 1
     """Nodes. Start the command on each of them, by torchrun or srun (docs/scaling.md)."""
     ds_bucket_mb: int = 200
-    """Accepted so that released files load; no effect."""
+    """Millions of numbers that DeepSpeed reduces or gathers at a time. No effect under other strategies."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     """The teacher."""
 
@@ -372,7 +373,7 @@ def without_effect(config: Config) -> list[str]:
     model, teacher, train = config.model, config.train.teacher.model, config.train
     return [
         *_set_to_something(model, ModelConfig(), "model", _IDLE_MODEL_KEYS),
-        *_set_to_something(train, TrainConfig(), "train", _IDLE_TRAIN_KEYS + _idle_without_teacher(train)),
+        *_set_to_something(train, TrainConfig(), "train", _IDLE_TRAIN_KEYS + _idle_beside_others(train)),
         *_set_to_something(teacher, TeacherConfig().model, "train.teacher.model", _idle_teacher_model_keys()),
     ]
 
@@ -382,13 +383,12 @@ def _set_to_something(part: object, default: object, prefix: str, names: Iterabl
 
 
 _IDLE_MODEL_KEYS = ("classname", "vocab_padding_idx", "attention_type")
-_IDLE_TRAIN_KEYS = (
-    *("load_partial", "train_stage", "epoch_save", "val_check_interval", "check_val_every_n_epoch", "ds_bucket_mb"),
-)
+_IDLE_TRAIN_KEYS = ("load_partial", "train_stage", "epoch_save", "val_check_interval", "check_val_every_n_epoch")
 
 
-def _idle_without_teacher(train: TrainConfig) -> tuple[str, ...]:
-    return () if train.teacher.path or train.teacher.hf_path else ("teacher_precision",)
+def _idle_beside_others(train: TrainConfig) -> tuple[str, ...]:
+    without_teacher = () if train.teacher.path or train.teacher.hf_path else ("teacher_precision",)
+    return without_teacher + (() if train.strategy.startswith("deepspeed") else ("ds_bucket_mb",))
 
 
 SIZE_KEYS = (

@@ -10,6 +10,7 @@ import lightning as L
 from radlads.config.schema import TrainConfig
 from radlads.console import Console
 from radlads.train.callbacks import HeldoutCallback
+from radlads.train.deepspeed_engine import ByEngine
 from radlads.train.lightning_module import StageModule
 from radlads.train.samples import sequences_per_step
 from radlads.train.snapshots import (
@@ -18,6 +19,7 @@ from radlads.train.snapshots import (
     remove,
     restore_optimizers,
     restore_random_numbers,
+    stored_optimizers,
     write_checkpoint,
 )
 from radlads.train.stopping import StopRequests
@@ -53,7 +55,10 @@ class Checkpointing(L.Callback):
         self._step_seen = self._position.step
         pl_module.wants_checkpoint = self.is_due_by_time
         if self._begin is not None:
-            restore_optimizers(self._begin, pl_module.student, pl_module.own_parts, trainer.optimizers)
+            if isinstance(pl_module.updates, ByEngine):
+                pl_module.updates.restore_moments(*stored_optimizers(self._begin))
+            else:
+                restore_optimizers(self._begin, pl_module.student, pl_module.updates.own_parts, trainer.optimizers)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx: int) -> None:
         # Not earlier, because a data loader that begins draws a number
@@ -98,7 +103,14 @@ class Checkpointing(L.Callback):
         guard = tuple(module.spike_guard.state.tolist()) if module.spike_guard else ()
         position = Position(module.steps_done, samples, module.tokens_done, self.seconds(), heldout, guard)
         path = write_checkpoint(
-            self._folder, module.student, module.own_parts, trainer.optimizers, position, self._run, module.processes
+            self._folder,
+            module.student,
+            module.updates.own_parts,
+            trainer.optimizers,
+            position,
+            self._run,
+            module.processes,
+            held=module.updates.held() if isinstance(module.updates, ByEngine) else None,
         )
         if module.processes.is_first:
             for old in checkpoints_in(self._folder)[: -self._train.keep_checkpoints]:

@@ -28,6 +28,7 @@ from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.registry import is_registered
 from radlads.train.callbacks import HeldoutCallback, Progress
 from radlads.train.checkpointing import Checkpointing
+from radlads.train.deepspeed_engine import Engine, engine_dtype
 from radlads.train.hardware import compiles, gpu_multiplies_bf16, out_of_memory, resolve_precision
 from radlads.train.lightning_module import StageModule
 from radlads.train.loggers import build_loggers, carry, check_loggers
@@ -178,13 +179,14 @@ def _train(trainer: L.Trainer, module: StageModule, batches: DataLoader, config:
     """Fit with both models where, in what type and in what mode the configuration asks for; then as they were."""
     train, device = config.train, trainer.strategy.root_device
     teacher, models, in_shards = module.teacher, [module.student], is_sharded(module.student)
+    by_engine = isinstance(trainer.strategy, Engine)
     # Documents are of so many lengths that graphs of theirs would never be used again
     compile_setting = "never" if train.reset_state_at_eos else train.compile
     checkpointing = checkpointing_of(train)
     module.student.set_activation_checkpointing("none" if module.stage.name == "align" else checkpointing)
     module.student.train()
     try:
-        if not in_shards:
+        if not in_shards and not by_engine:
             module.student.to(device, _parameter_dtype(trainer, train, module.student))  # type: ignore[arg-type]
         if teacher is not None:
             dtype = _parameter_dtype(trainer, train, teacher)
@@ -196,7 +198,8 @@ def _train(trainer: L.Trainer, module: StageModule, batches: DataLoader, config:
         is_align = module.stage.name == "align"
         compiled_on_gpu = device.type == "cuda" and compiles(compile_setting, device)
         # A user's own mixer may wait for the device, which a graph cannot record
-        module.graphed = is_align and compiled_on_gpu and is_registered(module.student.config) and not in_shards
+        is_plain = is_registered(module.student.config) and not in_shards and not by_engine
+        module.graphed = is_align and compiled_on_gpu and is_plain
         _fit(trainer, module, batches)
     except torch.OutOfMemoryError as error:
         raise ValueError(out_of_memory(config, device)) from error
@@ -219,9 +222,11 @@ def _working_teacher(
 
 
 def _parameter_dtype(trainer: L.Trainer, train: TrainConfig, model: RadladsForCausalLM) -> torch.dtype:
-    """bf16 under bf16-true, else fp32; in mixed precision a teacher stays what it is."""
+    """bf16 under bf16-true, else fp32; in mixed precision a teacher stays what it is, or is as an engine's student."""
     if train.precision == "bf16-true":
         return torch.bfloat16
+    if isinstance(trainer.strategy, Engine):
+        return engine_dtype(trainer.precision)
     trains = any(parameter.requires_grad for parameter in model.parameters())
     return torch.float32 if trains or trainer.precision == "32-true" else model.dtype
 

@@ -9,16 +9,16 @@ from radlads.config.schema import TrainConfig
 from radlads.distill.stage import Stage, is_trainable
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.train import spike_guard
+from radlads.train.deepspeed_engine import ByEngine, uses_engine
 from radlads.train.diagnosis import first_not_finite
 from radlads.train.optim import build_optimizers, set_learning_rates
-from radlads.train.own_parts import own_parts, take_gradients
 from radlads.train.processes import ALONE, Processes
-from radlads.train.replicas import GradientSums
 from radlads.train.sharding import is_sharded
-from radlads.train.step import GradientNorms, GraphedParts, PartSum, Readout, backward_parts, optimizer_step
+from radlads.train.step import GradientNorms, GraphedParts, PartSum, Readout, backward_parts
 from radlads.train.step_record import StepRecord
 from radlads.train.stopping import StopRequests
 from radlads.train.throughput import Throughput, stage_flops
+from radlads.train.updates import InShards, Updates, Whole
 
 
 class StageModule(L.LightningModule):
@@ -62,12 +62,18 @@ class StageModule(L.LightningModule):
         self._unread: list[StepRecord] = []
         self.graphed = False
         self._graphed_parts: GraphedParts | None = None
-        self.own_parts: dict[str, torch.nn.Parameter] = {}
-        self._gradient_sums: GradientSums | None = None
+        self.updates: Updates  # comes with the optimisers
         self.spike_guard: spike_guard.SpikeGuard | None = None
         self._throughput: Throughput | None = None  # begins with the first micro-batch
         for name, parameter in student.named_parameters():
             parameter.requires_grad_(is_trainable(name, student, stage.trainable))
+
+    def _build_updates(self) -> Updates:
+        if uses_engine(self.settings, self.processes):
+            return ByEngine(self.student)
+        if is_sharded(self.student):
+            return InShards(self.student, self.processes)
+        return Whole(self.student, self.settings, self.processes)
 
     @property
     def teacher(self) -> RadladsForCausalLM | None:
@@ -86,12 +92,8 @@ class StageModule(L.LightningModule):
         """Nothing: sharded models are built so."""
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        trained = {name: each for name, each in self.student.named_parameters() if each.requires_grad}
-        self.own_parts = own_parts(trained)
-        if self.processes.size > 1 and not is_sharded(self.student):
-            may_lack = bool(self.settings.reset_state_at_eos)
-            self._gradient_sums = GradientSums(trained, self.processes, may_lack=may_lack)
-        return build_optimizers(self.student, self.settings, self.own_parts)
+        self.updates = self._build_updates()
+        return build_optimizers(self.student, self.settings, self.updates.own_parts)
 
     def training_step(self, tokens: torch.Tensor, batch_idx: int) -> None:
         """Add one micro-batch [B, T + 1] to the window; step at the window's end.
@@ -105,8 +107,8 @@ class StageModule(L.LightningModule):
             self._throughput.begin(self.tokens_done)
         self._batches.append(tokens)
         is_last = (batch_idx + 1) % self.settings.accumulate_grad_batches == 0
-        if is_last and self._gradient_sums is not None and not (self.graphed or self.settings.reset_state_at_eos):
-            self._gradient_sums.begin_last()
+        if is_last and not self.graphed:
+            self.updates.begin_last()
         for part in self._backward_parts(tokens):
             self._sums[part.name] = self._sums[part.name] + part.sum if part.name in self._sums else part.sum
             self._counts[part.name] = self._counts.get(part.name, 0) + part.count
@@ -132,18 +134,13 @@ class StageModule(L.LightningModule):
         optimizers = self.trainer.optimizers
         for optimizer in optimizers:
             set_learning_rates(optimizer, self.settings, self.steps_done, self.num_steps)
-        if self._gradient_sums is not None:
-            self._gradient_sums.finish()
-        take_gradients(self.student, self.own_parts)
         totals, num, guard = self._totals(), len(self._names), self.spike_guard
         sums, count = totals[:num], totals[num : 2 * num].sum()
-        norms = optimizer_step(
+        norms = self.updates.step(
             optimizers,
-            self.own_parts.values(),
             count=count.float(),
             clip_val=self.settings.gradient_clip_val,
             sums=sums,
-            add_up=self.processes.sum_ if is_sharded(self.student) else None,
             leave_out=None if guard is None else guard.is_spike(sums.sum() / count),
         )
         self.steps_done += 1
@@ -213,6 +210,7 @@ class StageModule(L.LightningModule):
         """The fault, which tensor was the first that is not finite, and what to do."""
         self.forget_graph()
         self.student.compile_blocks(False)
+        self.updates.let_go()
         own = first_not_finite(self.stage, self.student, self.teacher, batches, whole=self.processes.size > 1)
         found = self.processes.gather(own)
         first = next((each for each in found if each.startswith("and")), found[0])

@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from radlads.config.schema import Config, TrainConfig, stage_of
 from radlads.convert.blueprint import Blueprint
 from radlads.model.modeling import RadladsForCausalLM
+from radlads.train.deepspeed_engine import check_engine, uses_engine
 from radlads.train.processes import Processes
 from radlads.train.sharding import build_sharded
 
@@ -33,6 +34,8 @@ def build_models(config: Config, student: Blueprint, teacher: Blueprint | None, 
     The student begins in fp32 unless the stage keeps bf16 weights. Raises ValueError as the blueprints and
     sharding.build_sharded do, and for settings that shards do not go with.
     """
+    if uses_engine(config.train, processes):
+        check_engine(config.train, processes)
     if not shards(config.train, processes):
         built, rows = student.build()
         frozen = None if teacher is None else teacher.build()[0].eval().requires_grad_(False)

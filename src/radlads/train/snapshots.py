@@ -23,8 +23,9 @@ import torch
 from radlads.checkpoint.atomic import read_json, unfinished_folder, write_text
 from radlads.checkpoint.manifest import MANIFEST, sha256, versions
 from radlads.checkpoint.model_folder import save_model
-from radlads.checkpoint.safetensors_writer import write_safetensors
+from radlads.checkpoint.safetensors_writer import file_order, write_safetensors
 from radlads.checkpoint.weights import (
+    ModelWeights,
     PrefixedWeights,
     RowShards,
     SafetensorsFolder,
@@ -59,6 +60,17 @@ class Position:
     spike_guard: tuple[float, ...] = ()
 
 
+@dataclass(frozen=True)
+class Held:
+    """What a checkpoint takes of a run whose student is in one piece: its weights, its optimisers' tensors, and what
+    else they know. gathered: whether all processes have to ask for each tensor, in one order."""
+
+    weights: StoredWeights
+    moments: StoredWeights
+    groups: list[dict[str, Any]]
+    gathered: bool = False
+
+
 def checkpoints_in(stage_folder: Path) -> list[Path]:
     """The stage's checkpoints that have their name, by step."""
     found = (stage_folder / CHECKPOINTS).glob("step-*")
@@ -73,38 +85,45 @@ def write_checkpoint(
     position: Position,
     run: Mapping[str, Any],
     processes: Processes = ALONE,
+    held: Held | None = None,
 ) -> Path:
     """Write the checkpoint of `position` with the random numbers' state as it is now, and return its folder.
 
     `own` are the trained parameters as the optimisers know them. All processes have to call this; each writes its rows
-    of a sharded student, and of any other the first writes everything. Raises OSError that names the folder if it
+    of a sharded student, and of any other the first writes everything: `held`, where that is not what student and
+    optimisers have themselves. Raises OSError that names the folder if it
     cannot be written; nothing is left of it then.
     """
     target = stage_folder / CHECKPOINTS / f"step-{position.step:06d}"
     in_shards = is_sharded(student)
-    moments, groups = _optimizer_state(optimizers, own)
+    if held is None:
+        moments, groups = _optimizer_state(optimizers, own)
+        held = Held(ModelWeights(student), _Tensors(moments), groups)
     with ExitStack() as opened:
         folder = processes.from_first(lambda: opened.enter_context(unfinished_folder(target, keep_failed=False)))
         own_hashes: dict[str, str] = {}
         if in_shards:
             shard = folder / SHARD.format(processes.rank, processes.size)
             weights = {f"{WEIGHT}{name}": own_part(each) for name, each in student.named_parameters()}
-            state = _Tensors(weights | moments | (_random_tensors() if processes.is_first else {}))
-            write_safetensors(state, list(state), shard)
+            rest = weights | (_random_tensors() if processes.is_first else {})
+            _write_state(held.moments, rest, shard)
             own_hashes[shard.name] = sha256(shard)
         hashes = {name: digest for each in processes.gather(own_hashes) for name, digest in each.items()}
         if processes.is_first:
             if not in_shards:
-                save_model(student, folder)
+                save_model(student, folder, weights=held.weights)
                 buffers = {f"buffer.{name}": buffer for name, buffer in student.named_buffers()}
-                state = _Tensors(moments | buffers | _random_tensors())
-                write_safetensors(state, list(state), folder / STATE)
-            content = {**asdict(position), "optimizers": groups, "random": _random_numbers()}
+                _write_state(held.moments, buffers | _random_tensors(), folder / STATE)
+            content = {**asdict(position), "optimizers": held.groups, "random": _random_numbers()}
             write_text(folder / POSITION, json.dumps(content) + "\n")
             write_text(folder / RUN, json.dumps(run, indent=2) + "\n")
             carry(stage_folder, folder)
             hashes |= {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name not in hashes}
             write_text(folder / MANIFEST, json.dumps({"versions": versions(), "sha256": hashes}, indent=2) + "\n")
+        elif held.gathered:
+            for part in (held.weights, held.moments):
+                for name in file_order(part, part):
+                    part[name]
     processes.wait_for_all()
     return target
 
@@ -158,7 +177,7 @@ def restore_optimizers(
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> None:
     """Give the optimisers, built as the run's were, their state of the checkpoint: what belongs to this process."""
-    stored, groups = _stored_state(checkpoint), read_json(checkpoint / POSITION)["optimizers"]
+    stored, groups = stored_optimizers(checkpoint)
     whole = dict(student.named_parameters())
     for number, (optimizer, held) in enumerate(zip(optimizers, groups, strict=True)):
         names = _names(optimizer, own)
@@ -175,6 +194,11 @@ def restore_optimizers(
             for now, then in zip(present, held["groups"], strict=True)
         ]
         optimizer.load_state_dict({"state": state, "param_groups": held_groups})
+
+
+def stored_optimizers(checkpoint: Path) -> tuple[StoredWeights, list[dict[str, Any]]]:
+    """The optimisers' tensors, among others, and of each optimiser its groups' settings and the rest of its state."""
+    return _stored_state(checkpoint), read_json(checkpoint / POSITION)["optimizers"]
 
 
 def restore_random_numbers(checkpoint: Path) -> None:
@@ -217,6 +241,11 @@ def _names(optimizer: torch.optim.Optimizer, own: Mapping[str, torch.nn.Paramete
     return [name_of[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
+def _write_state(moments: StoredWeights, rest: dict[str, torch.Tensor], path: Path) -> None:
+    state = _Joined(moments, _Tensors(rest))
+    write_safetensors(state, list(state), path)
+
+
 def _has_state(names: Collection[str]) -> bool:
     """Whether the state is among these files: one, or all that the first of several says there are."""
     counts = {int(match[1]) for name in names if (match := _SHARD_NAME.fullmatch(name))}
@@ -238,6 +267,25 @@ def _random_tensors() -> dict[str, torch.Tensor]:
 def _random_numbers() -> dict[str, Any]:
     name, keys, *rest = np.random.get_state(legacy=True)
     return {"python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *rest]}
+
+
+class _Joined(StoredWeights):
+    """Two sets of tensors, none of them in both."""
+
+    def __init__(self, first: StoredWeights, second: StoredWeights):
+        self._owner = dict.fromkeys(first, first) | dict.fromkeys(second, second)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._owner[name][name]
+
+    def info(self, name: str) -> TensorInfo:
+        return self._owner[name].info(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._owner)
+
+    def __len__(self) -> int:
+        return len(self._owner)
 
 
 class _Tensors(StoredWeights):

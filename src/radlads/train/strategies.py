@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from radlads.config.schema import TrainConfig
+from radlads.train.deepspeed_engine import Engine, uses_engine
 from radlads.train.processes import Processes
 
 
@@ -30,6 +31,11 @@ def strategy_arguments(train: TrainConfig, processes: Processes) -> dict[str, An
     """What the Trainer is told about processes that have been started and joined already."""
     if processes.size == 1:
         return {"devices": 1}
-    strategy = Sharded(processes.size) if train.strategy == "fsdp" else Replicated()
     per_node = processes.size // train.num_nodes
-    return {"strategy": strategy, "devices": per_node, "num_nodes": train.num_nodes}
+    return {"strategy": _strategy(train, processes), "devices": per_node, "num_nodes": train.num_nodes}
+
+
+def _strategy(train: TrainConfig, processes: Processes) -> Strategy:
+    if uses_engine(train, processes):
+        return Engine(train)
+    return Sharded(processes.size) if train.strategy == "fsdp" else Replicated()

@@ -1,0 +1,261 @@
+"""DeepSpeed's ZeRO: every process computes with the whole student, and holds and updates its part of the optimiser.
+
+Stage 1 shares out fp32 weights and moments, stage 2 the gradients too. Under bf16 the engine's students are bf16 whole
+and its fp32 weights are the ones that count, in checkpoints as in the finished folder. DeepSpeed's own checkpoints,
+which are pickles, are not used. The only door to `deepspeed`, which is imported when an engine is made.
+"""
+
+import importlib.util
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DeepSpeedStrategy
+
+from radlads.checkpoint.weights import PrefixedWeights, StoredWeights, TensorInfo
+from radlads.config.schema import TrainConfig
+from radlads.model.modeling import RadladsForCausalLM
+from radlads.train.processes import Processes
+from radlads.train.snapshots import Held
+from radlads.train.step import GradientNorms
+from radlads.train.updates import trained_parameters
+
+OPTIMIZERS = ("adamw", "dsfusedadamw")
+
+
+def uses_engine(train: TrainConfig, processes: Processes) -> bool:
+    """Whether the stage runs on DeepSpeed; one process has nothing to share out."""
+    return train.strategy.startswith("deepspeed_") and processes.size > 1
+
+
+def check_engine(train: TrainConfig, processes: Processes) -> None:
+    """Raise ValueError for what DeepSpeed cannot do, and where it is not installed or there is no GPU."""
+    assert processes.device is not None
+    check_device(train, processes.device)
+    if train.strategy == "deepspeed_stage_3":
+        raise ValueError(
+            "train.strategy deepspeed_stage_3 is not available, as stages read weights where its hooks do not gather "
+            "them: set fsdp, which shards weights, gradients and optimiser too"
+        )
+    refused = {
+        "train.reset_state_at_eos 1": (train.reset_state_at_eos, "cuts rows into more sequences on some", "ddp"),
+        "train.precision bf16-true": (train.precision == "bf16-true", "keeps bf16 weights alone", "fsdp"),
+        "train.spike_factor": (train.spike_factor, "leaves steps out", "ddp or fsdp"),
+        f"train.optimizer {train.optimizer}": (train.optimizer not in OPTIMIZERS, "is none of AdamW's kind", "ddp"),
+    }
+    for setting, (is_set, why, instead) in refused.items():
+        if is_set:
+            raise ValueError(f"{setting} {why}, which train.strategy {train.strategy} does not: set {instead}")
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ValueError(
+            f"train.strategy {train.strategy} needs DeepSpeed, which is not installed: pip install "
+            "'radlads[deepspeed]', or set ddp or fsdp"
+        )
+
+
+def check_device(train: TrainConfig, device: torch.device) -> None:
+    """Raise ValueError unless the device is a CUDA GPU."""
+    if device.type != "cuda":
+        raise ValueError(f"train.strategy {train.strategy} needs CUDA GPUs: set ddp or fsdp, which run on a CPU too")
+
+
+def engine_dtype(lightning_precision: str) -> torch.dtype:
+    """What the student computes in: DeepSpeed casts the whole of it where others cast for each product."""
+    return torch.bfloat16 if lightning_precision == "bf16-mixed" else torch.float32
+
+
+class Engine(DeepSpeedStrategy):
+    """Lightning's DeepSpeedStrategy for a StageModule, whose loss comes in parts and is a sum.
+
+    Each part has its backward, so the engine is told that it is its caller who knows when a window ends. Gradients are
+    added up over micro-batches and processes, in fp32 where stage 2 keeps them, and divided by the count in the step.
+    """
+
+    def __init__(self, train: TrainConfig):
+        stage = int(train.strategy[-1])
+        numbers = train.ds_bucket_mb * 10**6
+        super().__init__(
+            logging_level=logging.ERROR,
+            config={
+                "train_micro_batch_size_per_gpu": train.micro_bsz,
+                "managed_gradient_accumulation": False,
+                "gradient_allreduce_op": "sum",
+                "communication_data_type": "fp32",
+                "gradient_clipping": train.gradient_clip_val,
+                "data_types": {"grad_accum_dtype": "fp32" if stage == 2 else None},
+                "zero_allow_untested_optimizer": True,
+                "zero_optimization": {
+                    "stage": stage,
+                    "reduce_bucket_size": numbers,
+                    "allgather_bucket_size": numbers,
+                    "overlap_comm": False,
+                },
+            },
+        )
+
+    def init_deepspeed(self) -> None:
+        """Make the engine of a student in fp32 on the CPU, which is on the device from then on."""
+        module = self.lightning_module
+        assert module is not None
+        student: RadladsForCausalLM = module.student  # type: ignore[assignment]
+        weights = {name: parameter.data for name, parameter in student.named_parameters()}
+        student.to(self.root_device, engine_dtype(self.precision_plugin.precision))  # type: ignore[arg-type]
+        super().init_deepspeed()
+        updates: ByEngine = module.updates  # type: ignore[assignment]
+        updates.begin(self.deepspeed_engine, weights)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> None:
+        """The module's own: engine.forward would follow one output through one backward pass."""
+        module = self.lightning_module
+        assert isinstance(module, LightningModule)
+        with self.precision_plugin.train_step_context():
+            module.training_step(*args, **kwargs)
+
+    def on_train_end(self) -> None:
+        """Leave the student in fp32 on the CPU, as it was."""
+        module = self.lightning_module
+        assert module is not None
+        updates: ByEngine = module.updates  # type: ignore[assignment]
+        updates.give_back()
+
+
+class ByEngine:
+    """The updates (see Updates) of a student that DeepSpeed holds."""
+
+    def __init__(self, student: RadladsForCausalLM):
+        self._student = student
+        self.own_parts: Mapping[str, torch.nn.Parameter] = trained_parameters(student)
+        self._frozen: dict[str, torch.Tensor] = {}
+        self._engine: Any = None
+
+    def begin(self, engine: Any, weights: dict[str, torch.Tensor]) -> None:
+        """Take the engine, which has made its fp32 weights of rounded ones, and give it `weights`, the student's."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        self._engine = engine
+        for name, parameter in self.own_parts.items():
+            safe_set_full_fp32_param(parameter, weights.pop(name).to(parameter.device))
+        self._frozen = weights
+
+    def begin_last(self) -> None:
+        """See Updates."""
+
+    def step(self, optimizers, *, count, clip_val, sums, leave_out) -> GradientNorms:
+        """See Updates. Clips to what the engine was made with."""
+        assert leave_out is None
+        zero = self._engine.optimizer
+        # Dividing by the scale of the loss is the step's first act, so this is how sums become means
+        zero.override_loss_scale(max(1.0, float(count)))
+        self._engine.step()
+        zero.override_loss_scale(1.0)
+        return GradientNorms(torch.as_tensor(self._engine.get_global_grad_norm(), device=count.device).float(), {})
+
+    def let_go(self) -> None:
+        """See Updates. Hooks of the engine, and its memory, would stay with the parameters."""
+        self._engine.optimizer.destroy()
+
+    def give_back(self) -> None:
+        """Put the fp32 weights into the student, on the CPU, and let the engine go."""
+        weights = FullWeights(self._student, self.own_parts, self._frozen)
+        for name, parameter in self._student.named_parameters():
+            parameter.data = weights[name]
+        self.let_go()
+
+    def held(self) -> Held:
+        """What a checkpoint takes, the same as of a student that was updated without DeepSpeed."""
+        base = self._engine.optimizer.optimizer
+        _link_states(self._engine.optimizer)
+        moments = Moments(self.own_parts, self._groups(), base)
+        groups = [{key: value for key, value in group.items() if key != "params"} for group in base.param_groups]
+        weights = FullWeights(self._student, self.own_parts, self._frozen)
+        return Held(weights, moments, [{"groups": groups, "state": {}}], gathered=True)
+
+    def restore_moments(self, stored: StoredWeights, optimizers: Sequence[Mapping[str, Any]]) -> None:
+        """Give the optimiser its state of a checkpoint, by whatever processes that was written."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        zero = self._engine.optimizer
+        own = [PrefixedWeights(stored, f"optimizer_0.{name}:") for names in self._groups() for name in names[:1]]
+        for group, held, first in zip(zero.optimizer.param_groups, optimizers[0]["groups"], own, strict=True):
+            group.update({key: tuple(each) if isinstance(each, list) else each for key, each in held.items()})
+            (partition,) = group["params"]
+            scalars = {key: tensor.to(partition.device).clone() for key, tensor in first.items() if not tensor.ndim}
+            parts = {key: torch.zeros_like(partition) for key, tensor in first.items() if tensor.ndim}
+            zero.optimizer.state[partition].update(scalars | parts)
+        _link_states(zero)
+        for name, parameter in self.own_parts.items():
+            for key, tensor in PrefixedWeights(stored, f"optimizer_0.{name}:").items():
+                if tensor.ndim:
+                    safe_set_full_optimizer_state(parameter, tensor.to(parameter.device), key)
+
+    def _groups(self) -> list[list[str]]:
+        """The names of the parameters of each of the optimiser's groups."""
+        name_of = {id(parameter): name for name, parameter in self.own_parts.items()}
+        return [[name_of[id(parameter)] for parameter in group] for group in self._engine.optimizer.bit16_groups]
+
+
+def _link_states(zero: Any) -> None:
+    """Let the engine's parameters find their state. It sees to that itself once the first of its groups has made its
+    first step, when the others have none yet."""
+    zero._hp_optimizer_states_linked = False
+    zero._lazy_init_hp_params_optimizer_state()
+
+
+class FullWeights(StoredWeights):
+    """A student's fp32 weights by name, on the CPU; all processes have to ask for each, in the same order."""
+
+    def __init__(
+        self, student: RadladsForCausalLM, own: Mapping[str, torch.nn.Parameter], frozen: Mapping[str, torch.Tensor]
+    ):
+        self._names = [name for name, _ in student.named_parameters()]
+        self._own, self._frozen = own, frozen
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return self._frozen[name] if name in self._frozen else safe_get_full_fp32_param(self._own[name]).cpu()
+
+    def info(self, name: str) -> TensorInfo:
+        whole = self._frozen[name] if name in self._frozen else self._own[name]
+        return TensorInfo(tuple(whole.shape), torch.float32)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class Moments(StoredWeights):
+    """The state of DeepSpeed's optimiser by the names that each parameter's would have, as FullWeights are read.
+
+    groups: names of the parameters of each of the optimiser's groups, whose state is one part of them all.
+    """
+
+    def __init__(self, own: Mapping[str, torch.nn.Parameter], groups: list[list[str]], base: torch.optim.Optimizer):
+        self._own = own
+        self._keys: dict[str, tuple[str, str, torch.Tensor]] = {}
+        for names, group in zip(groups, base.param_groups, strict=True):
+            (partition,) = group["params"]
+            for key, tensor in base.state[partition].items():
+                kept = torch.empty(0) if tensor.shape == partition.shape else tensor
+                self._keys |= {f"optimizer_0.{name}:{key}": (name, key, kept) for name in names}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        parameter, key, scalar = self._keys[name]
+        found = safe_get_full_optimizer_state(self._own[parameter], key) if scalar.ndim else scalar
+        return found.detach().cpu()
+
+    def info(self, name: str) -> TensorInfo:
+        parameter, _, scalar = self._keys[name]
+        return TensorInfo(tuple((self._own[parameter] if scalar.ndim else scalar).shape), torch.float32)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)

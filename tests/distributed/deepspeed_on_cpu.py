@@ -1,0 +1,29 @@
+"""DeepSpeed's engine in CPU processes, which Lightning and the command refuse: for tests of what runs on GPUs."""
+
+import os
+
+from lightning.pytorch.strategies import DDPStrategy
+
+from radlads.train import deepspeed_engine
+
+
+def allow_cpus() -> None:
+    """Let stages of this process run on DeepSpeed without a GPU."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    deepspeed_engine.check_device = lambda train, device: None
+    deepspeed_engine.Engine.setup_environment = DDPStrategy.setup_environment
+    deepspeed_engine.Engine.setup_distributed = setup_distributed
+    initialize = deepspeed.initialize
+
+    def initialize_on_cpu(args, **kwargs):
+        args.device_rank = -1  # a CPU has no index
+        return initialize(args=args, **kwargs)
+
+    deepspeed.initialize = initialize_on_cpu
+
+
+def setup_distributed(strategy: deepspeed_engine.Engine) -> None:
+    strategy.set_world_ranks()
+    strategy._init_deepspeed_distributed()
