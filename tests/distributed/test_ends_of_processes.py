@@ -103,6 +103,18 @@ def test_two_nodes_over_loopback_are_one_run(folder, teacher):
     assert_same_curve(folder, "nodes")
 
 
+def test_slurms_tasks_are_one_run(folder, teacher):
+    keys = stages.keys(folder, teacher, "align", "slurm")
+    known = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "SLURM_JOB_ID": "7", "SLURM_NODEID": "0"}
+    known |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_JOB_NAME": "align"}
+    ranks = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
+    tasks = [start(folder, [{"keys": keys}], **known, **rank) for rank in ranks]
+    for task in tasks:
+        out, err = task.communicate(timeout=280)
+        assert task.returncode == 0, (out, err)
+    assert_same_curve(folder, "slurm")
+
+
 def test_torchrun_starts_the_processes_of_the_command(folder, teacher):
     keys = stages.keys(folder, teacher, "align", "torchrun", strategy="fsdp")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port", free_port()]

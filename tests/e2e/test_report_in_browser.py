@@ -56,7 +56,7 @@ def test_it_renders_and_fits(page, tmp_path, width):
     assert probe["asked"] == []
     assert probe["width"] == width
     assert probe["widest"] <= width
-    assert probe["charts"] == 14
+    assert probe["charts"] == 15
     assert probe["flat"] == 0
 
 

@@ -215,7 +215,7 @@ def _speed_notes(machine: Machine) -> Iterator[str]:
 
 _PRECISION_NOTES = {
     "bf16-true": "bf16-true: weights, gradients and moments in bf16; checked on one H200 at 7B, within 1 %",
-    "bf16": "bf16: weights, gradients and moments in fp32, rounded weights kept for the way back; never measured",
+    "bf16": "bf16: weights, gradients and moments in fp32, rounded weights kept for the way back; measured once",
 }
 _NOTES_OF_DEEPSPEED = "bf16 weights and gradients, and fp32 weights and moments in its optimiser"
 _STRATEGY_NOTES = {
