@@ -139,6 +139,10 @@ def test_what_is_missing_for_more_processes_is_said(folder, teacher, monkeypatch
         joined(train(devices=-1)),
     ):
         pass
+    for present, message in ((0, "no CUDA GPU is here: set --train.accelerator cpu"), (2, "set --train.devices 2")):
+        monkeypatch.setattr("torch.cuda.device_count", lambda present=present: present)
+        with pytest.raises(ValueError, match=message), joined(train(devices=8, accelerator="gpu")):
+            pass
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with (
         pytest.raises(ValueError, match=r"MASTER_ADDR is not set: start the command by torchrun or srun"),

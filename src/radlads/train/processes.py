@@ -144,11 +144,13 @@ def _num_devices(asked: int, on_gpu: bool) -> int:
             raise ValueError("train.devices is -1, all GPUs, but train.accelerator is no GPU: say how many processes")
         return asked
     present = torch.cuda.device_count()
+    if asked == 1 or present >= asked > 0:
+        return asked  # the trainer says what one process lacks
     if not present:
-        return max(1, asked)  # the trainer says what to do about it
+        raise ValueError(f"train.devices is {asked}, but no CUDA GPU is here: set --train.accelerator cpu")
     if asked > present:
-        raise ValueError(f"train.devices is {asked}, but {present} GPU is here: set --train.devices {present}")
-    return present if asked == -1 else asked
+        raise ValueError(f"train.devices is {asked}, but here are {present} GPUs: set --train.devices {present}")
+    return present
 
 
 def _launched() -> bool:
