@@ -3,13 +3,14 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import tiny_run
 
 from radlads.cli import main
 from radlads.report.charts import COLOURS, Chart
-from radlads.report.page import write_page
+from radlads.report.page import _recipe_row, write_page
 
 
 @pytest.fixture(scope="module")
@@ -283,3 +284,11 @@ def test_damage_is_one_sentence(own, capsys, damage, message):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("manifest", "devices", "batch"), [(96, 8, "96"), (None, 1, "8"), (None, 8, "not recorded")])
+def test_a_steps_sequences_are_those_of_all_processes(manifest, devices, batch):
+    train = {"micro_bsz": 4, "accumulate_grad_batches": 2, "devices": devices, "num_nodes": 1}
+    facts = {} if manifest is None else {"sequences_per_step": manifest}
+    stage = SimpleNamespace(name="align", config={"train": train}, manifest=facts)
+    assert _recipe_row(stage)[5] == batch

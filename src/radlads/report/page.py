@@ -183,7 +183,9 @@ def _loss(stage: str, train: dict[str, Any]) -> str:
 def _recipe_row(stage: Stage) -> list[str]:
     train, model = stage.config.get("train", {}), stage.config.get("model", {})
     tokens, seconds = stage.manifest.get("tokens"), stage.manifest.get("seconds")
-    batch = train.get("micro_bsz", 0) * train.get("accumulate_grad_batches", 1)
+    batch = stage.manifest.get("sequences_per_step")
+    if batch is None and train.get("devices", 1) == train.get("num_nodes", 1) == 1:  # of runs that did not say so
+        batch = train.get("micro_bsz", 0) * train.get("accumulate_grad_batches", 1)
     return [
         stage.name,
         number_text(tokens, ","),

@@ -129,7 +129,8 @@ def run_stage(
             seconds = checkpointing.seconds()
             last = measured.history[-1][2] if measured else None
             facts = {"stage": stage.name, "parent": parent, "recipe": recipe, "tokens": module.tokens_done}
-            facts |= {"seconds": seconds, "heldout": vars(last) if last else None}
+            facts |= {"sequences_per_step": sequences_per_step(train, processes), "seconds": seconds}
+            facts |= {"heldout": vars(last) if last else None}
             _write_stage(student, partial, processes, **facts)
         processes.wait_for_all()
         # Only now: a run that is killed before its folder has the name still needs them
