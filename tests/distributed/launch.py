@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+# Of a program whose processes share a core with other tests
+AT_MOST_S = 600
 PROGRAM = Path(__file__).with_name("stages.py")
 
 
@@ -28,7 +30,7 @@ def start(folder: Path, entries: list[dict], **environment: str) -> subprocess.P
 def run(folder: Path, entries: list[dict], *, code: int = 0) -> tuple[str, str]:
     """Output and errors of the program, which has to end with this code."""
     process = start(folder, entries)
-    out, err = process.communicate(timeout=280)
+    out, err = process.communicate(timeout=AT_MOST_S)
     assert process.returncode == code, (out, err)
     return out, err
 

@@ -25,6 +25,7 @@ STAGES = {
     "extend": {"trainable": "decay", "mask_labels_at_eos": 1, "eos_token_id": stages.END},
 }
 CASES = [(name, strategy) for name in STAGES for strategy in ZERO]
+pytestmark = pytest.mark.timeout(1200)
 
 
 @pytest.fixture(scope="module")

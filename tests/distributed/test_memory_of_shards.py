@@ -10,6 +10,7 @@ import memory
 import pytest
 import stages
 import torch
+from launch import AT_MOST_S
 
 from radlads.checkpoint.model_folder import load_model
 from radlads.config.load import load_config
@@ -17,6 +18,7 @@ from radlads.convert.hf_source import open_teacher
 from radlads.convert.student import build_student
 
 LARGEST_TENSOR = 8192 * 512 * 4
+pytestmark = pytest.mark.timeout(1200)
 SLACK = 25_000_000  # what gathering, torch and the allocator take besides
 
 
@@ -26,7 +28,7 @@ def folder(tmp_path_factory):
     memory.save_teacher(folder / "teacher")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(Path(__file__).with_name("memory.py")), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=AT_MOST_S)
     assert done.returncode == 0, done.stderr
     return folder
 
