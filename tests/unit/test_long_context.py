@@ -241,6 +241,12 @@ def test_what_a_later_part_lacks_is_told_before_the_first_is_measured(teacher, t
         (["--lengths", "1m"], "--lengths takes numbers such as 512 or 8k, not '1m'"),
         (["--lengths", "4"], "--lengths must be different numbers of 16 tokens or more"),
         (["--depths", "0,120"], "--depths must be percentages from 0"),
+        (["--depths", "nan"], "--depths must be percentages from 0"),
+        (["--depths", ""], "--depths must be percentages from 0"),
+        (["--depths", "50,50.0"], "--depths must be different from each other"),
+        (["--parts", ""], "--parts takes one or more of passkey, needle, loss, costs"),
+        (["--parts", "costs,costs"], "--parts takes one or more of passkey, needle, loss, costs, each once"),
+        (["--text", "EMPTY"], "empty.txt is empty: give another --text"),
         (["--depths", "half"], "--depths takes percentages such as 0,50,100, not 'half'"),
         (["--parts", "passkey,ruler"], "--parts knows passkey, needle, loss, costs, not 'ruler'"),
         (["--samples", "0"], "--samples must be 1 or more"),
@@ -255,6 +261,8 @@ def test_what_a_later_part_lacks_is_told_before_the_first_is_measured(teacher, t
 )
 def test_mistakes_are_one_sentence(teacher, tmp_path, capsys, words, message):
     (tmp_path / "text").write_text("short")
-    words = [tmp_path / "text" if word == "TEXT" else word for word in words]
+    (tmp_path / "empty.txt").touch()
+    files = {"TEXT": tmp_path / "text", "EMPTY": tmp_path / "empty.txt"}
+    words = [files.get(word, word) for word in words]
     assert longcontext(teacher, "--out", tmp_path / "out", "--device", "cpu", *words) == 2
     assert message in capsys.readouterr().err
