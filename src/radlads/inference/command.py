@@ -81,7 +81,7 @@ def _check(arguments: argparse.Namespace) -> None:
 def _prompt(arguments: argparse.Namespace) -> str:
     if arguments.prompt_file is not None:
         return read_prompt(arguments.prompt_file)
-    return checked_text(arguments.prompt or "")
+    return checked_text(arguments.prompt or "", "--prompt")
 
 
 def _open(arguments: argparse.Namespace) -> _Model:

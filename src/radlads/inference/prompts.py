@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
-def checked_text(text: str) -> str:
-    """A command line's prompt. Raises ValueError if it is no UTF-8 text."""
+def checked_text(text: str, what: str) -> str:
+    """A text of the command line or of a record. Raises ValueError that says `what` is no UTF-8 text, if it is none."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError("the prompt is not UTF-8 text: give it as such, or in a file with --prompt-file") from error
+        raise ValueError(f"{what} is not UTF-8 text: convert it first") from error
     return text
 
 
@@ -91,7 +91,7 @@ def _json_record(line: str, where: str) -> dict[str, Any]:
         raise ValueError(f'{where} has no text as "prompt": give an object such as {{"prompt": "..."}}')
     if not record["prompt"]:
         raise ValueError(f"{where} has an empty prompt: fill it, or take it out")
-    checked_text(record["prompt"])
+    checked_text(record["prompt"], f'the "prompt" of {where}')
     return record
 
 
