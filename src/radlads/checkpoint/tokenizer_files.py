@@ -60,7 +60,10 @@ def choose_tokenizer(named: str | Path | None, *folders: Path) -> Path:
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The folder's tokenizer. Raises ValueError if it is missing, unreadable or empty."""
+    """The folder's tokenizer, which neither cuts texts short nor fills them up, whatever its file asks for.
+
+    Raises ValueError if it is missing, unreadable or empty.
+    """
     path = folder / TOKENIZER_FILE
     if not path.is_file():
         raise ValueError(f"{folder} has no {TOKENIZER_FILE}: copy the teacher's tokenizer files into it")
@@ -70,6 +73,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         raise ValueError(f"{path} is not a readable tokenizer: copy it anew") from error
     if num_ids(tokenizer) == 0:
         raise ValueError(f"{path} has no tokens: copy it anew")
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     return tokenizer
 
 

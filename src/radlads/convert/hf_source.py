@@ -139,10 +139,16 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
 
 
 def open_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer as transformers has it. Raises ValueError as load_tokenizer does."""
+    """The folder's tokenizer as transformers has it. Its `_tokenizer` neither cuts texts short nor fills them up.
+
+    Raises ValueError as load_tokenizer does.
+    """
     load_tokenizer(folder, vocab_size)
     with quiet("transformers.configuration_utils"):  # it warns of model types that are not its own
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer._tokenizer.no_truncation()
+    tokenizer._tokenizer.no_padding()
+    return tokenizer
 
 
 @contextlib.contextmanager

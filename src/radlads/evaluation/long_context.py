@@ -146,7 +146,7 @@ def measure_long_context(settings: LongContext, console: Console) -> dict[str, A
     short for their fact, and states that would not fit into memory.
     """
     from radlads.checkpoint.tokenizer_files import choose_tokenizer
-    from radlads.convert.hf_source import load_tokenizer, locate
+    from radlads.convert.hf_source import locate, open_tokenizer
     from radlads.evaluation.models import model_config, open_model
     from radlads.inference.generate import check_memory, choose_device
     from radlads.report.plots import long_context_charts
@@ -162,7 +162,7 @@ def measure_long_context(settings: LongContext, console: Console) -> dict[str, A
     results = _head(settings, device, dtype)
     vocab_size = min(config.vocab_size for config in configs.values())
     tokenizer_folder = choose_tokenizer(settings.tokenizer, *folders.values())
-    tokenizer = load_tokenizer(tokenizer_folder, vocab_size)
+    tokenizer = open_tokenizer(tokenizer_folder, vocab_size)._tokenizer
     with _corpus(settings, tokenizer, tokenizer_folder, vocab_size) as corpus:
         _check_room(settings, tokenizer, corpus)
         for name, folder in folders.items():

@@ -51,8 +51,6 @@ def prompt_ids(tokenizer: "Tokenizer", text: str, *, continues: bool = False) ->
     """
     if not text:
         return []
-    tokenizer.no_truncation()  # a tokenizer.json may ask for either
-    tokenizer.no_padding()
     return tokenizer.encode(text, add_special_tokens=not continues).ids
 
 
