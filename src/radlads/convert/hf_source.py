@@ -139,13 +139,13 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
 
 
 def open_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer as transformers has it. Its `_tokenizer` neither cuts texts short nor fills them up.
+    """The folder's tokenizer as transformers has it; its `_tokenizer` neither cuts texts short nor fills them up.
 
     Raises ValueError as load_tokenizer does.
     """
     load_tokenizer(folder, vocab_size)
     with quiet("transformers.configuration_utils"):  # it warns of model types that are not its own
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     tokenizer._tokenizer.no_truncation()
     tokenizer._tokenizer.no_padding()
     return tokenizer
