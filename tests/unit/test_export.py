@@ -180,7 +180,10 @@ def test_an_export_of_an_export_keeps_what_its_card_tells(run, tmp_path):
     assert "| a\\|b | acc | 75.0% ± 1.0 |" in again and "| align | 3.2500 |" in again
     assert "| weights | bfloat16, cast from float32 after the measurements |" in again
     assert export(tmp_path / "first", tmp_path / "wide", "--dtype", "float32") == 0
-    assert "| weights | float32 |" in (tmp_path / "wide" / "README.md").read_text()
+    told = "cast from bfloat16, cast from float32 after the measurements |"
+    assert f"| weights | float32, {told}" in (tmp_path / "wide" / "README.md").read_text()
+    assert export(tmp_path / "wide", tmp_path / "wider") == 0
+    assert f"| weights | float32, {told}" in (tmp_path / "wider" / "README.md").read_text()
 
 
 def test_an_export_of_an_export_keeps_its_hub_teacher_and_what_is_measured_anew(exported, tmp_path):
