@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import weakref
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from radlads.checkpoint.tokenizer_files import read_tokenizer
 from radlads.cli import main
 from radlads.convert.hf_source import open_teacher
 from radlads.convert.student import build_student, build_teacher
+from radlads.evaluation import costs
 from radlads.evaluation.costs import RUNS, cost_of_context
 from radlads.evaluation.long_context import position_edges
 from radlads.evaluation.retrieval import FILLER, Prompt, PromptWriter, Recall, retrieval_grid
@@ -184,6 +186,26 @@ def test_a_context_is_read_as_often_as_it_is_timed(student):
     cost_of_context(student[1], range(60))
     hook.remove()
     assert lengths.count(60) == 1 + RUNS + 1
+
+
+def test_the_peak_is_counted_once_a_decoder_has_been_there_and_is_gone(student, monkeypatch):
+    class Garbage:
+        """Which only the collector finds."""
+
+        def __init__(self):
+            self.itself = self
+
+    seen, left = [], []
+
+    def decode(*args, **keys):
+        seen.append("decode")
+        left.append(weakref.ref(Garbage()))
+        return 1.0
+
+    monkeypatch.setattr(costs, "decode_ms", decode)
+    monkeypatch.setattr(costs, "_begin_peak", lambda device: seen.append(left[0]() is None))
+    cost_of_context(student[1], range(60))
+    assert seen == ["decode", True, "decode"]
 
 
 def test_edges_double():
