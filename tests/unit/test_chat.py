@@ -335,6 +335,7 @@ def test_a_file_of_prompts_is_answered_as_its_prompts_one_by_one(folder, tmp_pat
         ("prompts.jsonl", b'{"prompt": "a"}\n{', "line 2 of"),
         ("prompts.jsonl", b'{"prompt": 3}', 'has no text as "prompt"'),
         ("prompts.jsonl", b'["a"]', 'has no text as "prompt"'),
+        ("prompts.jsonl", b'{"prompt": "a", "text": "mine"}', 'has a "text" of its own, where the answer is written'),
         ("prompts.jsonl", b'{"prompt": ""}', "has an empty prompt"),
         ("prompts.jsonl", b'{"prompt": "\\ud800"}', "not UTF-8"),
     ],
@@ -358,6 +359,8 @@ def test_prompts_that_are_none_are_a_sentence(folder, tmp_path, monkeypatch, cap
         (["--prompt", "x", "--load-state", "/no/state"], "no such file"),
         (["--prompt", "x", "--batch-size", "0"], "--batch-size"),
         (["--prompt", "x", "--max-tokens", "0"], "max_tokens 1 or more"),
+        (["--prompt", "x", "--seed", str(2**70)], "seed must be from 0 to 9223372036854775807"),
+        (["--prompt", "x", "--seed", "-1"], "seed must be from 0 to 9223372036854775807"),
     ],
 )
 def test_arguments_that_make_no_sense_are_a_sentence(folder, options, message, monkeypatch, capsys):

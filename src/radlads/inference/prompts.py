@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+# What an answer adds to its prompt's record
+ANSWER_KEYS = ("text", "num_tokens", "finish_reason")
+
 
 def checked_text(text: str, what: str) -> str:
     """A text of the command line or of a record. Raises ValueError that says `what` is no UTF-8 text, if it is none."""
@@ -89,6 +92,8 @@ def _json_record(line: str, where: str) -> dict[str, Any]:
         raise ValueError(f'{where} has no text as "prompt": give an object such as {{"prompt": "..."}}')
     if not record["prompt"]:
         raise ValueError(f"{where} has an empty prompt: fill it, or take it out")
+    if taken := [key for key in ANSWER_KEYS if key in record]:
+        raise ValueError(f'{where} has a "{taken[0]}" of its own, where the answer is written: call it something else')
     checked_text(record["prompt"], f'the "prompt" of {where}')
     return record
 
