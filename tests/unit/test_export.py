@@ -267,7 +267,7 @@ def test_of_a_teacher_on_the_hub_no_weights_are_fetched(run, teacher, tmp_path, 
             shutil.copyfile(hub / path, folder / path)
         return str(folder)
 
-    monkeypatch.setattr("radlads.checkpoint.tokenizer_files.snapshot_download", fetched)
+    monkeypatch.setattr("radlads.checkpoint.hub_folder.snapshot_download", fetched)
     assert export(run, tmp_path / "out", "--teacher", "owner/name") == 0
     assert asked == ["owner/name"]
     got = {path.name for path in (tmp_path / "cache").iterdir()}
