@@ -73,7 +73,13 @@ print(*sorted({name.partition(".")[0] for name in sys.modules} & set(SLOW)))
 """
 
 
-@pytest.mark.parametrize("command", ["", "demo", "data", "generate", "eval", "longcontext", "export", "bench", "plan"])
+COMMANDS = (
+    *("", "demo", "train", "config", "data", "generate", "chat", "serve", "eval", "longcontext"),
+    *("report", "export", "bench", "plan"),
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_imports_nothing_slow(command):
     probe = [sys.executable, "-c", f"SLOW = {SLOW!r}\n{HELP}", *command.split(), "--help"]
     environment = os.environ | {"PYTHONPATH": str(SOURCE)}

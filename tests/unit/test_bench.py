@@ -1,7 +1,9 @@
 """What `radlads bench` counts, times, writes and says."""
 
 import json
+import sys
 import weakref
+from types import ModuleType
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from radlads.bench import train as bench_train_module
 from radlads.bench.cases import DEFAULT_CASES, KINDS, decode_case, kernel_case, prefill_case, train_case, whole_number
 from radlads.bench.costs import decode_state_bytes, prefill_flops, recurrence_bytes
+from radlads.bench.kernels import StillTuning, tuning_limit
 from radlads.bench.measure import Timing, timed
 from radlads.bench.models import open_shape, random_model, weight_bytes
 from radlads.bench.record import LATEST, Row, checkout_commit, merge_results
@@ -246,3 +249,37 @@ def test_a_gpu_that_is_not_there_is_a_sentence(capsys):
 def test_without_git_there_is_no_commit(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert checkout_commit() is None
+
+
+@pytest.fixture
+def autotuner(monkeypatch):
+    """A stand-in for Triton's autotuner, which is not there without a GPU; it says what it is asked to try."""
+
+    class Autotuner:
+        def _bench(self, *args, **keys):
+            return args, keys
+
+    module = ModuleType("triton.runtime.autotuner")
+    module.Autotuner = Autotuner
+    for name in ("triton", "triton.runtime"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return Autotuner
+
+
+def test_tuning_ends_at_its_limit_and_the_autotuner_is_what_it_was(autotuner, monkeypatch):
+    now, before = [100.0], autotuner._bench
+    monkeypatch.setattr("radlads.bench.kernels.time.monotonic", lambda: now[0])
+    with pytest.raises(StillTuning, match="still tuning itself after 120 s"), tuning_limit(120):
+        now[0] = 220.0
+        assert autotuner()._bench(1, warps=2) == ((1,), {"warps": 2})
+        now[0] = 220.1
+        autotuner()._bench(1, warps=4)
+    assert autotuner._bench is before
+
+
+def test_tuning_in_time_leaves_the_autotuner_as_it_was(autotuner):
+    before = autotuner._bench
+    with tuning_limit(120):
+        assert autotuner._bench is not before
+    assert autotuner._bench is before

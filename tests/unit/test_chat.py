@@ -228,6 +228,30 @@ def test_a_message_that_cannot_be_answered_is_told_and_leaves_no_trace(either):
     assert notices[0].endswith("fails: division by zero") and len(notices) == 2
 
 
+def test_what_goes_wrong_within_a_reply_is_no_refused_message(folder, monkeypatch):
+    talk, notices, replies = conversation(folder), [], []
+
+    def breaks(logits):
+        yield "a piece"
+        raise ValueError("broken")
+
+    monkeypatch.setattr(talk, "_generated", breaks)
+    lines = iter(["Who?", None])
+    with pytest.raises(ValueError, match="broken"):
+        converse(talk, lambda: next(lines), replies.append, notices.append)
+    assert (replies, notices) == (["a piece"], [])
+    assert [message["content"] for message in talk.messages] == ["Who?", "a piece"]
+
+
+def test_a_reply_that_is_not_taken_leaves_no_trace(folder):
+    talk, undisturbed = conversation(folder), conversation(folder)
+    for each in (talk, undisturbed):
+        "".join(each.reply("Who?"))
+    talk.reply("Lost?")
+    assert "".join(talk.reply("Where?")) == "".join(undisturbed.reply("Where?"))
+    assert talk.messages == undisturbed.messages
+
+
 def test_a_message_too_long_for_the_memory_is_told_and_the_next_one_answered(softmax_folder, monkeypatch):
     monkeypatch.setattr("radlads.inference.generate.available_bytes", lambda device: 100_000)
     talk, undisturbed, notices, replies = conversation(softmax_folder), conversation(softmax_folder), [], []
@@ -269,6 +293,12 @@ def test_a_folder_without_a_template_is_a_sentence(folder, monkeypatch, capsys):
     assert code == 2 and "has no chat template" in err and err.count("\n") == 1
 
 
+def test_a_system_message_that_is_no_text_is_a_sentence_before_the_model_is_read(folder, monkeypatch, capsys):
+    monkeypatch.setattr("radlads.checkpoint.model_folder.load_model", lambda *args, **keys: pytest.fail("read"))
+    code, _, err = run(monkeypatch, capsys, ["chat", folder, "--system", "\udcff", "--device", "cpu"])
+    assert code == 2 and "--system is not UTF-8 text" in err and err.count("\n") == 1
+
+
 def test_binary_input_is_a_sentence(folder, monkeypatch, capsys):
     code, _, err = run(monkeypatch, capsys, ["chat", folder, "--device", "cpu"], b"\xff\xfe\n")
     assert code == 2 and "not UTF-8" in err and err.count("\n") == 1
@@ -305,6 +335,7 @@ def test_a_file_of_prompts_is_answered_as_its_prompts_one_by_one(folder, tmp_pat
         ("prompts.jsonl", b'{"prompt": "a"}\n{', "line 2 of"),
         ("prompts.jsonl", b'{"prompt": 3}', 'has no text as "prompt"'),
         ("prompts.jsonl", b'["a"]', 'has no text as "prompt"'),
+        ("prompts.jsonl", b'{"prompt": "a", "text": "mine"}', 'has a "text" of its own, where the answer is written'),
         ("prompts.jsonl", b'{"prompt": ""}', "has an empty prompt"),
         ("prompts.jsonl", b'{"prompt": "\\ud800"}', "not UTF-8"),
     ],
@@ -328,6 +359,8 @@ def test_prompts_that_are_none_are_a_sentence(folder, tmp_path, monkeypatch, cap
         (["--prompt", "x", "--load-state", "/no/state"], "no such file"),
         (["--prompt", "x", "--batch-size", "0"], "--batch-size"),
         (["--prompt", "x", "--max-tokens", "0"], "max_tokens 1 or more"),
+        (["--prompt", "x", "--seed", str(2**70)], "seed must be from 0 to 9223372036854775807"),
+        (["--prompt", "x", "--seed", "-1"], "seed must be from 0 to 9223372036854775807"),
     ],
 )
 def test_arguments_that_make_no_sense_are_a_sentence(folder, options, message, monkeypatch, capsys):

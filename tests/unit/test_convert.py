@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2ForCausalLM
 
 from radlads.checkpoint.model_folder import load_model, save_model
+from radlads.checkpoint.tokenizer_files import locate_tokenizer
 from radlads.config.load import load_config
 from radlads.convert.hf_source import end_of_text_id, load_tokenizer, open_teacher
 from radlads.convert.student import build_student, build_teacher, student_config
@@ -149,15 +150,28 @@ def test_an_older_configuration_with_rope_theta_at_the_top_is_read(teacher, tmp_
     assert open_teacher(folder).config.rope_parameters["rope_theta"] == 54321.0
 
 
+@pytest.mark.parametrize("opened", [open_teacher, locate_tokenizer])
 @pytest.mark.parametrize("name", ["no/such/folder", "./missing", "nothing"])
-def test_neither_folder_nor_hub_name(name):
+def test_neither_folder_nor_hub_name(name, opened):
     with pytest.raises(ValueError, match="neither a folder nor a hub name"):
-        open_teacher(name)
+        opened(name)
 
 
-def test_a_hub_name_that_cannot_be_fetched():
+@pytest.mark.parametrize("opened", [open_teacher, locate_tokenizer])
+@pytest.mark.parametrize("name", ["owner/name", "owner/no name"])
+def test_a_hub_name_that_cannot_be_fetched(name, opened):
     with pytest.raises(ValueError, match="could not be fetched from the hub"):
-        open_teacher("owner/name")
+        opened(name)
+
+
+@pytest.mark.parametrize(
+    ("opened", "what"),
+    [(open_teacher, "config.json and the safetensors weights"), (locate_tokenizer, "tokenizer.json")],
+)
+def test_a_file_is_no_folder(tmp_path, opened, what):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=f"file is a file: give the folder that holds {what}"):
+        opened(tmp_path / "file")
 
 
 NORM = "model.norm.weight"

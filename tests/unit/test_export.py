@@ -180,7 +180,10 @@ def test_an_export_of_an_export_keeps_what_its_card_tells(run, tmp_path):
     assert "| a\\|b | acc | 75.0% ± 1.0 |" in again and "| align | 3.2500 |" in again
     assert "| weights | bfloat16, cast from float32 after the measurements |" in again
     assert export(tmp_path / "first", tmp_path / "wide", "--dtype", "float32") == 0
-    assert "| weights | float32 |" in (tmp_path / "wide" / "README.md").read_text()
+    told = "cast from bfloat16, cast from float32 after the measurements |"
+    assert f"| weights | float32, {told}" in (tmp_path / "wide" / "README.md").read_text()
+    assert export(tmp_path / "wide", tmp_path / "wider") == 0
+    assert f"| weights | float32, {told}" in (tmp_path / "wider" / "README.md").read_text()
 
 
 def test_an_export_of_an_export_keeps_its_hub_teacher_and_what_is_measured_anew(exported, tmp_path):
@@ -264,7 +267,7 @@ def test_of_a_teacher_on_the_hub_no_weights_are_fetched(run, teacher, tmp_path, 
             shutil.copyfile(hub / path, folder / path)
         return str(folder)
 
-    monkeypatch.setattr("radlads.checkpoint.tokenizer_files.snapshot_download", fetched)
+    monkeypatch.setattr("radlads.checkpoint.hub_folder.snapshot_download", fetched)
     assert export(run, tmp_path / "out", "--teacher", "owner/name") == 0
     assert asked == ["owner/name"]
     got = {path.name for path in (tmp_path / "cache").iterdir()}

@@ -380,7 +380,9 @@ def test_an_interrupted_evaluation_goes_on(student, task_folder, tmp_path, monke
     ("options", "message"),
     [
         (["--tasks", "colour"], "did you mean colours"),
-        (["--tasks", "colours", "--limit", "-1"], "--limit must be more than 0"),
+        (["--tasks", "colours", "--limit", "-1"], "--limit must be a number above 0, not -1"),
+        (["--tasks", "colours", "--limit", "nan"], "--limit must be a number above 0, not nan"),
+        (["--tasks", "colours", "--limit", "inf"], "--limit must be a number above 0, not inf"),
         (["--tasks", "colours", "--batch-size", "0"], "--batch-size must be 1 or more"),
         (["--tasks", "colours", "--max-length", "0"], "--max-length must be 1 or more"),
         (["--tasks", "colours", "--num-fewshot", "-1"], "--num-fewshot must be 0 or more"),

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import weakref
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from radlads.checkpoint.tokenizer_files import read_tokenizer
 from radlads.cli import main
 from radlads.convert.hf_source import open_teacher
 from radlads.convert.student import build_student, build_teacher
+from radlads.evaluation import costs
 from radlads.evaluation.costs import RUNS, cost_of_context
 from radlads.evaluation.long_context import position_edges
 from radlads.evaluation.retrieval import FILLER, Prompt, PromptWriter, Recall, retrieval_grid
@@ -186,6 +188,26 @@ def test_a_context_is_read_as_often_as_it_is_timed(student):
     assert lengths.count(60) == 1 + RUNS + 1
 
 
+def test_the_peak_is_counted_once_a_decoder_has_been_there_and_is_gone(student, monkeypatch):
+    class Garbage:
+        """Which only the collector finds."""
+
+        def __init__(self):
+            self.itself = self
+
+    seen, left = [], []
+
+    def decode(*args, **keys):
+        seen.append("decode")
+        left.append(weakref.ref(Garbage()))
+        return 1.0
+
+    monkeypatch.setattr(costs, "decode_ms", decode)
+    monkeypatch.setattr(costs, "_begin_peak", lambda device: seen.append(left[0]() is None))
+    cost_of_context(student[1], range(60))
+    assert seen == ["decode", True, "decode"]
+
+
 def test_edges_double():
     assert position_edges(16) == [0, 16]
     assert position_edges(100) == [0, 16, 32, 64, 100]
@@ -241,6 +263,12 @@ def test_what_a_later_part_lacks_is_told_before_the_first_is_measured(teacher, t
         (["--lengths", "1m"], "--lengths takes numbers such as 512 or 8k, not '1m'"),
         (["--lengths", "4"], "--lengths must be different numbers of 16 tokens or more"),
         (["--depths", "0,120"], "--depths must be percentages from 0"),
+        (["--depths", "nan"], "--depths must be percentages from 0"),
+        (["--depths", ""], "--depths must be percentages from 0"),
+        (["--depths", "50,50.0"], "--depths must be different from each other"),
+        (["--parts", ""], "--parts takes one or more of passkey, needle, loss, costs"),
+        (["--parts", "costs,costs"], "--parts takes one or more of passkey, needle, loss, costs, each once"),
+        (["--text", "EMPTY"], "empty.txt is empty: give another --text"),
         (["--depths", "half"], "--depths takes percentages such as 0,50,100, not 'half'"),
         (["--parts", "passkey,ruler"], "--parts knows passkey, needle, loss, costs, not 'ruler'"),
         (["--samples", "0"], "--samples must be 1 or more"),
@@ -255,6 +283,8 @@ def test_what_a_later_part_lacks_is_told_before_the_first_is_measured(teacher, t
 )
 def test_mistakes_are_one_sentence(teacher, tmp_path, capsys, words, message):
     (tmp_path / "text").write_text("short")
-    words = [tmp_path / "text" if word == "TEXT" else word for word in words]
+    (tmp_path / "empty.txt").touch()
+    files = {"TEXT": tmp_path / "text", "EMPTY": tmp_path / "empty.txt"}
+    words = [files.get(word, word) for word in words]
     assert longcontext(teacher, "--out", tmp_path / "out", "--device", "cpu", *words) == 2
     assert message in capsys.readouterr().err

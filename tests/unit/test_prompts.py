@@ -1,17 +1,19 @@
 """What tokens a raw text becomes: those of transformers' tokenizer, whichever command reads it."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from radlads.checkpoint.hf_export import export
 from radlads.checkpoint.model_folder import load_model
 from radlads.cli import main
-from radlads.convert.hf_source import open_teacher, open_tokenizer
+from radlads.convert.hf_source import load_tokenizer, open_teacher, open_tokenizer
 from radlads.convert.student import build_student
 from radlads.evaluation.retrieval import PromptWriter
 from radlads.inference.chat_template import ChatTemplate
@@ -60,25 +62,30 @@ def test_a_text_that_goes_on_has_no_bos_and_no_text_has_no_tokens(theirs, ours):
     assert prompt_ids(ours, "") == []
 
 
-def test_a_tokenizer_that_is_told_to_adds_its_bos(teacher, tmp_path):
-    for name in ("config.json", "tokenizer.json"):
-        (tmp_path / name).write_bytes((teacher / name).read_bytes())
-    told = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|end|>", "add_bos_token": True}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(told))
-    tokenizer = open_tokenizer(tmp_path, tiny.VOCAB)._tokenizer
-    assert prompt_ids(tokenizer, "Who?") == AutoTokenizer.from_pretrained(tmp_path)("Who?")["input_ids"]
-
-
 def test_a_tokenizer_without_bos_puts_nothing_first(teacher):
     tokenizer = open_tokenizer(teacher, tiny.VOCAB)._tokenizer
     assert first_ids(tokenizer) == []
     assert tokenizer.decode(prompt_ids(tokenizer, "Who?")) == "Who?"
 
 
-def test_a_long_text_is_not_cut_short_nor_a_short_one_filled_up(ours):
-    ours.enable_truncation(3)
-    ours.enable_padding(length=9)
-    assert len(prompt_ids(ours, "Who are you?")) == 13
+@pytest.fixture
+def filling(folder, tmp_path):
+    """A folder whose tokenizer.json asks for short texts to be filled up, on the left, and for long ones to be cut."""
+    copy = shutil.copytree(folder, tmp_path / "filling")
+    tokenizer = Tokenizer.from_file(str(copy / "tokenizer.json"))
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=9, direction="left")
+    tokenizer.save(str(copy / "tokenizer.json"))
+    return copy
+
+
+@pytest.mark.parametrize("opened", [load_tokenizer, lambda *args: open_tokenizer(*args)._tokenizer])
+def test_a_long_text_is_not_cut_short_nor_a_short_one_filled_up(filling, theirs, opened):
+    tokenizer = opened(filling, tiny.VOCAB)
+    assert first_ids(tokenizer) == [theirs.bos_token_id]
+    assert prompt_ids(tokenizer, "?") == theirs("?")["input_ids"]
+    assert len(prompt_ids(tokenizer, "Who are you?")) == 13
+    assert len(PromptWriter("passkey", tokenizer, np.arange(200)).write(400, 0.5, seed=0).tokens) == 400
 
 
 def generated(capsys, folder, *words):

@@ -4,11 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from tokenizers import Tokenizer
 
 from radlads.checkpoint.atomic import read_json, write_text
+from radlads.checkpoint.hub_folder import DESCRIBING_FILES, locate_folder
 
 TOKENIZER_FILE = "tokenizer.json"
 GENERATION_FILE = "generation_config.json"
@@ -22,8 +21,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     GENERATION_FILE,
 )
-# Beside the tokenizer what says whose model it is and under which licence; no weights
-_HUB_FILES = ("*.json", "*.txt", "*.jinja", "README.md", "LICENSE*", "LICENCE*", "NOTICE*")
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -32,18 +29,7 @@ def locate_tokenizer(path_or_name: str | Path) -> Path:
 
     Raises ValueError if there is neither.
     """
-    folder, name = Path(path_or_name).expanduser(), str(path_or_name)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise ValueError(f"{folder} is a file: give the folder that holds {TOKENIZER_FILE}")
-    if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise ValueError(f"{name} is neither a folder nor a hub name such as Qwen/Qwen2.5-0.5B-Instruct")
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{name} is neither a folder nor a tokenizer that the hub hands out: {reason}") from error
+    return locate_folder(path_or_name, DESCRIBING_FILES, TOKENIZER_FILE)
 
 
 def choose_tokenizer(named: str | Path | None, *folders: Path) -> Path:
@@ -60,7 +46,10 @@ def choose_tokenizer(named: str | Path | None, *folders: Path) -> Path:
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The folder's tokenizer. Raises ValueError if it is missing, unreadable or empty."""
+    """The folder's tokenizer, which neither cuts texts short nor fills them up, whatever its file asks for.
+
+    Raises ValueError if it is missing, unreadable or empty.
+    """
     path = folder / TOKENIZER_FILE
     if not path.is_file():
         raise ValueError(f"{folder} has no {TOKENIZER_FILE}: copy the teacher's tokenizer files into it")
@@ -70,6 +59,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         raise ValueError(f"{path} is not a readable tokenizer: copy it anew") from error
     if num_ids(tokenizer) == 0:
         raise ValueError(f"{path} has no tokens: copy it anew")
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     return tokenizer
 
 

@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from radlads.checkpoint.atomic import read_json
+from radlads.checkpoint.hub_folder import DESCRIBING_FILES, locate_folder
 from radlads.checkpoint.model_folder import read_config
 from radlads.checkpoint.published import rope_parameters
 from radlads.checkpoint.tokenizer_files import TOKENIZER_FILE, num_ids, read_tokenizer
@@ -35,8 +34,7 @@ FAMILIES = {
     "LlamaForCausalLM": Family(attention_bias=False, qk_norm=False),
 }
 SUPPORTED_ARCHITECTURES = tuple(FAMILIES)
-# Weights, configuration, tokenizer, and what a model card says of the licence
-_TEACHER_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
+_TEACHER_FILES = ("*.safetensors", *DESCRIBING_FILES)
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -78,20 +76,7 @@ def open_teacher(path_or_name: str | Path) -> TeacherSource:
 
 def locate(path_or_name: str | Path) -> Path:
     """The local folder of a path or hub name. Raises ValueError if there is neither."""
-    path = Path(path_or_name).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise ValueError(f"{path} is a file: give the folder that holds config.json and the safetensors weights")
-    if str(path_or_name).count("/") != 1 or str(path_or_name).startswith((".", "/", "~")):
-        raise ValueError(f"{path_or_name} is neither a folder nor a hub name such as Qwen/Qwen2.5-0.5B-Instruct")
-    try:
-        return Path(snapshot_download(str(path_or_name), allow_patterns=_TEACHER_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"{path_or_name} is no local folder and could not be fetched from the hub: {reason}"
-        ) from error
+    return locate_folder(path_or_name, _TEACHER_FILES, "config.json and the safetensors weights")
 
 
 def teacher_config(values: dict, folder: Path) -> RadladsConfig:
@@ -139,10 +124,16 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
 
 
 def open_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer as transformers has it. Raises ValueError as load_tokenizer does."""
+    """The folder's tokenizer as transformers has it; its `_tokenizer` neither cuts texts short nor fills them up.
+
+    Raises ValueError as load_tokenizer does.
+    """
     load_tokenizer(folder, vocab_size)
     with quiet("transformers.configuration_utils"):  # it warns of model types that are not its own
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer._tokenizer.no_truncation()
+    tokenizer._tokenizer.no_padding()
+    return tokenizer
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -46,8 +47,8 @@ class Evaluation:
             raise ValueError("--tasks names no task: leave it out for the paper's")
         if self.settings.batch_rows < 1:
             raise ValueError(f"--batch-size must be 1 or more, not {self.settings.batch_rows}")
-        if self.settings.limit is not None and self.settings.limit <= 0:
-            raise ValueError(f"--limit must be more than 0, not {self.settings.limit}")
+        if self.settings.limit is not None and not 0 < self.settings.limit < math.inf:
+            raise ValueError(f"--limit must be a number above 0, not {self.settings.limit}")
         if self.settings.max_tokens is not None and self.settings.max_tokens < 1:
             raise ValueError(f"--max-length must be 1 or more, not {self.settings.max_tokens}")
         if self.settings.num_fewshot is not None and self.settings.num_fewshot < 0:

@@ -1,5 +1,6 @@
 """What a context costs: the time to read it, the time of a token after it, and the memory it leaves behind."""
 
+import gc
 import statistics
 import time
 from collections.abc import Sequence
@@ -35,7 +36,8 @@ class Cost:
 def cost_of_context(model: RadladsForCausalLM, tokens: Sequence[int]) -> Cost:
     """Measure reading `tokens` and decoding after them: medians after a warm-up that is not counted."""
     prompt = torch.tensor([list(tokens)], device=model.device)
-    _read(model, prompt)
+    decode_ms(model, prompt, steps=1, warmup=0)  # packs weights at first use, which are then there before the count
+    gc.collect()  # decoders of earlier measurements
     before = _begin_peak(model.device)
     reads = [_read(model, prompt) for _ in range(RUNS)]
     ms_a_token = decode_ms(model, prompt)

@@ -96,12 +96,10 @@ def run_tasks(
     """lm-eval's results of the model, None in processes that only help. `cache`: the start of the name of the file
     where answers are kept and found again.
 
-    Raises ValueError for more tokens than a model with softmax layers knows, and for a tokenizer without the chat
-    template that is asked for; OSError for a data set that cannot be fetched.
+    settings.chat_template: of a tokenizer that has one. Raises ValueError for more tokens than a model with softmax
+    layers knows, OSError for a data set that cannot be fetched.
     """
     check_max_tokens(model, settings.max_tokens)
-    if settings.chat_template and not tokenizer.chat_template:
-        raise ValueError("the tokenizer has no chat template: copy chat_template.jinja beside it, or do without one")
     from lm_eval import simple_evaluate
 
     limit = settings.limit

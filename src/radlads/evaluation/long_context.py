@@ -50,10 +50,14 @@ class LongContext:
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.parts) - set(PARTS)):
             raise ValueError(f"--parts knows {', '.join(PARTS)}, not {unknown[0]!r}")
+        if not self.parts or len(set(self.parts)) < len(self.parts):
+            raise ValueError(f"--parts takes one or more of {', '.join(PARTS)}, each once")
         if not self.lengths or min(self.lengths) < _FIRST_EDGE or len(set(self.lengths)) < len(self.lengths):
             raise ValueError(f"--lengths must be different numbers of {_FIRST_EDGE} tokens or more")
-        if not self.depths or min(self.depths) < 0 or max(self.depths) > 1:
+        if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
             raise ValueError("--depths must be percentages from 0 (the start) to 100 (just before the question)")
+        if len(set(self.depths)) < len(self.depths):
+            raise ValueError("--depths must be different from each other")
         for option, value in (
             ("--samples", self.num_samples),
             ("--batch-size", self.batch_rows),
@@ -142,7 +146,7 @@ def measure_long_context(settings: LongContext, console: Console) -> dict[str, A
     short for their fact, and states that would not fit into memory.
     """
     from radlads.checkpoint.tokenizer_files import choose_tokenizer
-    from radlads.convert.hf_source import load_tokenizer, locate
+    from radlads.convert.hf_source import locate, open_tokenizer
     from radlads.evaluation.models import model_config, open_model
     from radlads.inference.generate import check_memory, choose_device
     from radlads.report.plots import long_context_charts
@@ -158,7 +162,7 @@ def measure_long_context(settings: LongContext, console: Console) -> dict[str, A
     results = _head(settings, device, dtype)
     vocab_size = min(config.vocab_size for config in configs.values())
     tokenizer_folder = choose_tokenizer(settings.tokenizer, *folders.values())
-    tokenizer = load_tokenizer(tokenizer_folder, vocab_size)
+    tokenizer = open_tokenizer(tokenizer_folder, vocab_size)._tokenizer
     with _corpus(settings, tokenizer, tokenizer_folder, vocab_size) as corpus:
         _check_room(settings, tokenizer, corpus)
         for name, folder in folders.items():
@@ -325,6 +329,9 @@ def _corpus(
 
 def _text_of(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: give a text file, or a .bin/.idx pair") from error
+    if not text:
+        raise ValueError(f"{path} is empty: give another --text")
+    return text

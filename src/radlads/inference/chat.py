@@ -19,6 +19,7 @@ from radlads.inference.chat_template import ChatTemplate, Message
 from radlads.inference.decoder import Decoder, prefill
 from radlads.inference.generate import check_memory, choose_device, decoded
 from radlads.inference.options import sampling_of
+from radlads.inference.prompts import checked_text
 from radlads.inference.sampling import Sampling
 from radlads.model.cache import RadladsCache
 from radlads.model.modeling import RadladsForCausalLM
@@ -50,23 +51,22 @@ class Conversation:
         self._forget_state()
 
     def reply(self, text: str) -> Generator[str, None, None]:
-        """Say `text` and yield the reply as it comes; as far as it is taken, it becomes part of the history.
+        """Read `text`, and return the reply as it comes; as far as it is taken, both become part of the history.
 
-        Raises ValueError, and leaves the history as it was, if the template fails or memory is too small.
+        Raises ValueError, before anything is generated, if the template fails or memory is too small; the history is
+        then as it was.
         """
-        self.messages.append({"role": "user", "content": text})
-        try:
-            logits = self._read(self.template.token_ids(self.messages))
-        except BaseException:
-            self.messages.pop()
-            raise
+        asked: list[Message] = [*self.messages, {"role": "user", "content": text}]
+        return self._said(asked, self._read(self.template.token_ids(asked)))
+
+    def _said(self, asked: list[Message], logits: torch.Tensor) -> Generator[str, None, None]:
         answer: list[str] = []
         try:
             for piece in self._generated(logits):
                 answer.append(piece)
                 yield piece
         finally:
-            self.messages.append({"role": "assistant", "content": "".join(answer)})
+            self.messages = [*asked, {"role": "assistant", "content": "".join(answer)}]
 
     def _read(self, token_ids: list[int]) -> torch.Tensor:
         """Bring the state up to date with the conversation's tokens; the logits after the last one."""
@@ -101,7 +101,8 @@ def converse(
     """Answer what `read` returns, line by line, until it returns None. Ctrl-C stops a reply; /reset begins anew.
 
     write: takes replies, piece by piece. notice: takes sentences about the conversation, and what is wrong with a
-    message that cannot be answered, which leaves no trace in it. Returns how many there were of those.
+    message that cannot be read, which leaves no trace in it. Returns how many there were of those. What goes wrong
+    later, within a reply, is raised.
     """
     has_told, num_refused = False, 0
     while (text := read()) is not None:
@@ -110,11 +111,15 @@ def converse(
             notice("the conversation begins anew")
         elif text.strip():
             try:
-                _answer(conversation, text, write)
+                pieces = conversation.reply(text)
+            except KeyboardInterrupt:
+                write("\n")
+                continue
             except ValueError as error:
                 num_refused += 1
                 notice(str(error))
                 continue
+            _write_out(pieces, write)
             if conversation.began_anew and not has_told:
                 has_told = True
                 notice(
@@ -123,8 +128,7 @@ def converse(
     return num_refused
 
 
-def _answer(conversation: Conversation, text: str, write: Callable[[str], None]) -> None:
-    pieces = conversation.reply(text)
+def _write_out(pieces: Generator[str, None, None], write: Callable[[str], None]) -> None:
     try:
         for piece in pieces:
             write(piece)
@@ -134,16 +138,20 @@ def _answer(conversation: Conversation, text: str, write: Callable[[str], None])
 
 
 def open_conversation(arguments: argparse.Namespace, notice: Callable[[str], None]) -> Conversation:
-    """The conversation that add_chat_options' arguments describe. Errors as load_model's and ChatTemplate's."""
+    """The conversation that add_chat_options' arguments describe.
+
+    Raises ValueError for a system message that is no text, and as load_model and ChatTemplate do.
+    """
     from radlads.checkpoint.model_folder import load_model, open_model
 
     sampling = sampling_of(arguments)
+    system = None if arguments.system is None else checked_text(arguments.system, "--system")
     device, dtype = choose_device(arguments.device)
     template = ChatTemplate(arguments.folder, open_model(arguments.folder).config.vocab_size)
     if missing := template.missing_tokens():
         notice(f"warning: the chat template writes {', '.join(missing)}, which the tokenizer has no token for")
     model = load_model(arguments.folder, dtype=dtype).to(device)  # type: ignore[arg-type]
-    return Conversation(model, template, sampling, system=arguments.system)
+    return Conversation(model, template, sampling, system=system)
 
 
 def line_reader() -> Callable[[], str | None]:

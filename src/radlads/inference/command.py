@@ -15,7 +15,7 @@ from radlads.convert.hf_source import open_tokenizer
 from radlads.inference import generate
 from radlads.inference.chat_template import stop_ids
 from radlads.inference.options import sampling_of
-from radlads.inference.prompts import batches, checked_text, prompt_ids, read_prompt, read_prompts
+from radlads.inference.prompts import ANSWER_KEYS, batches, checked_text, prompt_ids, read_prompt, read_prompts
 from radlads.inference.sampling import Sampling
 from radlads.inference.saved_state import ReadText, fingerprint, load_state, read_text, save_state
 from radlads.model.modeling import RadladsForCausalLM
@@ -81,7 +81,7 @@ def _check(arguments: argparse.Namespace) -> None:
 def _prompt(arguments: argparse.Namespace) -> str:
     if arguments.prompt_file is not None:
         return read_prompt(arguments.prompt_file)
-    return checked_text(arguments.prompt or "")
+    return checked_text(arguments.prompt or "", "--prompt")
 
 
 def _open(arguments: argparse.Namespace) -> _Model:
@@ -111,5 +111,5 @@ def _answers(
         for index, tokens in zip(batch, continuations, strict=True):
             reason = "length" if len(tokens) == sampling.max_tokens else "stop"
             text = "".join(generate.decoded(opened.tokenizer, tokens))
-            answer = {"text": text, "num_tokens": len(tokens), "finish_reason": reason}
+            answer = dict(zip(ANSWER_KEYS, (text, len(tokens), reason), strict=True))
             yield json.dumps(records[index] | answer, ensure_ascii=False) + "\n"

@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+# What an answer adds to its prompt's record
+ANSWER_KEYS = ("text", "num_tokens", "finish_reason")
 
-def checked_text(text: str) -> str:
-    """A command line's prompt. Raises ValueError if it is no UTF-8 text."""
+
+def checked_text(text: str, what: str) -> str:
+    """A text of the command line or of a record. Raises ValueError that says `what` is no UTF-8 text, if it is none."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError("the prompt is not UTF-8 text: give it as such, or in a file with --prompt-file") from error
+        raise ValueError(f"{what} is not UTF-8 text: convert it first") from error
     return text
 
 
@@ -51,8 +54,6 @@ def prompt_ids(tokenizer: "Tokenizer", text: str, *, continues: bool = False) ->
     """
     if not text:
         return []
-    tokenizer.no_truncation()  # a tokenizer.json may ask for either
-    tokenizer.no_padding()
     return tokenizer.encode(text, add_special_tokens=not continues).ids
 
 
@@ -91,7 +92,9 @@ def _json_record(line: str, where: str) -> dict[str, Any]:
         raise ValueError(f'{where} has no text as "prompt": give an object such as {{"prompt": "..."}}')
     if not record["prompt"]:
         raise ValueError(f"{where} has an empty prompt: fill it, or take it out")
-    checked_text(record["prompt"])
+    if taken := [key for key in ANSWER_KEYS if key in record]:
+        raise ValueError(f'{where} has a "{taken[0]}" of its own, where the answer is written: call it something else')
+    checked_text(record["prompt"], f'the "prompt" of {where}')
     return record
 
 

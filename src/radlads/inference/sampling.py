@@ -10,13 +10,15 @@ import torch
 import torch.nn.functional as F
 
 GROUP_TOKENS = 128
+MAX_SEED = 2**63 - 1  # torch takes twice as much, which leaves room for rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How the next token is chosen. temperature 0 takes the likeliest; top_k 0 and top_p 1 leave all tokens in;
-    seed None draws another text every time, and row n of a batch draws with seed + n. max_tokens bounds the tokens
-    generated. num_ids: ids from there on, the rows that pad an embedding, are never chosen; 0 = every row is a token's.
+    seed None draws another text every time, and row n of a batch draws with seed + n (0 to MAX_SEED). max_tokens bounds
+    the tokens generated. num_ids: ids from there on, the rows that pad an embedding, are never chosen; 0 = every row is
+    a token's.
     """
 
     temperature: float = 1.0
@@ -33,6 +35,8 @@ class Sampling:
             raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
         if self.top_k < 0 or self.max_tokens < 1:
             raise ValueError("top_k must be 0 or more, and max_tokens 1 or more")
+        if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
+            raise ValueError(f"seed must be from 0 to {MAX_SEED}, not {self.seed}")
         if self.num_ids < 0:
             raise ValueError(f"num_ids must be 0 (all rows of the embedding) or more, not {self.num_ids}")
 

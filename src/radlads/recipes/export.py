@@ -255,7 +255,7 @@ def _card_facts(export: Export, source: Source, written: StoredModel, name: str,
     """The card's facts."""
     (teacher, base_model), earlier = _names_of_teacher(source), source.earlier
     weights, dtype = written.used, _dtype_of(written.used)
-    measured_in = (earlier and earlier.cast_from) or _dtype_of(open_model(source.folder).weights)
+    before = [_dtype_of(open_model(source.folder).weights), *(earlier.cast_from if earlier else ())]
     return CardFacts(
         name=export.repo or name,
         teacher=teacher,
@@ -267,7 +267,7 @@ def _card_facts(export: Export, source: Source, written: StoredModel, name: str,
         stages=source.stages,
         measured=source.measured,
         convert=CONVERT.format(folder=name) if export.for_llama_cpp else None,
-        cast_from=None if measured_in == dtype else measured_in,
+        cast_from=before if before[0] != dtype else before[1:],
         earlier=earlier,
     )
 

@@ -46,7 +46,8 @@ class CardFacts:
     """What the card is made of. name: of the repository or folder. teacher: its hub name or its folder's own.
 
     convert: llama.cpp's command where the folder is for its converter. difference: of the logits after reloading.
-    cast_from: the type of the run's weights, where that is another one. earlier: the run's own card, of an export.
+    cast_from: the types that the weights had before this one, the latest first. earlier: the run's own card, of an
+    export.
     """
 
     name: str
@@ -59,7 +60,7 @@ class CardFacts:
     stages: Sequence[Stage]
     measured: Measurements
     convert: str | None
-    cast_from: str | None
+    cast_from: Sequence[str]
     earlier: "EarlierCard | None" = None
 
 
@@ -75,10 +76,9 @@ class EarlierCard:
         return self._described("teacher", unknown=NOT_RECORDED)
 
     @property
-    def cast_from(self) -> str | None:
-        """The type that the weights had when they were measured, if it is not their present one."""
-        _, _, rest = (self._described("weights") or "").partition(_CAST)
-        return rest.removesuffix(_CAST_END) or None
+    def cast_from(self) -> list[str]:
+        """The types that the weights had before their present one; when they were measured, the last of these."""
+        return (self._described("weights") or "").removesuffix(_CAST_END).split(_CAST)[1:]
 
     def _described(self, row: str, *, unknown: str = "") -> str | None:
         """What the description's table has beside a name."""
@@ -198,7 +198,7 @@ def _description(facts: CardFacts) -> list[str]:
         ["vocabulary", f"{config.vocab_size:,}"],
         [
             "weights",
-            dtype if facts.cast_from is None else f"{dtype}{_CAST}{facts.cast_from}{_CAST_END}",
+            _CAST.join([dtype, *facts.cast_from]) + (_CAST_END if facts.cast_from else ""),
         ],
         ["state of a sequence after 1k, 8k, 64k tokens", f"{sizes} MB"],
         ["logits after reloading, largest difference", f"{facts.difference:.1e}"],
