@@ -20,10 +20,12 @@ from radlads.config.load import load_config
 from radlads.console import Silent
 from radlads.data.binidx import BinIdxWriter
 from radlads.recipes.single_stage import train_stage
+from radlads.train import replicas
 from radlads.train.lightning_module import StageModule
 from radlads.train.processes import joined
 
 END = 255
+replicas.LARGE_NUMBERS = 1000  # or every gradient of a tiny model would travel with the others, at the end
 
 
 class Printing(Silent):

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import stages
+import tiny
 from launch import AT_MOST_S, curve, run, start
 from tolerances import TRAJECTORY_MAX
 
@@ -67,6 +68,34 @@ def test_a_signal_stops_all_and_another_number_of_processes_goes_on(folder, teac
     out, _ = run(folder, [{"keys": stages.keys(folder, teacher, "align", name, **settings[then])}])
     assert "going on after step 7 of 30" in out
     assert_same_curve(folder, name)
+
+
+@pytest.mark.parametrize("settings", [{}, {"optimizer": "adamwschedulefree"}, {"precision": "bf16-true"}])
+def test_a_sharded_student_goes_on_whole_after_measurements(folder, teacher, settings):
+    """Embedding, head and norm are gathered by every forward pass, held-out ones included."""
+    names = [f"{kind}-{'-'.join(map(str, settings.values()))}" for kind in ("straight", "resumed")]
+    settings = settings | {"strategy": "fsdp", "load_model": str(folder / "one"), "checkpoint_every_steps": 4}
+    settings |= {
+        "heldout_every_steps": 4,
+        "heldout_tail_tokens": 200,
+        "heldout_tokens": 64,
+        "my_exit_tokens": 16 * 8 * 12,
+    }
+    straight, resumed = ({"keys": stages.keys(folder, teacher, "distill", name, **settings)} for name in names)
+    run(folder, [straight])
+    run(folder, [resumed | {"stop": [1, 7]}], code=128 + signal.SIGTERM)
+    run(folder, [resumed])
+    assert curve(folder, names[1]) == pytest.approx(curve(folder, names[0]), rel=1e-6)
+    assert len(curve(folder, names[0])) == 12
+
+
+def test_another_strategy_goes_on_with_a_tied_teachers_student_in_bf16(tmp_path):
+    folder, tied = stages.corpus(tmp_path), tiny.teacher_folder(tmp_path / "tied", tied=True)
+    settings = {"precision": "bf16-true"}
+    first = stages.keys(folder, tied, "align", "run", strategy="ddp", **settings)
+    run(folder, [{"keys": first, "stop": [0, 6]}], code=128 + signal.SIGTERM)
+    out, _ = run(folder, [{"keys": first | {"train.strategy": "fsdp"}}])
+    assert "going on after step 7 of 30" in out
 
 
 def test_an_error_that_one_process_has_ends_all(folder, teacher):

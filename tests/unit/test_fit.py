@@ -176,7 +176,7 @@ def test_a_damaged_manifest_is_noticed(tmp_path):
         ({"data_file": "/no/such/corpus"}, "/no/such/corpus"),
         ({"accelerator": "gpu"}, "no CUDA GPU is here"),
         ({"magic_prime": 15}, "15"),
-        ({"devices": 2}, "ask for 2 processes, but 1 runs: use radlads train, which starts them, or set both to 1"),
+        ({"devices": 2}, "ask for 2 processes, but 1 runs: use radlads train, which starts them"),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that must not be there")

@@ -133,6 +133,9 @@ class SafetensorsFolder(StoredWeights):
         if not self._file_of:
             raise ValueError(f"{folder} holds no weights: copy it anew")
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._file_of  # Mapping's own reads the tensor
+
     def __getitem__(self, name: str) -> torch.Tensor:
         with _opened(self._file_of[name]) as file:
             return _present(file, name, self._file_of[name]).get_tensor(name)
@@ -159,6 +162,9 @@ class RowShards(StoredWeights):
 
     def __init__(self, shards: Sequence[StoredWeights]):
         self._shards = shards
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shards[0]
 
     def __getitem__(self, name: str) -> torch.Tensor:
         parts = [shard[name] for shard in self._shards if name in shard]

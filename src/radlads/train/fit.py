@@ -105,12 +105,12 @@ def run_stage(
     with StopRequests(alone=processes.size == 1) as stop:
         learns_from = teacher if stage.needs_teacher or heldout else None
         module = StageModule(stage, student, learns_from, train, num_steps, stop=stop, processes=processes)
-        for model in (student, *([learns_from] if learns_from else [])):
-            settle(model)
         with ExitStack() as opened:
             partial = processes.from_first(lambda: opened.enter_context(unfinished_folder(folder, keep_earlier=True)))
             begin = processes.from_first(lambda: first_checkpoint(train.resume, partial, run, console))
             position = _begin(begin, module, partial, console)
+            for model in (student, *([learns_from] if learns_from else [])):
+                settle(model)
             if train.spike_factor:
                 module.spike_guard = SpikeGuard(train.spike_factor, partial, console.line, position.spike_guard)
             if processes.is_first:

@@ -13,6 +13,7 @@ from radlads.checkpoint.weights import own_part
 
 def own_parts(parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.nn.Parameter]:
     """By name, the parameters themselves, or parameters of the same memory as this process's rows of sharded ones."""
+    assert len({isinstance(each, DTensor) for each in parameters.values()}) <= 1, "some are gathered for now"
     return {
         name: torch.nn.Parameter(own_part(each)) if isinstance(each, DTensor) else each
         for name, each in parameters.items()

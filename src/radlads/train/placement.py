@@ -41,6 +41,8 @@ def build_models(config: Config, student: Blueprint, teacher: Blueprint | None, 
         frozen = None if teacher is None else teacher.build()[0].eval().requires_grad_(False)
         return Models(built.eval(), frozen, rows)
     check_shardable(config.train)
+    if student.config.tie_word_embeddings:
+        raise ValueError("the student's head is its embedding, and train.strategy fsdp shards them apart: set ddp")
     assert processes.device is not None
     device = processes.device
     mesh = init_device_mesh(device.type, (processes.size,))

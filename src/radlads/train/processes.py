@@ -34,9 +34,9 @@ from radlads.config.schema import TrainConfig
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
-BEAT_S, DEAD_AFTER_S, LEFT_AFTER_S = 1.0, 30.0, 5.0
-"""How often a process says that it lives, after how long a silent one is taken for dead, and how long the others have
-to end by themselves once one has left with an error."""
+BEAT_S, DEAD_AFTER_S, LEFT_AFTER_S, WORD_AFTER_S = 1.0, 30.0, 5.0, 15.0
+"""How often a process says that it lives, after how long a silent one is taken for dead, how long the others have to
+end by themselves once one has left with an error, and how long one with an error waits for the first to have it too."""
 LOST = 2
 """Exit code of a process that ends because another one is gone: starting the command again mends it."""
 _LAUNCHERS = (SLURMEnvironment, TorchElasticEnvironment, MPIEnvironment, LSFEnvironment)
@@ -133,7 +133,8 @@ def check_processes(train: TrainConfig, processes: Processes) -> None:
     if processes.size < asked:
         raise ValueError(
             f"train.devices {train.devices} and train.num_nodes {train.num_nodes} ask for {asked} processes, but "
-            f"{processes.size} runs: use radlads train, which starts them, or set both to 1"
+            f"{processes.size} runs: use radlads train, which starts them (under SLURM, give srun as many tasks), or "
+            "set both to 1"
         )
 
 
@@ -231,6 +232,9 @@ def _watched(rank: int, size: int, children: list[subprocess.Popen[bytes]]) -> I
         if watch.tells(lost):
             raise OSError(lost) from error
         raise SystemExit(LOST) from error
+    except SystemExit:  # all stop, after the same step
+        watch.leave("")
+        raise
     except BaseException as error:
         watch.leave(repr(error))
         raise
@@ -318,7 +322,7 @@ class Watch(threading.Thread):
     def wait_for_word_of(self, rank: int) -> str | None:
         """Why a process has left, if it does so soon."""
         try:
-            self._store.wait([f"left/{rank}"], timedelta(seconds=LEFT_AFTER_S))
+            self._store.wait([f"left/{rank}"], timedelta(seconds=WORD_AFTER_S))
             return self._store.get(f"left/{rank}").decode()
         except RuntimeError:
             return None

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from radlads.checkpoint.atomic import read_json
 from radlads.checkpoint.manifest import sha256
+from radlads.checkpoint.weights import EMBEDDING, HEAD
 from radlads.config.compare import deciding, differences
 from radlads.config.schema import Config
 from radlads.console import Console
@@ -56,22 +57,31 @@ def describe_run(
     Not how a step's sequences are spread over micro-batches and processes: the order of the data does not depend on it.
     """
     tokens = [f"{share} of {reader.num_tokens} tokens, index {_index_hash(reader)}" for reader, share in corpora]
-    models = {"student at the start": fingerprint(student), "teacher": fingerprint(teacher) if teacher else None}
+    dtype = torch.bfloat16 if config.train.precision == "bf16-true" else torch.float32
+    models: dict[str, Any] = {"student at the start": fingerprint(student, dtype)}
+    models["teacher"] = fingerprint(teacher, dtype) if teacher else None
     kept = {key: value for key, value in deciding(config).items() if key not in _SPREAD}
     sequences = {"sequences in a step": sequences_per_step(config.train, processes)}
     return kept | sequences | models | {"training tokens": ", ".join(tokens)}
 
 
-def fingerprint(model: RadladsForCausalLM) -> str:
-    """A hash of numbers from all over every parameter, in fp32. All processes have to take part for a sharded model."""
+def fingerprint(model: RadladsForCausalLM, dtype: torch.dtype = torch.float32) -> str:
+    """A hash of numbers from all over every parameter, rounded to `dtype`, but for a head that is the embedding or its
+    copy. All processes have to take part for a sharded model."""
+    numbers = {name: _numbers(parameter, dtype) for name, parameter in model.named_parameters()}
+    if HEAD in numbers and torch.equal(numbers[HEAD], numbers[EMBEDDING]):
+        del numbers[HEAD]
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    for name, each in numbers.items():
         digest.update(name.encode())
-        every = max(1, parameter.numel() // _NUMBERS_COMPARED)
-        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        numbers = whole.detach().flatten()[::every].float().cpu().contiguous()
-        digest.update(numbers.view(torch.uint8).numpy().data)
+        digest.update(each.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def _numbers(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    every = max(1, parameter.numel() // _NUMBERS_COMPARED)
+    whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    return whole.detach().flatten()[::every].to(dtype).float().cpu().contiguous()
 
 
 def _index_hash(reader: BinIdxReader) -> str:

@@ -46,8 +46,9 @@ def _shard(model: RadladsForCausalLM, mesh: DeviceMesh, *, mixers_run_alone: boo
         if mixers_run_alone and layer in model.config.recurrent_layers:
             fully_shard(block.self_attn, mesh=mesh)
         fully_shard(block, mesh=mesh)
-    fully_shard(model.lm_head, mesh=mesh)
-    fully_shard(model.model, mesh=mesh)
+    # Both are roots, whose parameters FSDP2 would leave whole after a forward pass that no backward pass follows
+    fully_shard(model.lm_head, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model.model, mesh=mesh, reshard_after_forward=True)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Gradients of sums are added up, and divided once by the count of all processes

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 from radlads.checkpoint.atomic import read_json, unfinished_folder, write_text
 from radlads.checkpoint.manifest import MANIFEST, sha256, versions
@@ -101,14 +102,7 @@ def write_checkpoint(
         held = Held(ModelWeights(student), _Tensors(moments), groups)
     with ExitStack() as opened:
         folder = processes.from_first(lambda: opened.enter_context(unfinished_folder(target, keep_failed=False)))
-        own_hashes: dict[str, str] = {}
-        if in_shards:
-            shard = folder / SHARD.format(processes.rank, processes.size)
-            weights = {f"{WEIGHT}{name}": own_part(each) for name, each in student.named_parameters()}
-            rest = weights | (_random_tensors() if processes.is_first else {})
-            _write_state(held.moments, rest, shard)
-            own_hashes[shard.name] = sha256(shard)
-        hashes = {name: digest for each in processes.gather(own_hashes) for name, digest in each.items()}
+        hashes = _write_shards(folder, student, held, processes) if in_shards else {}
         if processes.is_first:
             if not in_shards:
                 save_model(student, folder, weights=held.weights)
@@ -126,6 +120,23 @@ def write_checkpoint(
                     part[name]
     processes.wait_for_all()
     return target
+
+
+def _write_shards(folder: Path, student: RadladsForCausalLM, held: Held, processes: Processes) -> dict[str, str]:
+    """Write this process's rows, and return the hash of every process's file. OSError in all if one could not write."""
+    shard = folder / SHARD.format(processes.rank, processes.size)
+    assert all(isinstance(each, DTensor) for each in student.parameters()), "some parameters are gathered for now"
+    weights = {f"{WEIGHT}{name}": own_part(each) for name, each in student.named_parameters()}
+    written, fault = {}, ""
+    try:
+        _write_state(held.moments, weights | (_random_tensors() if processes.is_first else {}), shard)
+        written[shard.name] = sha256(shard)
+    except OSError as error:
+        fault = f"{folder} cannot be written by process {processes.rank}: {error.strerror or error}"
+    found = processes.gather((written, fault))
+    if faults := [fault for _, fault in found if fault]:
+        raise OSError(faults[0])
+    return {name: digest for each, _ in found for name, digest in each.items()}
 
 
 def remove(checkpoint: Path) -> None:
