@@ -178,7 +178,7 @@ def _use(facts: CardFacts) -> list[str]:
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f'model = AutoModelForCausalLM.from_pretrained("{facts.name}", trust_remote_code=True)',
-        f'tokenizer = AutoTokenizer.from_pretrained("{facts.name}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{facts.name}", trust_remote_code=True)',
         'tokens = model.generate(**tokenizer("The", return_tensors="pt"), max_new_tokens=50)',
         "print(tokenizer.decode(tokens[0]))",
         "```",
