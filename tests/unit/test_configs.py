@@ -225,7 +225,7 @@ def test_a_file_of_the_released_system_loads_unchanged(tmp_path):
     assert (config.model.rope.base, config.train.teacher.kl_weight) == (1e6, 1.0)
     assert without_effect(config) == [
         *("model.classname", "model.vocab_padding_idx", "model.attention_type"),
-        *("train.load_partial", "train.train_stage", "train.epoch_save", "train.ds_bucket_mb"),
+        *("train.load_partial", "train.train_stage", "train.epoch_save"),
         "train.teacher.model.ctx_len",
     ]
 
