@@ -40,6 +40,7 @@ STUDENT: dict[str, Any] = {"tmix": "rad_rwkv7", "groupnorm_att": 0, "gate_rank_t
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="0.5b", choices=["tiny", *QWEN25])
+    parser.add_argument("--layers", type=int, help="so many of the size's layers")
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--strategies", default="ddp,fsdp")
     parser.add_argument("--stages", default="align,distill")
@@ -70,6 +71,7 @@ class Runs:
     def __init__(self, arguments: argparse.Namespace, folder: Path):
         self.arguments, self.folder = arguments, folder
         layers, channels, inner, heads, kv_heads, vocabulary, tied = QWEN25.get(arguments.size, TINY)
+        layers = arguments.layers or layers
         save_teacher(folder / "teacher", layers, channels, inner, heads, kv_heads, vocabulary, tied=tied)
         save_corpus(folder / "corpus", vocabulary)
         (folder / "student").mkdir()
@@ -84,7 +86,7 @@ class Runs:
         if not wanted.no_curves:
             whole = self.run(stage, "whole", devices=1, sequences=sequences, accumulate=devices)
             yield whole
-        for strategy in wanted.strategies.split(","):
+        for strategy in filter(None, wanted.strategies.split(",")):
             found = self.run(stage, strategy, devices=devices, sequences=sequences)
             if "failed" not in found and "failed" not in alone:
                 found["efficiency"] = found["tokens_per_s"] / (devices * alone["tokens_per_s"])

@@ -271,7 +271,7 @@ def build_trainer(
             f"this GPU (compute capability {capability}) has no bf16 units, which train.precision {precision!r} needs: "
             "set --train.precision fp32, or take a GPU of compute capability 8.0 or newer"
         )
-    return L.Trainer(
+    trainer = L.Trainer(
         accelerator=accelerator,
         **strategy_arguments(train, processes),
         precision=_LIGHTNING_PRECISION.get(precision, precision),
@@ -283,6 +283,9 @@ def build_trainer(
         enable_checkpointing=False,
         use_distributed_sampler=False,
     )
+    # Signals are agreed on in the step's own sum; Lightning would wait for the GPU before every micro-batch for that
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    return trainer
 
 
 def recipe_hash(*parts: object) -> str:

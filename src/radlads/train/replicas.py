@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from torch.utils.hooks import RemovableHandle
 
 from radlads.train.processes import Processes
 
@@ -26,16 +27,16 @@ class GradientSums:
         self._large = [name for name, parameter in parameters.items() if parameter.numel() >= LARGE_NUMBERS]
         # All processes have to start in one order. It is the one in which the first process's were complete once.
         self._order: list[str] | None = None
-        self._complete: list[str] = []
+        self._complete: dict[str, None] = {}
         self._started: list[str] = []
         self._works: list[dist.Work] = []
-        self._watches = False
-        for name in self._large:
-            parameters[name].register_post_accumulate_grad_hook(self._hook(name))
+        self._hooks: list[RemovableHandle] = []
 
     def begin_last(self) -> None:
         """A micro-batch begins that is its window's last, and gives every parameter its gradient once."""
-        self._watches = True
+        self._hooks = [
+            self._parameters[name].register_post_accumulate_grad_hook(self._completed(name)) for name in self._large
+        ]
 
     def finish(self) -> None:
         """Make every gradient the sum over all processes."""
@@ -43,7 +44,7 @@ class GradientSums:
             for parameter in self._parameters.values():
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-        if self._watches and self._order is None:
+        if self._hooks and self._order is None:
             order = self._processes.from_first(lambda: list(self._complete))
             self._order = [*order, *(name for name in self._large if name not in order)]
         for name in (self._order or self._large)[len(self._started) :]:
@@ -51,17 +52,18 @@ class GradientSums:
         self._add_small()
         for work in self._works:
             work.wait()
-        self._complete, self._started, self._works, self._watches = [], [], [], False
+        for hook in self._hooks:
+            hook.remove()
+        self._complete, self._started, self._works, self._hooks = {}, [], [], []
 
-    def _hook(self, name: str) -> Callable[[torch.Tensor], None]:
+    def _completed(self, name: str) -> Callable[[torch.Tensor], None]:
         def completed(parameter: torch.Tensor) -> None:
-            if not self._watches:
-                return
-            self._complete.append(name)
-            while self._order is not None and self._order[len(self._started)] in self._complete:
-                self._start(self._order[len(self._started)])
-                if len(self._started) == len(self._order):
-                    return
+            if name in self._complete:
+                raise RuntimeError(f"{name} got a gradient twice in the last micro-batch of a step")
+            self._complete[name] = None
+            order = self._order or []
+            while len(self._started) < len(order) and order[len(self._started)] in self._complete:
+                self._start(order[len(self._started)])
 
         return completed
 
