@@ -152,13 +152,9 @@ def test_what_is_sharded_is_divided(seven):
     sharded = parts_of(seven, "fsdp")
     for part in ("weights", "optimiser", "teacher"):
         assert sharded[part] == pytest.approx(alone[part] / 8)
-    first, second, third = (parts_of(seven, f"deepspeed_stage_{stage}") for stage in (1, 2, 3))
-    assert (
-        first["optimiser"] == second["optimiser"] == third["optimiser"] == pytest.approx(12 * seven.student.total / 8)
-    )
+    first, second = (parts_of(seven, f"deepspeed_stage_{stage}") for stage in (1, 2))
+    assert first["optimiser"] == second["optimiser"] == pytest.approx(12 * seven.student.total / 8)
     assert first["gradients"] > second["gradients"]
-    assert second["weights"] == 8 * third["weights"]
-    assert second["teacher"] == 8 * third["teacher"]
 
 
 def test_fp32_weights_take_twice_as_much(seven):

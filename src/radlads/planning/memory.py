@@ -15,7 +15,7 @@ from radlads.model.configuration import RadladsConfig
 from radlads.planning import activations
 from radlads.planning.models import Parameters, count_parameters
 
-Strategy = Literal["single", "ddp", "fsdp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"]
+Strategy = Literal["single", "ddp", "fsdp", "deepspeed_stage_1", "deepspeed_stage_2"]
 Precision = Literal["bf16-true", "bf16"]
 # cuBLAS's workspaces (32 MiB for each thread and stream), RoPE tables, norms, rounding: what an H200 showed beyond what
 # is counted here, at every shape measured
@@ -80,7 +80,6 @@ def sharding(step: Step) -> Sharding:
         "ddp": Sharding(1, 1, 1),
         "deepspeed_stage_1": Sharding(1, 1, n),
         "deepspeed_stage_2": Sharding(1, n, n),
-        "deepspeed_stage_3": Sharding(n, n, n),
         "fsdp": Sharding(n, n, n),
     }[step.strategy]
 
@@ -94,9 +93,10 @@ class ParameterBytes(NamedTuple):
 
 
 def parameter_bytes(step: Step) -> ParameterBytes:
-    """AdamW's. DeepSpeed trains bf16 weights whatever the precision, and its optimiser has fp32 ones of its own."""
+    """AdamW's. DeepSpeed trains bf16 weights whatever the precision, and its optimiser has fp32 ones of its own. Stage 2
+    adds its part of the gradients up in fp32."""
     if step.strategy.startswith("deepspeed"):
-        return ParameterBytes(2, 2, 12)
+        return ParameterBytes(2, 4 if step.strategy == "deepspeed_stage_2" else 2, 12)
     return ParameterBytes(4, 4, 8) if step.wide else ParameterBytes(2, 2, 4)
 
 
@@ -181,24 +181,24 @@ def _teacher_bytes(models: Models, step: Step) -> float:
 
 
 def _gathered_bytes(models: Models, step: Step) -> float:
-    """Sharded weights that are whole for now, in bf16: the block that runs and the next, embedding and head."""
-    student, teacher = models.student, models.teacher
+    """Sharded weights that are whole for now, in their own type: the block that runs and the next, embedding, head."""
+    student, teacher, size = models.student, models.teacher, float(parameter_bytes(step).weight)
     if step.stage == "align":
-        return 2.0 * (2 * teacher.largest_block + teacher.embedding + 2 * max(student.mixers))
+        return size * (2 * teacher.largest_block + teacher.embedding + 2 * max(student.mixers))
     roots = student.embedding + student.head
     if step.stage == "distill":
         roots += teacher.embedding + teacher.head
-    return 2.0 * (2 * student.largest_block + roots)
+    return size * (2 * student.largest_block + roots)
 
 
 def _gradient_bytes(models: Models, step: Step, count: float) -> float:
     """Of `count` parameters; where they are sharded, those of one block or of the head are whole before that."""
-    size, shared = parameter_bytes(step).gradient, sharding(step).gradients
+    size, shared = parameter_bytes(step), sharding(step).gradients
     if shared == 1:
-        return count * size
+        return count * size.gradient
     student = models.student
     whole = max(student.mixers) if step.stage == "align" else max(student.largest_block, student.head)
-    return count * size / shared + whole * size
+    return count * size.gradient / shared + whole * size.weight
 
 
 def _align_moments(models: Models, step: Step) -> Iterator[Moment]:
