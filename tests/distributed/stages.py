@@ -1,14 +1,16 @@
 """A program for tests: `stages.py SPEC.json` trains the stages that SPEC lists, one after the other, in its processes.
 
-Each entry has the configuration's dotted keys, and `kill` or `raises`, [rank, step]: where a process sends itself
-SIGKILL, or raises a user's error. With `deepspeed_on_cpu` DeepSpeed's strategies run on CPUs. With `nodes` in place of
-devices the caller starts a program for each node.
+Each entry has the configuration's dotted keys, and `kill`, `stop` or `raises`, [rank, step]: where a process sends
+itself SIGKILL or SIGTERM, or raises a user's error. Stopped with `goes_on`, the next entry follows all the same. With
+`deepspeed_on_cpu` DeepSpeed's strategies run on CPUs. With `nodes` in place of devices the caller starts a program for
+each node.
 """
 
 import json
 import os
 import signal
 import sys
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -25,6 +27,7 @@ from radlads.train.lightning_module import StageModule
 from radlads.train.processes import joined
 
 END = 255
+STEP_AS_EVER = StageModule.training_step
 replicas.LARGE_NUMBERS = 1000  # or every gradient of a tiny model would travel with the others, at the end
 
 
@@ -44,7 +47,8 @@ def main(spec: Path) -> int:
         with joined(configs[0].train) as processes:
             for entry, config in zip(entries, configs, strict=True):
                 plan(entry, processes.rank)
-                train_stage(config, Printing() if processes.is_first else Silent(), processes)
+                with suppress(SystemExit) if entry.get("goes_on") else nullcontext():
+                    train_stage(config, Printing() if processes.is_first else Silent(), processes)
     except (ValueError, OSError) as error:
         print(f"radlads: {error}", file=sys.stderr, flush=True)
         return 2
@@ -53,7 +57,6 @@ def main(spec: Path) -> int:
 
 def plan(entry: dict, rank: int) -> None:
     """Have this process end amid the stage, if the entry says so."""
-    step_as_ever = StageModule.training_step
 
     def step(self, *batch):
         if entry.get("kill") == [rank, self.steps_done]:
@@ -62,7 +65,7 @@ def plan(entry: dict, rank: int) -> None:
             raise ValueError("a user's error")
         if entry.get("stop") == [rank, self.steps_done]:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step_as_ever(self, *batch)
+        return STEP_AS_EVER(self, *batch)
 
     StageModule.training_step = step
 

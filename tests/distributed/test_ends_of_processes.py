@@ -53,48 +53,58 @@ def test_when_a_process_is_killed_the_others_end_and_the_run_goes_on(folder, tea
     assert_same_curve(folder, name)
 
 
-@pytest.mark.parametrize(("strategy", "then"), [("ddp", "one"), ("fsdp", "one"), ("one", "fsdp")])
-def test_a_signal_stops_all_and_another_number_of_processes_goes_on(folder, teacher, strategy, then):
-    name = f"stopped-{strategy}-{then}"
-    settings = {
-        "one": {"devices": 1, "micro_bsz": 4, "accumulate_grad_batches": 2},
-        "ddp": {"strategy": "ddp"},
-        "fsdp": {"strategy": "fsdp"},
-    }
-    keys = stages.keys(folder, teacher, "align", name, **settings[strategy])
-    last = 0 if strategy == "one" else 1
-    out, _ = run(folder, [{"keys": keys, "stop": [last, 6]}], code=128 + signal.SIGTERM)
-    assert "SIGTERM: stopped after step 7 of 30, with the checkpoint" in out
-    out, _ = run(folder, [{"keys": stages.keys(folder, teacher, "align", name, **settings[then])}])
-    assert "going on after step 7 of 30" in out
-    assert_same_curve(folder, name)
+def test_a_signal_stops_all_and_another_number_of_processes_goes_on(folder, teacher):
+    """From two processes to one, by either strategy, and from one to two."""
+
+    def entry(name, **settings):
+        return {"keys": stages.keys(folder, teacher, "align", name, **settings)}
+
+    names = {strategy: f"stopped-{strategy}" for strategy in ("ddp", "fsdp", "one")}
+    ddp, fsdp = (entry(names[strategy], strategy=strategy) | {"stop": [1, 6]} for strategy in ("ddp", "fsdp"))
+    alone = {"devices": 1, "micro_bsz": 4, "accumulate_grad_batches": 2}
+    one = entry(names["one"], **alone) | {"stop": [0, 6], "goes_on": True}
+    by_two, _ = run(folder, [ddp | {"goes_on": True}, fsdp], code=128 + signal.SIGTERM)
+    by_one, _ = run(folder, [one, entry(names["ddp"], **alone), entry(names["fsdp"], **alone)])
+    by_two_again, _ = run(folder, [entry(names["one"], strategy="fsdp")])
+    said = {out: out.count("SIGTERM: stopped after step 7 of 30, with the checkpoint") for out in (by_two, by_one)}
+    assert said == {by_two: 2, by_one: 1}
+    assert by_one.count("going on after step 7 of 30") == 2
+    assert by_two_again.count("going on after step 7 of 30") == 1
+    for name in names.values():
+        assert_same_curve(folder, name)
 
 
-@pytest.mark.parametrize("settings", [{}, {"optimizer": "adamwschedulefree"}, {"precision": "bf16-true"}])
-def test_a_sharded_student_goes_on_whole_after_measurements(folder, teacher, settings):
+def test_a_sharded_student_goes_on_whole_after_measurements(folder, teacher):
     """Embedding, head and norm are gathered by every forward pass, held-out ones included."""
-    names = [f"{kind}-{'-'.join(map(str, settings.values()))}" for kind in ("straight", "resumed")]
-    settings = settings | {"strategy": "fsdp", "load_model": str(folder / "one"), "checkpoint_every_steps": 4}
+    settings = {"strategy": "fsdp", "load_model": str(folder / "one"), "checkpoint_every_steps": 4}
     settings |= {
         "heldout_every_steps": 4,
         "heldout_tail_tokens": 200,
         "heldout_tokens": 64,
         "my_exit_tokens": 16 * 8 * 12,
     }
-    straight, resumed = ({"keys": stages.keys(folder, teacher, "distill", name, **settings)} for name in names)
-    run(folder, [straight])
-    run(folder, [resumed | {"stop": [1, 7]}], code=128 + signal.SIGTERM)
-    run(folder, [resumed])
-    assert curve(folder, names[1]) == pytest.approx(curve(folder, names[0]), rel=1e-6)
-    assert len(curve(folder, names[0])) == 12
+    kinds = {"adamw": {}, "schedule-free": {"optimizer": "adamwschedulefree"}, "bf16": {"precision": "bf16-true"}}
+    entries = []
+    for kind, own in kinds.items():
+        straight, resumed = (
+            {"keys": stages.keys(folder, teacher, "distill", f"{name}-{kind}", **settings, **own)}
+            for name in ("straight", "resumed")
+        )
+        entries += [straight, resumed | {"stop": [1, 7], "goes_on": True}, resumed]
+    out, _ = run(folder, entries)
+    assert out.count("going on after step 8 of 12") == len(kinds)
+    for kind in kinds:
+        expected = curve(folder, f"straight-{kind}")
+        assert len(expected) == 12
+        assert curve(folder, f"resumed-{kind}") == pytest.approx(expected, rel=1e-6)
 
 
 def test_another_strategy_goes_on_with_a_tied_teachers_student_in_bf16(tmp_path):
     folder, tied = stages.corpus(tmp_path), tiny.teacher_folder(tmp_path / "tied", tied=True)
     settings = {"precision": "bf16-true"}
     first = stages.keys(folder, tied, "align", "run", strategy="ddp", **settings)
-    run(folder, [{"keys": first, "stop": [0, 6]}], code=128 + signal.SIGTERM)
-    out, _ = run(folder, [{"keys": first | {"train.strategy": "fsdp"}}])
+    then = first | {"train.strategy": "fsdp"}
+    out, _ = run(folder, [{"keys": first, "stop": [0, 6], "goes_on": True}, {"keys": then}])
     assert "going on after step 7 of 30" in out
 
 
@@ -106,14 +116,9 @@ def test_an_error_that_one_process_has_ends_all(folder, teacher):
 
 
 def test_an_error_that_all_have_is_told_once(folder, teacher):
-    keys = stages.keys(folder, teacher, "align", "all-raise", data_file=str(folder / "missing"))
-    _, err = run(folder, [{"keys": keys}], code=2)
-    assert err.count("radlads: ") == 1 and "missing" in err
-
-
-def test_shards_refuse_what_they_cannot_do(folder, teacher):
     settings = {"strategy": "fsdp", "optimizer": "muon"}
-    _, err = run(folder, [{"keys": stages.keys(folder, teacher, "align", "muon", **settings)}], code=2)
+    _, err = run(folder, [{"keys": stages.keys(folder, teacher, "align", "all-raise", **settings)}], code=2)
+    assert err.count("radlads: ") == 1
     assert "train.optimizer muon needs whole matrices to update" in err and "set train.strategy ddp" in err
 
 

@@ -21,10 +21,16 @@ pytestmark = [
     pytest.mark.skipif(DRY_RUN or torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
     pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
 ]
-ZERO = ("deepspeed_stage_1", "deepspeed_stage_2")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STAGES = {"align": {}, "distill": {"micro_bsz": 2, "accumulate_grad_batches": 2}}
-CASES = [(name, precision, strategy) for name in STAGES for precision in DTYPES for strategy in ZERO]
+# Every pair of two is there; a start takes most of a run's time
+CASES = [
+    ("align", "fp32", "deepspeed_stage_1"),
+    ("align", "bf16", "deepspeed_stage_2"),
+    ("distill", "fp32", "deepspeed_stage_2"),
+    ("distill", "bf16", "deepspeed_stage_1"),
+    ("distill", "bf16", "deepspeed_stage_2"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -93,8 +93,8 @@ class ParameterBytes(NamedTuple):
 
 
 def parameter_bytes(step: Step) -> ParameterBytes:
-    """AdamW's. DeepSpeed trains bf16 weights whatever the precision, and its optimiser has fp32 ones of its own. Stage 2
-    adds its part of the gradients up in fp32."""
+    """AdamW's. DeepSpeed trains bf16 weights whatever the precision, and its optimiser has fp32 ones of its own; its
+    stage 2 adds gradients up in fp32."""
     if step.strategy.startswith("deepspeed"):
         return ParameterBytes(2, 4 if step.strategy == "deepspeed_stage_2" else 2, 12)
     return ParameterBytes(4, 4, 8) if step.wide else ParameterBytes(2, 2, 4)
