@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import stages
@@ -106,6 +107,27 @@ def test_another_strategy_goes_on_with_a_tied_teachers_student_in_bf16(tmp_path)
     then = first | {"train.strategy": "fsdp"}
     out, _ = run(folder, [{"keys": first, "stop": [0, 6], "goes_on": True}, {"keys": then}])
     assert "going on after step 7 of 30" in out
+
+
+def test_a_process_that_never_joins_is_not_waited_for(folder, teacher):
+    keys = stages.keys(folder, teacher, "align", "absent")
+    began = time.monotonic()
+    _, err = run(folder, [{"keys": keys, "absent": 1}], code=2)
+    assert time.monotonic() - began < SOON_S
+    assert "ended with code 3 before all had joined: mend what it said" in err
+
+
+def test_the_others_do_not_wait_for_the_one_that_started_them(folder, teacher):
+    first = start(folder, [{"keys": stages.keys(folder, teacher, "align", "orphan")}])
+    children = Path(f"/proc/{first.pid}/task/{first.pid}/children")
+    while not (started := children.read_text().split()) and first.poll() is None:
+        time.sleep(0.01)
+    first.kill()
+    began = time.monotonic()
+    _, err = first.communicate(timeout=AT_MOST_S)  # until the others have closed its pipes too
+    assert started
+    assert time.monotonic() - began < SOON_S
+    assert "the process that started this one is gone" in err
 
 
 def test_an_error_that_one_process_has_ends_all(folder, teacher):

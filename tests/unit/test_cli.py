@@ -60,6 +60,29 @@ def test_train_runs_a_stage(teacher, corpus_folder, tmp_path, capsys):
     assert main([str(word) for word in [*second, *stage_3]]) == 0
 
 
+def test_what_is_wrong_is_said_before_models_are_read(teacher, corpus_folder, tmp_path, capsys, monkeypatch):
+    def read(*arguments):
+        raise AssertionError("models are read")
+
+    monkeypatch.setattr("radlads.recipes.single_stage.build_models", read)
+    monkeypatch.setattr("radlads.recipes.conversion.build_teacher", read)
+    (tmp_path / "old").mkdir()
+    keys = {
+        "attention_distillation_stage": 1,
+        "teacher.hf_path": teacher,
+        "data_file": corpus_folder / "train",
+        "proj_dir": tmp_path,
+        "proj_name": "old",
+    }
+    argv = ["train", *(f"--train.{key}={value}" for key, value in keys.items())]
+    assert "old exists already" in failing(capsys, *argv, "--train.accelerator", "cpu")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    on_gpu = ["--train.proj_name", "other", "--train.accelerator", "gpu"]
+    assert "no CUDA GPU is here" in failing(capsys, *argv, *on_gpu)
+    assert "no CUDA GPU is here" in failing(capsys, "demo", "--out", tmp_path / "new", "--set", "train.accelerator=gpu")
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

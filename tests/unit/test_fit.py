@@ -299,6 +299,18 @@ def test_a_gpu_without_bf16_is_refused_and_auto_goes_around_it(tmp_path, monkeyp
             fit.build_trainer(train, tmp_path, [])
 
 
+def test_lightning_asks_no_process_for_a_signal(tmp_path, monkeypatch):
+    """It would before every micro-batch, and wait for the GPU to hear the answer."""
+
+    def asked(*arguments, **more):
+        raise AssertionError("asked")
+
+    loop = fit.build_trainer(tiny.stage_config(tmp_path, "align").train, tmp_path, []).fit_loop.epoch_loop
+    monkeypatch.setattr(torch.distributed, "broadcast", asked)
+    assert "_broadcast_sigterm_tensor" in vars(type(loop))
+    loop._broadcast_sigterm_tensor()
+
+
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_checkpointing_recomputes_what_it_says(teacher, corpus_folder, tmp_path, monkeypatch, mode):
     calls = {"mixer": 0, "mlp": 0}

@@ -42,6 +42,12 @@ def partial_name(target: Path) -> Path:
     return target.with_name(f"{target.name}.partial")
 
 
+def check_new(target: Path) -> None:
+    """Raise ValueError if there is something by the name."""
+    if target.exists() or target.is_symlink():
+        raise ValueError(f"{target} exists already: remove it or choose another name")
+
+
 @contextmanager
 def unfinished_folder(target: Path, *, keep_failed: bool = True, keep_earlier: bool = False) -> Iterator[Path]:
     """Give a new folder `NAME.partial` to fill; at the end sync its files and rename it to `target`.
@@ -51,8 +57,7 @@ def unfinished_folder(target: Path, *, keep_failed: bool = True, keep_earlier: b
     ValueError if `target` exists or another process is filling its partial folder, and OSError that names a file or
     `target`.
     """
-    if target.exists() or target.is_symlink():
-        raise ValueError(f"{target} exists already: remove it or choose another folder")
+    check_new(target)
     partial = partial_name(target)
     if partial.exists() and not keep_earlier:
         with _only_process_in(partial):
@@ -97,8 +102,7 @@ def unfinished_file(target: Path) -> Iterator[Path]:
     After an exception nothing is left. Raises ValueError if `target` exists or its folder does not, and OSError that
     names the file if it cannot be written.
     """
-    if target.exists() or target.is_symlink():
-        raise ValueError(f"{target} exists already: remove it or choose another name")
+    check_new(target)
     if not target.parent.is_dir():
         raise ValueError(f"{target.parent} is not a folder: make it first, or choose another one for {target.name}")
     partial = partial_name(target)

@@ -39,6 +39,7 @@ from radlads.recipes.reload_check import reload_max_abs_diff
 from radlads.recipes.report import write_report
 from radlads.report.page import write_page
 from radlads.train.fit import recipe_hash, run_stage
+from radlads.train.hardware import check_hardware
 
 Variant = Literal["balanced", "group_norm"]
 
@@ -95,6 +96,8 @@ def run_conversion(conversion: Conversion, console: Console) -> dict[str, Any]:
         raise ValueError(f"{source.folder} has a head of its own, not its embedding: convert it without --retie")
     tokenizer = load_tokenizer(source.folder, source.config.vocab_size)
     configs = stage_configs(conversion)
+    for config in configs.values():
+        check_hardware(config.train)
     claim_folder(conversion.out, _identity(conversion, source, configs), _settings(configs), console)
     with only_process_in(conversion.out):
         if (conversion.out / SUMMARY).is_file():
@@ -115,6 +118,7 @@ def _convert(
     console.line("setup   " + ", ".join(f"{count} weights {_PAST[action]}" for action, count in sorted(rows.items())))
     heldout_reader = BinIdxReader(conversion.corpus("heldout"))
     heldout = heldout_batches(heldout_reader)
+    console.progress("measuring teacher and setup ...")
     summary: dict[str, Any] = {
         "teacher": _measured(measure(teacher, teacher, heldout)),
         "setup": _measured(measure(student, teacher, heldout)),

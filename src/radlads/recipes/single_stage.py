@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from radlads.checkpoint.atomic import check_new
 from radlads.checkpoint.manifest import sha256, weights_hash
 from radlads.checkpoint.model_folder import read_config
 from radlads.checkpoint.weight_files import is_weights_file, open_weights, starting_point
@@ -20,6 +21,7 @@ from radlads.convert.hf_source import SUPPORTED_ARCHITECTURES, locate, open_teac
 from radlads.convert.student import layer_mixers, student_blueprint, teacher_blueprint
 from radlads.model.configuration import RadladsConfig
 from radlads.train.fit import StageResult, run_stage
+from radlads.train.hardware import check_hardware
 from radlads.train.loggers import check_loggers
 from radlads.train.placement import build_models
 from radlads.train.processes import ALONE, Processes
@@ -33,9 +35,10 @@ def train_stage(config: Config, console: Console, processes: Processes = ALONE) 
     if neither is possible, and as run_stage does.
     """
     train = config.train
+    # Whatever can be wrong is found before the models are read
     check_available(config)
     check_loggers(train)
-    if train.data_file:  # a name that is mistyped is known before the models are read
+    if train.data_file:
         open_corpora(train)
     teacher_path = train.teacher.path or train.teacher.hf_path
     torch.manual_seed(train.seed_everything)
@@ -43,6 +46,8 @@ def train_stage(config: Config, console: Console, processes: Processes = ALONE) 
     student, origin = _starting_student(config, teacher_path)
     check_student(config, student.config, None if teacher is None else teacher.config)
     folder = run_folder(config, student.config)
+    check_new(folder)
+    check_hardware(train)
     models = build_models(config, student, teacher, processes)
     parent = f"{origin} ({_listed(models.rows)})" if models.rows else origin
     console.line(f"{stage_of(train)}: from {parent} to {folder}")

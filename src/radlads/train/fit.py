@@ -29,7 +29,7 @@ from radlads.model.registry import is_registered
 from radlads.train.callbacks import HeldoutCallback, Progress
 from radlads.train.checkpointing import Checkpointing
 from radlads.train.deepspeed_engine import Engine, engine_dtype
-from radlads.train.hardware import compiles, gpu_multiplies_bf16, out_of_memory, resolve_precision
+from radlads.train.hardware import check_hardware, compiles, out_of_memory
 from radlads.train.lightning_module import StageModule
 from radlads.train.loggers import build_loggers, carry, check_loggers
 from radlads.train.optim import weights_to_keep
@@ -256,21 +256,11 @@ def build_trainer(
 ) -> L.Trainer:
     """Lightning's Trainer for one pass over the stage's samples; loggers as build_loggers says.
 
-    first_step: steps that are done already.
-    Raises ValueError if the GPU asked for is missing, or too old for bf16.
+    first_step: steps that are done already. Raises ValueError as check_hardware does.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
-    accelerator = {"gpu": "cuda"}.get(train.accelerator, train.accelerator)
-    if accelerator == "cuda" and not torch.cuda.is_available():
-        raise ValueError("train.accelerator is 'gpu', but no CUDA GPU is here: set --train.accelerator cpu (or auto)")
-    precision = resolve_precision(train.precision, accelerator)
-    if precision.startswith("bf16") and accelerator != "cpu" and not gpu_multiplies_bf16():
-        capability = ".".join(map(str, torch.cuda.get_device_capability()))
-        raise ValueError(
-            f"this GPU (compute capability {capability}) has no bf16 units, which train.precision {precision!r} needs: "
-            "set --train.precision fp32, or take a GPU of compute capability 8.0 or newer"
-        )
+    accelerator, precision = check_hardware(train)
     trainer = L.Trainer(
         accelerator=accelerator,
         **strategy_arguments(train, processes),

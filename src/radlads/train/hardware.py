@@ -2,10 +2,28 @@
 
 import torch
 
-from radlads.config.schema import Config, checkpointing_of, stage_of
+from radlads.config.schema import Config, TrainConfig, checkpointing_of, stage_of
 from radlads.model.modeling import has_triton
 
 _OLDEST_BF16_CAPABILITY = (8, 0)
+
+
+def check_hardware(train: TrainConfig) -> tuple[str, str]:
+    """The accelerator and the precision that a stage runs with, "auto" resolved for the latter.
+
+    Raises ValueError if the GPU asked for is missing, or too old for bf16.
+    """
+    accelerator = {"gpu": "cuda"}.get(train.accelerator, train.accelerator)
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        raise ValueError("train.accelerator is 'gpu', but no CUDA GPU is here: set --train.accelerator cpu (or auto)")
+    precision = resolve_precision(train.precision, accelerator)
+    if precision.startswith("bf16") and accelerator != "cpu" and not gpu_multiplies_bf16():
+        capability = ".".join(map(str, torch.cuda.get_device_capability()))
+        raise ValueError(
+            f"this GPU (compute capability {capability}) has no bf16 units, which train.precision {precision!r} needs: "
+            "set --train.precision fp32, or take a GPU of compute capability 8.0 or newer"
+        )
+    return accelerator, precision
 
 
 def compiles(setting: str, device: torch.device) -> bool:

@@ -39,6 +39,7 @@ BEAT_S, DEAD_AFTER_S, LEFT_AFTER_S, WORD_AFTER_S = 1.0, 30.0, 5.0, 15.0
 end by themselves once one has left with an error, and how long one with an error waits for the first to have it too."""
 LOST = 2
 """Exit code of a process that ends because another one is gone: starting the command again mends it."""
+_STARTED_BY = "RADLADS_STARTED_BY"
 _LAUNCHERS = (SLURMEnvironment, TorchElasticEnvironment, MPIEnvironment, LSFEnvironment)
 _AGAIN = "start the same command again to go on from the last checkpoint"
 
@@ -115,7 +116,8 @@ def joined(train: TrainConfig) -> Iterator[Processes]:
         for name in ("lightning.fabric", "lightning.pytorch"):
             logging.getLogger(name).setLevel(logging.ERROR)
         fabric = Fabric(accelerator=kind, devices=devices, num_nodes=train.num_nodes, strategy="ddp")
-        fabric.launch()
+        with _none_missing(children):
+            fabric.launch()
         with _watched(fabric.global_rank, fabric.world_size, children):
             yield Processes(fabric.global_rank, fabric.world_size, fabric.device)
     finally:
@@ -176,8 +178,9 @@ def _start_others(devices: int, num_nodes: int) -> list[subprocess.Popen[bytes]]
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
     os.environ.setdefault("NODE_RANK", "0")
     os.environ |= {"LOCAL_RANK": "0", "WORLD_SIZE": str(devices * num_nodes)}
+    own = {_STARTED_BY: str(os.getpid())}
     return [
-        subprocess.Popen(_command(), env=os.environ | {"LOCAL_RANK": str(local_rank)})
+        subprocess.Popen(_command(), env=os.environ | own | {"LOCAL_RANK": str(local_rank)})
         for local_rank in range(1, devices)
     ]
 
@@ -203,6 +206,40 @@ def _end(child: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         child.kill()
         child.wait()
+
+
+@contextmanager
+def _none_missing(children: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Wait for the others to join, which torch would do for half an hour, no longer than they can.
+
+    Sees to the processes of this node that one command has started; a launcher sees to its own.
+    """
+    started_by, joined_all = os.environ.get(_STARTED_BY), threading.Event()
+
+    def missing() -> str | None:
+        for child in children:
+            if child.poll() is not None:
+                return f"process {child.pid} of this run ended with code {child.returncode} before all had joined"
+        if started_by is not None and os.getppid() != int(started_by):
+            return "the process that started this one is gone"
+        return None
+
+    def look() -> None:
+        while not joined_all.wait(BEAT_S):
+            # An error that all have, this process is about to tell itself
+            if (why := missing()) is not None and not joined_all.wait(LEFT_AFTER_S):
+                _log.error("radlads: %s: mend what it said, or start the same command again", why)
+                for child in children:
+                    child.kill()
+                os._exit(LOST)
+
+    watch = threading.Thread(target=look, daemon=True, name="watch over those that join")
+    watch.start()
+    try:
+        yield
+    finally:
+        joined_all.set()
+        watch.join()
 
 
 @contextmanager
