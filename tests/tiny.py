@@ -11,7 +11,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen2Fo
 
 from radlads.config.load import load_config
 from radlads.config.schema import Config
+from radlads.convert.hf_source import open_teacher
+from radlads.convert.student import build_student
 from radlads.data.binidx import BinIdxWriter
+from radlads.model.modeling import RadladsForCausalLM
+from radlads.train.optim import build_optimizers
+from radlads.train.step import optimizer_step
 
 VOCAB = 260
 
@@ -51,6 +56,31 @@ def save_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(
         '{"eos_token": "<|end|>", "tokenizer_class": "PreTrainedTokenizerFast"}'
     )
+
+
+def moved_student(teacher: Path, folder: Path) -> RadladsForCausalLM:
+    """A student of the teacher, every parameter moved from where setup leaves it; folder: for what is not its own."""
+    torch.manual_seed(0)
+    student, _ = build_student(open_teacher(teacher), stage_config(folder, "align").model)
+    for parameter in student.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return student
+
+
+def losses_by(optimizer: str, teacher: Path, folder: Path, place: torch.Tensor) -> list[float]:
+    """A student's losses on the same tokens in 12 steps of an optimiser, on the device and in the type of `place`."""
+    config = stage_config(folder, "distill", **{"train.optimizer": optimizer, "train.lr_init": 1e-3})
+    torch.manual_seed(0)
+    student = build_student(open_teacher(teacher), config.model)[0].to(place).train()
+    optimizers = build_optimizers(student, config.train)
+    tokens = (torch.arange(80, device=place.device).view(2, 40) * 7) % VOCAB
+    losses = []
+    for _ in range(12):
+        loss = student(tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        optimizer_step(optimizers, student.parameters(), count=1, clip_val=1.0)
+        losses.append(loss.item())
+    return losses
 
 
 def put_bos_first(folder: Path) -> int:

@@ -13,13 +13,10 @@ from contextlib import contextmanager
 
 import pytest
 import tiny
-import torch
 
 from radlads.checkpoint.hf_export import export
 from radlads.checkpoint.model_folder import load_model
 from radlads.cli import main
-from radlads.convert.hf_source import open_teacher
-from radlads.convert.student import build_student
 from radlads.inference import generate, serve
 from radlads.inference.chat_template import ChatTemplate
 from radlads.inference.generate import Sampling, generate_tokens
@@ -38,10 +35,7 @@ MAX_PROMPT_TOKENS = 5000
 @pytest.fixture(scope="module")
 def folder(teacher, tmp_path_factory):
     folder = tmp_path_factory.mktemp("serve") / "hf"
-    torch.manual_seed(0)
-    student, _ = build_student(open_teacher(teacher), tiny.stage_config(folder.parent, "align").model)
-    for parameter in student.parameters():
-        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    student = tiny.moved_student(teacher, folder.parent)
     student.lm_head.weight.data[256] = 0  # greedy texts do not end by themselves
     export(student, teacher, folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)

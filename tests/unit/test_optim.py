@@ -91,16 +91,7 @@ def student_of(teacher, config):
 
 @pytest.mark.parametrize("optimizer", ["adamwschedulefree", "lion"])
 def test_optimizers_from_packages_lower_the_loss(teacher, tmp_path, optimizer):
-    config = tiny.stage_config(tmp_path, "distill", **{"train.optimizer": optimizer, "train.lr_init": 1e-3})
-    student = student_of(teacher, config)
-    optimizers = build_optimizers(student, config.train)
-    tokens = (torch.arange(80).view(2, 40) * 7) % tiny.VOCAB
-    losses = []
-    for _ in range(12):
-        loss = student(tokens, labels=tokens, use_cache=False).loss
-        loss.backward()
-        optimizer_step(optimizers, student.parameters(), count=1, clip_val=1.0)
-        losses.append(loss.item())
+    losses = tiny.losses_by(optimizer, teacher, tmp_path, torch.empty(0))
     assert losses[-1] < losses[0] - 0.2
 
 

@@ -13,8 +13,7 @@ from transformers import AutoTokenizer
 from radlads.checkpoint.hf_export import export
 from radlads.checkpoint.model_folder import load_model
 from radlads.cli import main
-from radlads.convert.hf_source import load_tokenizer, open_teacher, open_tokenizer
-from radlads.convert.student import build_student
+from radlads.convert.hf_source import load_tokenizer, open_tokenizer
 from radlads.evaluation.retrieval import PromptWriter
 from radlads.inference.chat_template import ChatTemplate
 from radlads.inference.generate import Sampling, generate_tokens
@@ -30,10 +29,7 @@ QUIET = ["--temperature", "0", "--max-tokens", "8", "--device", "cpu"]
 def folder(teacher, tmp_path_factory):
     """An exported student whose tokenizer begins every text with a BOS."""
     folder = tmp_path_factory.mktemp("bos") / "hf"
-    torch.manual_seed(0)
-    student, _ = build_student(open_teacher(teacher), tiny.stage_config(folder.parent, "align").model)
-    for parameter in student.parameters():
-        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    student = tiny.moved_student(teacher, folder.parent)
     export(student, teacher, folder)
     tiny.put_bos_first(folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)

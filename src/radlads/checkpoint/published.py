@@ -5,13 +5,13 @@ used. The code that such folders bring along is never run. Leaves writing to pub
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from radlads.checkpoint.weights import StoredWeights, TensorInfo
+from radlads.checkpoint.weights import SelectedWeights, StoredWeights
 from radlads.model.configuration import RadladsConfig, rope_inverse_frequencies
 
 MIXER_OF = {"rwkv6qwen2": "rad_rwkv6", "rwkv7qwen2": "rad_rwkv7"}
@@ -101,7 +101,7 @@ def rope_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
     return rope
 
 
-class UsedWeights(StoredWeights):
+class UsedWeights(SelectedWeights):
     """The tensors of a published checkpoint that the model computes with; those it stores only are left out.
 
     Stored only: `r_k`; the first RAD-RWKV7 layer's v0, v1 and v2; k_k and k_a where the state is balanced; token shift
@@ -109,22 +109,7 @@ class UsedWeights(StoredWeights):
     """
 
     def __init__(self, weights: StoredWeights, config: RadladsConfig):
-        self._weights = weights
-        self._names = dict.fromkeys(name for name in weights if not _is_stored_only(name, config))
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._weights[name]
-
-    def info(self, name: str) -> TensorInfo:
-        return self._weights.info(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+        super().__init__(weights, (name for name in weights if not _is_stored_only(name, config)))
 
 
 def untie_if_head_differs(config: RadladsConfig, weights: StoredWeights) -> None:

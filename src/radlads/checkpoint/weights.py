@@ -1,7 +1,7 @@
 """Weights by name: safetensors, a folder's or a file's, read tensor by tensor; and filling a model with them."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,14 +100,14 @@ class CastWeights(StoredWeights):
         return len(self._weights)
 
 
-class TiedWeights(StoredWeights):
-    """Other weights without the head: for models whose embedding is the head."""
+class SelectedWeights(StoredWeights):
+    """Some of other weights, by name."""
 
-    def __init__(self, weights: StoredWeights):
-        self._weights, self._names = weights, [name for name in weights if name != HEAD]
+    def __init__(self, weights: StoredWeights, names: Iterable[str]):
+        self._weights, self._names = weights, dict.fromkeys(names)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        if name == HEAD:
+        if name not in self._names:
             raise KeyError(name)
         return self._weights[name]
 
@@ -119,6 +119,13 @@ class TiedWeights(StoredWeights):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+class TiedWeights(SelectedWeights):
+    """Other weights without the head: for models whose embedding is the head."""
+
+    def __init__(self, weights: StoredWeights):
+        super().__init__(weights, (name for name in weights if name != HEAD))
 
 
 class SafetensorsFolder(StoredWeights):
