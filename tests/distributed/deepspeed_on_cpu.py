@@ -13,8 +13,8 @@ def allow_cpus() -> None:
     import deepspeed
 
     deepspeed_engine.check_device = lambda train, device: None
-    deepspeed_engine.Engine.setup_environment = DDPStrategy.setup_environment
-    deepspeed_engine.Engine.setup_distributed = setup_distributed
+    deepspeed_engine.ZeroStrategy.setup_environment = DDPStrategy.setup_environment
+    deepspeed_engine.ZeroStrategy.setup_distributed = setup_distributed
     initialize = deepspeed.initialize
 
     def initialize_on_cpu(args, **kwargs):
@@ -24,6 +24,6 @@ def allow_cpus() -> None:
     deepspeed.initialize = initialize_on_cpu
 
 
-def setup_distributed(strategy: deepspeed_engine.Engine) -> None:
+def setup_distributed(strategy: deepspeed_engine.ZeroStrategy) -> None:
     strategy.set_world_ranks()
     strategy._init_deepspeed_distributed()

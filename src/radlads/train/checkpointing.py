@@ -10,7 +10,7 @@ import lightning as L
 from radlads.config.schema import TrainConfig
 from radlads.console import Console
 from radlads.train.callbacks import HeldoutCallback
-from radlads.train.deepspeed_engine import ByEngine
+from radlads.train.deepspeed_engine import DeepSpeedUpdates
 from radlads.train.lightning_module import StageModule
 from radlads.train.samples import sequences_per_step
 from radlads.train.snapshots import (
@@ -55,7 +55,7 @@ class Checkpointing(L.Callback):
         self._step_seen = self._position.step
         pl_module.wants_checkpoint = self.is_due_by_time
         if self._begin is not None:
-            if isinstance(pl_module.updates, ByEngine):
+            if isinstance(pl_module.updates, DeepSpeedUpdates):
                 pl_module.updates.restore_moments(*stored_optimizers(self._begin))
             else:
                 restore_optimizers(self._begin, pl_module.student, pl_module.updates.own_parts, trainer.optimizers)
@@ -110,7 +110,7 @@ class Checkpointing(L.Callback):
             position,
             self._run,
             module.processes,
-            held=module.updates.held() if isinstance(module.updates, ByEngine) else None,
+            held=module.updates.held() if isinstance(module.updates, DeepSpeedUpdates) else None,
         )
         if module.processes.is_first:
             for old in checkpoints_in(self._folder)[: -self._train.keep_checkpoints]:

@@ -66,7 +66,7 @@ def engine_dtype(lightning_precision: str) -> torch.dtype:
     return torch.bfloat16 if lightning_precision == "bf16-mixed" else torch.float32
 
 
-class Engine(DeepSpeedStrategy):
+class ZeroStrategy(DeepSpeedStrategy):
     """Lightning's DeepSpeedStrategy for a StageModule, whose loss comes in parts and is a sum.
 
     Each part has its backward, so the engine is told that it is its caller who knows when a window ends. Gradients are
@@ -103,7 +103,7 @@ class Engine(DeepSpeedStrategy):
         weights = {name: parameter.data for name, parameter in student.named_parameters()}
         student.to(self.root_device, engine_dtype(self.precision_plugin.precision))  # type: ignore[arg-type]
         super().init_deepspeed()
-        updates: ByEngine = module.updates  # type: ignore[assignment]
+        updates: DeepSpeedUpdates = module.updates  # type: ignore[assignment]
         updates.begin(self.deepspeed_engine, weights)
 
     def training_step(self, *args: Any, **kwargs: Any) -> None:
@@ -117,11 +117,11 @@ class Engine(DeepSpeedStrategy):
         """Leave the student in fp32 on the CPU, as it was."""
         module = self.lightning_module
         assert module is not None
-        updates: ByEngine = module.updates  # type: ignore[assignment]
+        updates: DeepSpeedUpdates = module.updates  # type: ignore[assignment]
         updates.give_back()
 
 
-class ByEngine:
+class DeepSpeedUpdates:
     """The updates (see Updates) of a student that DeepSpeed holds."""
 
     def __init__(self, student: RadladsForCausalLM):

@@ -28,7 +28,7 @@ from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.registry import is_registered
 from radlads.train.callbacks import HeldoutCallback, Progress
 from radlads.train.checkpointing import Checkpointing
-from radlads.train.deepspeed_engine import Engine, engine_dtype
+from radlads.train.deepspeed_engine import ZeroStrategy, engine_dtype
 from radlads.train.hardware import check_hardware, compiles, out_of_memory
 from radlads.train.lightning_module import StageModule
 from radlads.train.loggers import build_loggers, carry, check_loggers
@@ -180,7 +180,7 @@ def _train(trainer: L.Trainer, module: StageModule, batches: DataLoader, config:
     """Fit with both models where, in what type and in what mode the configuration asks for; then as they were."""
     train, device = config.train, trainer.strategy.root_device
     teacher, models, in_shards = module.teacher, [module.student], is_sharded(module.student)
-    by_engine = isinstance(trainer.strategy, Engine)
+    by_engine = isinstance(trainer.strategy, ZeroStrategy)
     # Documents are of so many lengths that graphs of theirs would never be used again
     compile_setting = "never" if train.reset_state_at_eos else train.compile
     checkpointing = checkpointing_of(train)
@@ -226,7 +226,7 @@ def _parameter_dtype(trainer: L.Trainer, train: TrainConfig, model: RadladsForCa
     """bf16 under bf16-true, else fp32; in mixed precision a teacher stays what it is, or is as an engine's student."""
     if train.precision == "bf16-true":
         return torch.bfloat16
-    if isinstance(trainer.strategy, Engine):
+    if isinstance(trainer.strategy, ZeroStrategy):
         return engine_dtype(trainer.precision)
     trains = any(parameter.requires_grad for parameter in model.parameters())
     return torch.float32 if trains or trainer.precision == "32-true" else model.dtype

@@ -9,7 +9,7 @@ from radlads.config.schema import TrainConfig
 from radlads.distill.stage import Stage, is_trainable
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.train import spike_guard
-from radlads.train.deepspeed_engine import ByEngine, uses_engine
+from radlads.train.deepspeed_engine import DeepSpeedUpdates, uses_engine
 from radlads.train.diagnosis import first_not_finite
 from radlads.train.optim import build_optimizers, set_learning_rates
 from radlads.train.processes import ALONE, Processes
@@ -18,7 +18,7 @@ from radlads.train.step import GradientNorms, GraphedParts, PartSum, Readout, ba
 from radlads.train.step_record import StepRecord
 from radlads.train.stopping import StopRequests
 from radlads.train.throughput import Throughput, stage_flops
-from radlads.train.updates import InShards, Updates, Whole
+from radlads.train.updates import ReplicatedUpdates, ShardedUpdates, Updates
 
 
 class StageModule(L.LightningModule):
@@ -70,10 +70,10 @@ class StageModule(L.LightningModule):
 
     def _build_updates(self) -> Updates:
         if uses_engine(self.settings, self.processes):
-            return ByEngine(self.student)
+            return DeepSpeedUpdates(self.student)
         if is_sharded(self.student):
-            return InShards(self.student, self.processes)
-        return Whole(self.student, self.settings, self.processes)
+            return ShardedUpdates(self.student, self.processes)
+        return ReplicatedUpdates(self.student, self.settings, self.processes)
 
     @property
     def teacher(self) -> RadladsForCausalLM | None:

@@ -5,11 +5,11 @@ from typing import Any
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from radlads.config.schema import TrainConfig
-from radlads.train.deepspeed_engine import Engine, uses_engine
+from radlads.train.deepspeed_engine import ZeroStrategy, uses_engine
 from radlads.train.processes import Processes
 
 
-class Replicated(DDPStrategy):
+class ReplicatedStrategy(DDPStrategy):
     """Lightning's DDP without torch's wrapper around the model.
 
     The wrapper's reducer expects one backward pass over all parameters; a stage has one for every part of its loss, and
@@ -20,7 +20,7 @@ class Replicated(DDPStrategy):
         """Leave the model as it is."""
 
 
-class Sharded(ModelParallelStrategy):
+class ShardedStrategy(ModelParallelStrategy):
     """FSDP2, for models that train/sharding.py has sharded before the trainer exists."""
 
     def __init__(self, num_processes: int):
@@ -37,5 +37,5 @@ def strategy_arguments(train: TrainConfig, processes: Processes) -> dict[str, An
 
 def _strategy(train: TrainConfig, processes: Processes) -> Strategy:
     if uses_engine(train, processes):
-        return Engine(train)
-    return Sharded(processes.size) if train.strategy == "fsdp" else Replicated()
+        return ZeroStrategy(train)
+    return ShardedStrategy(processes.size) if train.strategy == "fsdp" else ReplicatedStrategy()

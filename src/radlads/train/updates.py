@@ -44,7 +44,7 @@ class Updates(Protocol):
         ...
 
 
-class Whole:
+class ReplicatedUpdates:
     """Of a student that is whole in every process, or in the only one."""
 
     def __init__(self, student: RadladsForCausalLM, train: TrainConfig, processes: Processes):
@@ -70,7 +70,7 @@ class Whole:
         """See Updates."""
 
 
-class InShards:
+class ShardedUpdates:
     """Of a student that FSDP2 has sharded."""
 
     def __init__(self, student: RadladsForCausalLM, processes: Processes):
