@@ -1,7 +1,8 @@
 """A program for tests: `stages.py SPEC.json` trains the stages that SPEC lists, one after the other, in its processes.
 
 Each entry has the configuration's dotted keys, and `kill`, `stop` or `raises`, [rank, step]: where a process sends
-itself SIGKILL or SIGTERM, or raises a user's error. Stopped with `goes_on`, the next entry follows all the same.
+itself SIGKILL or SIGTERM ("before": just before the first step), or raises a user's error. Stopped with `goes_on`, the
+next entry follows all the same.
 `absent` in the first is the local rank that never joins. With `deepspeed_on_cpu` DeepSpeed's strategies run on CPUs.
 With `nodes` in place of devices the caller starts a program for each node.
 """
@@ -23,11 +24,12 @@ from radlads.console import Silent
 from radlads.data.binidx import BinIdxWriter
 from radlads.recipes.single_stage import train_stage
 from radlads.train import replicas
+from radlads.train.checkpointing import Checkpointing
 from radlads.train.lightning_module import StageModule
 from radlads.train.processes import joined
 
 END = 255
-STEP_AS_EVER = StageModule.training_step
+STEP_AS_EVER, START_AS_EVER = StageModule.training_step, Checkpointing.on_train_start
 replicas.LARGE_NUMBERS = 1000  # or every gradient of a tiny model would travel with the others, at the end
 
 
@@ -69,7 +71,12 @@ def plan(entry: dict, rank: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return STEP_AS_EVER(self, *batch)
 
-    StageModule.training_step = step
+    def begin(self, *arguments):
+        if entry.get("stop") == [rank, "before"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return START_AS_EVER(self, *arguments)
+
+    StageModule.training_step, Checkpointing.on_train_start = step, begin
 
 
 def keys(folder: Path, teacher: Path, stage: str, name: str, **train: object) -> dict[str, object]:

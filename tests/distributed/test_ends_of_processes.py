@@ -55,7 +55,7 @@ def test_when_a_process_is_killed_the_others_end_and_the_run_goes_on(folder, tea
 
 
 def test_a_signal_stops_all_and_another_number_of_processes_goes_on(folder, teacher):
-    """From two processes to one, by either strategy, and from one to two."""
+    """From two processes to one, by either strategy, and from one to two; also before the first step."""
 
     def entry(name, **settings):
         return {"keys": stages.keys(folder, teacher, "align", name, **settings)}
@@ -64,11 +64,16 @@ def test_a_signal_stops_all_and_another_number_of_processes_goes_on(folder, teac
     ddp, fsdp = (entry(names[strategy], strategy=strategy) | {"stop": [1, 6]} for strategy in ("ddp", "fsdp"))
     alone = {"devices": 1, "micro_bsz": 4, "accumulate_grad_batches": 2}
     one = entry(names["one"], **alone) | {"stop": [0, 6], "goes_on": True}
-    by_two, _ = run(folder, [ddp | {"goes_on": True}, fsdp], code=128 + signal.SIGTERM)
+    early = [
+        entry(f"early-{rank}", accumulate_grad_batches=2, micro_bsz=2) | {"stop": [rank, "before"], "goes_on": True}
+        for rank in range(2)
+    ]
+    by_two, _ = run(folder, [*early, ddp | {"goes_on": True}, fsdp], code=128 + signal.SIGTERM)
     by_one, _ = run(folder, [one, entry(names["ddp"], **alone), entry(names["fsdp"], **alone)])
     by_two_again, _ = run(folder, [entry(names["one"], strategy="fsdp")])
     said = {out: out.count("SIGTERM: stopped after step 7 of 30, with the checkpoint") for out in (by_two, by_one)}
     assert said == {by_two: 2, by_one: 1}
+    assert by_two.count("SIGTERM: stopped after step 1 of 30, with the checkpoint") == len(early)
     assert by_one.count("going on after step 7 of 30") == 2
     assert by_two_again.count("going on after step 7 of 30") == 1
     for name in names.values():

@@ -50,7 +50,6 @@ class Checkpointing(L.Callback):
         self._random_numbers_from = begin
 
     def on_train_start(self, trainer, pl_module) -> None:
-        self._stop.listen()  # Lightning has taken signals since the run began
         self._began = self._written = self._clock()
         self._step_seen = self._position.step
         pl_module.wants_checkpoint = self.is_due_by_time

@@ -273,7 +273,9 @@ def build_trainer(
         enable_checkpointing=False,
         use_distributed_sampler=False,
     )
-    # Signals are agreed on in the step's own sum; Lightning would wait for the GPU before every micro-batch for that
+    # Signals are StopRequests', agreed on in the step's own sum. Lightning's handler would broadcast at once, and its
+    # loop wait for the GPU before every micro-batch to hear of that
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     return trainer
 

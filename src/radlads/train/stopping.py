@@ -33,17 +33,13 @@ class StopRequests:
             # None is a handler that Python did not install, and cannot put back
             found = {signum: signal.getsignal(signum) for signum in SIGNALS}
             self._earlier = {signum: handler for signum, handler in found.items() if handler is not None}
-        self.listen()
+        for signum in self._earlier:
+            signal.signal(signum, self._remember)
         return self
 
     def __exit__(self, *exception: object) -> None:
         for signum, handler in self._earlier.items():
             signal.signal(signum, handler)
-
-    def listen(self) -> None:
-        """Take the signals, again where another library has taken them in between."""
-        for signum in self._earlier:
-            signal.signal(signum, self._remember)
 
     def _remember(self, signum: int, frame: FrameType | None) -> None:
         if self.received is not None and signum == signal.SIGINT:
