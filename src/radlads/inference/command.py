@@ -9,6 +9,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from radlads.checkpoint.atomic import check_new
 from radlads.checkpoint.model_folder import load_model
 from radlads.checkpoint.tokenizer_files import num_ids
 from radlads.convert.hf_source import open_tokenizer
@@ -72,8 +73,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError("--save-state stores one text: give it with --prompt or --prompt-file, not with --prompts")
     if arguments.batch_size < 1:
         raise ValueError(f"--batch-size must be 1 or more, not {arguments.batch_size}")
-    if arguments.save_state is not None and arguments.save_state.exists():
-        raise ValueError(f"{arguments.save_state} exists already: remove it or choose another name")
+    if arguments.save_state is not None:
+        check_new(arguments.save_state)
     if arguments.save_state is not None and not arguments.save_state.absolute().parent.is_dir():
         raise ValueError(f"{arguments.save_state.parent} is not a folder: make it first")
 

@@ -169,8 +169,11 @@ def _survey_lines(models: "Models", requests: "list[Request]") -> Iterator[str]:
     yield "\nlargest micro-batch by strategy (checkpointing none / selective / full; - where one sequence is too much)"
     yield f"{'':20}" + "".join(f"{request.stage:>16}" for request in requests)
     for strategy in get_args(Strategy)[1:]:
-        found = [largest_micro_batches(models, request, strategy).values() for request in requests]
-        yield f"{strategy:20}" + "".join(f"{' / '.join(str(n or '-') for n in each):>16}" for each in found)
+        cells = []
+        for request in requests:
+            found = largest_micro_batches(models, request, strategy).values()
+            cells.append("refused" if request.refused(strategy) else " / ".join(str(n or "-") for n in found))
+        yield f"{strategy:20}" + "".join(f"{cell:>16}" for cell in cells)
 
 
 def _paper_lines(size: str, models: "Models", measured: "Models", requests: "list[Request]") -> Iterator[str]:
@@ -209,18 +212,19 @@ def _speed_notes(machine: Machine) -> Iterator[str]:
         )
     yield f"  speed: {rate}, and the share of them that one {MEASURED_KIND} reached at 7B"
     if machine.num_gpus > 1:
-        yield f"  {machine.num_gpus} GPUs: communication leaves {SEVERAL_GPUS:.0%} of their speed; not measured"
+        yield f"  {machine.num_gpus} GPUs: {SEVERAL_GPUS:.0%} of their speed assumed; two H100s kept 84 to 94 % at"
+        yield "  0.5B under ddp, but less than half under fsdp, as the host sets the pace of models so small"
     yield "  hours are of steps alone: no compilation, loading, held-out measurements or checkpoints"
 
 
 _PRECISION_NOTES = {
     "bf16-true": "bf16-true: weights, gradients and moments in bf16; checked on one H200 at 7B, within 1 %",
-    "bf16": "bf16: weights, gradients and moments in fp32, rounded weights kept for the way back; measured once",
+    "bf16": "bf16: weights, gradients and moments in fp32, rounded weights kept for the way back; checked at 0.5B",
 }
 _NOTES_OF_DEEPSPEED = "bf16 weights and gradients, and fp32 weights and moments in its optimiser"
 _STRATEGY_NOTES = {
     "ddp": "ddp: all is replicated, as on one GPU",
-    "fsdp": "fsdp: all is sharded, the teacher too; two blocks, embedding and head are whole at a time; measured once",
+    "fsdp": "fsdp: all is sharded, the teacher too; two blocks, embedding, head are whole at a time; checked at 0.5B",
     "deepspeed_stage_1": f"deepspeed: {_NOTES_OF_DEEPSPEED}, which is sharded; not measured",
     "deepspeed_stage_2": f"deepspeed: {_NOTES_OF_DEEPSPEED}; optimiser and gradients are sharded; not measured",
 }

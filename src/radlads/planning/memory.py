@@ -175,7 +175,7 @@ def _always(models: Models, step: Step) -> dict[str, float]:
 def _teacher_bytes(models: Models, step: Step) -> float:
     if step.stage == "extend":
         return 0.0
-    size = 4.0 if step.precision == "bf16" else 2.0
+    size = 4.0 if step.wide else 2.0
     rounded = models.teacher.matrices if step.teacher_precision == "fp8" else 0
     return size * models.teacher.total - (size - 1) * rounded
 

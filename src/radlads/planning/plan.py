@@ -64,8 +64,18 @@ class Request:
             )
         if self.strategy == "single" and self.machine.num_gpus > 1:
             raise ValueError(f"strategy single runs on one GPU, not {self.machine.num_gpus}: choose ddp or fsdp")
+        if why := self.refused(self.strategy):
+            raise ValueError(why)
         if self.teacher_precision == "fp8" and not self.machine.gpu.has_fp8:
             raise ValueError(f"{self.machine.kind} has no 8-bit products: leave out --teacher-precision fp8")
+
+    def refused(self, strategy: Strategy | Literal["auto"]) -> str:
+        """Why training would not have the strategy with these settings; empty where it would."""
+        if strategy == "fsdp" and self.teacher_precision == "fp8" and self.stage != "extend":
+            return "fsdp has no fp8 teacher, whose matrices are rounded whole: leave out --teacher-precision"
+        if strategy.startswith("deepspeed") and self.precision == "bf16-true":
+            return f"{strategy} has no bf16-true, as it keeps fp32 weights: add --precision bf16"
+        return ""
 
     @property
     def share(self) -> int:
@@ -126,7 +136,8 @@ def strategies(request: Request) -> Sequence[Strategy]:
     """The strategy asked for; for auto, those that are tried in turn."""
     if request.strategy != "auto":
         return (request.strategy,)
-    return ("single",) if request.machine.num_gpus == 1 else ("ddp", "fsdp")
+    usual: tuple[Strategy, ...] = ("single",) if request.machine.num_gpus == 1 else ("ddp", "fsdp")
+    return [strategy for strategy in usual if not request.refused(strategy)]
 
 
 def largest_micro_batches(models: Models, request: Request, strategy: Strategy) -> dict[Checkpointing, int]:

@@ -40,6 +40,7 @@ from radlads.recipes.report import write_report
 from radlads.report.page import write_page
 from radlads.train.fit import recipe_hash, run_stage
 from radlads.train.hardware import check_hardware
+from radlads.train.processes import ALONE, check_processes
 
 Variant = Literal["balanced", "group_norm"]
 
@@ -96,8 +97,10 @@ def run_conversion(conversion: Conversion, console: Console) -> dict[str, Any]:
         raise ValueError(f"{source.folder} has a head of its own, not its embedding: convert it without --retie")
     tokenizer = load_tokenizer(source.folder, source.config.vocab_size)
     configs = stage_configs(conversion)
-    for config in configs.values():
-        check_hardware(config.train)
+    if not (conversion.out / SUMMARY).is_file():
+        for config in configs.values():
+            check_processes(config.train, ALONE)
+            check_hardware(config.train)
     claim_folder(conversion.out, _identity(conversion, source, configs), _settings(configs), console)
     with only_process_in(conversion.out):
         if (conversion.out / SUMMARY).is_file():

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
-from radlads.checkpoint.atomic import unfinished_folder, write_text
+from radlads.checkpoint.atomic import check_new, unfinished_folder, write_text
 from radlads.checkpoint.hf_export import check_exportable, write_export
 from radlads.checkpoint.manifest import MANIFEST, read_manifest
 from radlads.checkpoint.model_folder import StoredModel, load_model, open_model
@@ -64,8 +64,8 @@ class Export:
                 "without OUT the folder is uploaded as it is: name OUT, or leave out --teacher, --dtype, --shard-size "
                 "and --for-llama-cpp"
             )
-        if self.out is not None and self.out.exists():
-            raise ValueError(f"{self.out} exists already: remove it or choose another folder")
+        if self.out is not None:
+            check_new(self.out)
 
 
 @dataclass(frozen=True)

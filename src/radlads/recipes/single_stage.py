@@ -35,7 +35,7 @@ def train_stage(config: Config, console: Console, processes: Processes = ALONE) 
     if neither is possible, and as run_stage does.
     """
     train = config.train
-    # Whatever can be wrong is found before the models are read
+    # What can be known cheaply is said before the models are read
     check_available(config)
     check_loggers(train)
     if train.data_file:
@@ -46,7 +46,7 @@ def train_stage(config: Config, console: Console, processes: Processes = ALONE) 
     student, origin = _starting_student(config, teacher_path)
     check_student(config, student.config, None if teacher is None else teacher.config)
     folder = run_folder(config, student.config)
-    check_new(folder)
+    processes.from_first(lambda: check_new(folder))
     check_hardware(train)
     models = build_models(config, student, teacher, processes)
     parent = f"{origin} ({_listed(models.rows)})" if models.rows else origin

@@ -38,7 +38,7 @@ BEAT_S, DEAD_AFTER_S, LEFT_AFTER_S, WORD_AFTER_S = 1.0, 30.0, 5.0, 15.0
 """How often a process says that it lives, after how long a silent one is taken for dead, how long the others have to
 end by themselves once one has left with an error, and how long one with an error waits for the first to have it too."""
 LOST = 2
-"""Exit code of a process that ends because another one is gone: starting the command again mends it."""
+"""Exit code of a process that ends because another one is gone."""
 _STARTED_BY = "RADLADS_STARTED_BY"
 _LAUNCHERS = (SLURMEnvironment, TorchElasticEnvironment, MPIEnvironment, LSFEnvironment)
 _AGAIN = "start the same command again to go on from the last checkpoint"
@@ -193,6 +193,11 @@ def _command() -> list[str]:
     return [sys.executable, os.path.abspath(sys.argv[0]), *sys.argv[1:]]
 
 
+def _how_it_ended(child: subprocess.Popen[bytes]) -> str:
+    code = child.returncode
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+
+
 def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -212,14 +217,14 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 def _none_missing(children: list[subprocess.Popen[bytes]]) -> Iterator[None]:
     """Wait for the others to join, which torch would do for half an hour, no longer than they can.
 
-    Sees to the processes of this node that one command has started; a launcher sees to its own.
+    Sees to the processes that one command has started on this node; other nodes', and a launcher's, are not known here.
     """
     started_by, joined_all = os.environ.get(_STARTED_BY), threading.Event()
 
     def missing() -> str | None:
         for child in children:
             if child.poll() is not None:
-                return f"process {child.pid} of this run ended with code {child.returncode} before all had joined"
+                return f"process {child.pid} of this run {_how_it_ended(child)} before all had joined"
         if started_by is not None and os.getppid() != int(started_by):
             return "the process that started this one is gone"
         return None
@@ -228,7 +233,7 @@ def _none_missing(children: list[subprocess.Popen[bytes]]) -> Iterator[None]:
         while not joined_all.wait(BEAT_S):
             # An error that all have, this process is about to tell itself
             if (why := missing()) is not None and not joined_all.wait(LEFT_AFTER_S):
-                _log.error("radlads: %s: mend what it said, or start the same command again", why)
+                _log.error("radlads: %s: mend what it told above, or start the same command again", why)
                 for child in children:
                     child.kill()
                 os._exit(LOST)
@@ -323,8 +328,7 @@ class Watch(threading.Thread):
         """Say that this process lives; which other one is gone, if one is."""
         for child in self._children:
             if child.poll() is not None and child.returncode < 0:
-                name = signal.Signals(-child.returncode).name
-                return f"a process of this run (pid {child.pid}) was ended by {name}: {_AGAIN}"
+                return f"a process of this run (pid {child.pid}) {_how_it_ended(child)}: {_AGAIN}"
         try:
             self._store.set(f"alive/{self._rank}", str(beat))
             for other, (before, since) in self._seen.items():

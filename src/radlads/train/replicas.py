@@ -35,7 +35,7 @@ class GradientSums:
     def begin_last(self) -> None:
         """A micro-batch begins that is its window's last, and gives every parameter its gradient once."""
         self._hooks = [
-            self._parameters[name].register_post_accumulate_grad_hook(self._completed(name)) for name in self._large
+            self._parameters[name].register_post_accumulate_grad_hook(self._hook(name)) for name in self._large
         ]
 
     def finish(self) -> None:
@@ -56,16 +56,18 @@ class GradientSums:
             hook.remove()
         self._complete, self._started, self._works, self._hooks = {}, [], [], []
 
-    def _completed(self, name: str) -> Callable[[torch.Tensor], None]:
-        def completed(parameter: torch.Tensor) -> None:
+    def _hook(self, name: str) -> Callable[[torch.Tensor], None]:
+        def note(parameter: torch.Tensor) -> None:
             if name in self._complete:
-                raise RuntimeError(f"{name} got a gradient twice in the last micro-batch of a step")
+                raise ValueError(
+                    f"{name} got a gradient from two parts of the loss, as where layers share it: train on one device"
+                )
             self._complete[name] = None
             order = self._order or []
             while len(self._started) < len(order) and order[len(self._started)] in self._complete:
                 self._start(order[len(self._started)])
 
-        return completed
+        return note
 
     def _start(self, name: str) -> None:
         self._started.append(name)
