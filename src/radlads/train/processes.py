@@ -118,7 +118,8 @@ def joined(train: TrainConfig) -> Iterator[Processes]:
         fabric = Fabric(accelerator=kind, devices=devices, num_nodes=train.num_nodes, strategy="ddp")
         with _none_missing(children):
             fabric.launch()
-        with _watched(fabric.global_rank, fabric.world_size, children):
+            store = _store(fabric.global_rank)
+        with _watched(store, fabric.global_rank, fabric.world_size, children):
             yield Processes(fabric.global_rank, fabric.world_size, fabric.device)
     finally:
         if dist.is_initialized():
@@ -248,9 +249,9 @@ def _none_missing(children: list[subprocess.Popen[bytes]]) -> Iterator[None]:
 
 
 @contextmanager
-def _watched(rank: int, size: int, children: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+def _watched(store: dist.TCPStore, rank: int, size: int, children: list[subprocess.Popen[bytes]]) -> Iterator[None]:
     """Watch the other processes, and see to it that an error is told once."""
-    watch = Watch(_store(rank), rank, size, children)
+    watch = Watch(store, rank, size, children)
     watch.start()
     try:
         yield
