@@ -2,16 +2,14 @@
 
 Each entry has the configuration's dotted keys, and `kill`, `stop` or `raises`, [rank, step]: where a process sends
 itself SIGKILL or SIGTERM ("before": just before the first step), or raises a user's error. Stopped with `goes_on`, the
-next entry follows all the same.
-`absent` in the first is the local rank that never joins. With `deepspeed_on_cpu` DeepSpeed's strategies run on CPUs.
-With `nodes` in place of devices the caller starts a program for each node.
+next entry follows all the same. `absent` in the first is the local rank that never joins. With `deepspeed_on_cpu`
+DeepSpeed's strategies run on CPUs. With `nodes` in place of devices the caller starts a program for each node.
 """
 
 import json
 import os
 import signal
 import sys
-from contextlib import nullcontext, suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -51,8 +49,13 @@ def main(spec: Path) -> int:
         with joined(configs[0].train) as processes:
             for entry, config in zip(entries, configs, strict=True):
                 plan(entry, processes.rank)
-                with suppress(SystemExit) if entry.get("goes_on") else nullcontext():
+                try:
                     train_stage(config, Printing() if processes.is_first else Silent(), processes)
+                except SystemExit as stopped:
+                    if not (entry.get("goes_on") and stopped.code == 128 + signal.SIGTERM):
+                        raise
+                else:
+                    assert not entry.get("goes_on"), "it was not stopped"
     except (ValueError, OSError) as error:
         print(f"radlads: {error}", file=sys.stderr, flush=True)
         return 2

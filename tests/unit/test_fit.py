@@ -302,7 +302,6 @@ def test_a_gpu_without_bf16_is_refused_and_auto_goes_around_it(tmp_path, monkeyp
 
 def test_lightning_takes_no_signal_and_asks_no_process_for_one(tmp_path, monkeypatch):
     """It would ask before every micro-batch, and wait for the GPU to hear the answer."""
-
     asked = []
     trainer = fit.build_trainer(tiny.stage_config(tmp_path, "align").train, tmp_path, [])
     loop, connector = trainer.fit_loop.epoch_loop, trainer._signal_connector

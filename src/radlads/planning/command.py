@@ -212,8 +212,8 @@ def _speed_notes(machine: Machine) -> Iterator[str]:
         )
     yield f"  speed: {rate}, and the share of them that one {MEASURED_KIND} reached at 7B"
     if machine.num_gpus > 1:
-        yield f"  {machine.num_gpus} GPUs: {SEVERAL_GPUS:.0%} of their speed assumed; two H100s kept 84 to 94 % at"
-        yield "  0.5B under ddp, but less than half under fsdp, as the host sets the pace of models so small"
+        yield f"  {machine.num_gpus} GPUs: {SEVERAL_GPUS:.0%} of their speed is assumed. Two H100s kept 94 % in stage"
+        yield "  1 of 0.5B under ddp; stage 2 of a model so small, and fsdp, kept less (docs/scaling.md)"
     yield "  hours are of steps alone: no compilation, loading, held-out measurements or checkpoints"
 
 
