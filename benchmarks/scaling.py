@@ -51,6 +51,8 @@ def main() -> int:
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--seconds", type=float, default=240.0, help="after which a run is given up")
     parser.add_argument("--no-curves", action="store_true", help="leave out the run that curves are compared with")
+    parser.add_argument("--again", action="store_true", help="run the one device once more at the end")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a configuration key, any times")
     parser.add_argument("--json", type=Path, help="where figures go, as soon as they are there")
     arguments = parser.parse_args()
     figures: list[dict[str, Any]] = []
@@ -93,6 +95,8 @@ class Runs:
             if "failed" not in found and "failed" not in whole:
                 found |= {f"{key}_drift": drift(found[key], whole[key]) for key in ("loss", "grad_norm")}
             yield found
+        if wanted.again:
+            yield self.run(stage, "again", devices=1, sequences=sequences)
 
     def run(self, stage: str, name: str, *, devices: int, sequences: int, accumulate: int = 1) -> dict[str, Any]:
         """One run: speed, memory, and the curves."""
@@ -119,6 +123,7 @@ class Runs:
         model = STUDENT | {"ctx_len": context}
         options = [f"--train.{key}={value}" for key, value in keys.items()]
         options += [f"--model.{key}={value}" for key, value in model.items()]
+        options += [f"--{each}" for each in wanted.set]
         figure: dict[str, Any] = {"stage": stage, "run": name, "devices": devices, "sequences": sequences * accumulate}
         began = time.monotonic()
         command = [sys.executable, "-m", "radlads.cli", "train", *options]

@@ -21,16 +21,17 @@ from radlads.train.step import optimizer_step
 VOCAB = 260
 
 
-def teacher_folder(folder: Path, *, tied: bool = False, vocab_size: int = VOCAB) -> Path:
-    """A random Qwen2 (GQA 4:2, non-zero biases) with a byte-level tokenizer, as a Hugging Face folder."""
+def teacher_folder(folder: Path, *, tied: bool = False, vocab_size: int = VOCAB, heads: int = 4) -> Path:
+    """A random Qwen2 (64 channels, GQA of two heads, non-zero biases) with a byte-level tokenizer, as a Hugging Face
+    folder."""
     torch.manual_seed(7)
     config = Qwen2Config(
         vocab_size=vocab_size,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=heads,
+        num_key_value_heads=(heads + 1) // 2,
         tie_word_embeddings=tied,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         bos_token_id=min(256, vocab_size - 1),

@@ -2,26 +2,22 @@
 
 import importlib.util
 import signal
-import sys
-from pathlib import Path
 
 import pytest
-import torch
-from gpu_comparison import DRY_RUN
-from safetensors.torch import load_file
-from tolerances import TRAJECTORY_GPU
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
-
 import stages
-from launch import curve, run
+import tiny
+import torch
+import two_gpus
+from launch import run
+from safetensors.torch import load_file
+from two_gpus import DTYPES, assert_alike, needs_two_gpus
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(DRY_RUN or torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
+    needs_two_gpus,
+    pytest.mark.timeout(900),
     pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
 ]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STAGES = {"align": {}, "distill": {"micro_bsz": 2, "accumulate_grad_batches": 2}}
 # Every pair of two is there; a start takes most of a run's time
 CASES = [
@@ -34,6 +30,12 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """One head of 64 channels, as kernels have them."""
+    return tiny.teacher_folder(tmp_path_factory.mktemp("teacher"), heads=1)
+
+
+@pytest.fixture(scope="module")
 def folder(teacher, tmp_path_factory):
     """The folder of all runs, NAME-PRECISION-STRATEGY; `one` is a single GPU."""
     folder = stages.corpus(tmp_path_factory.mktemp("zero"))
@@ -43,24 +45,11 @@ def folder(teacher, tmp_path_factory):
 
 
 def entry(folder, teacher, name, precision, strategy, called=None, **settings):
-    settings = STAGES[name] | {"accelerator": "gpu", "precision": precision, "compile": "never"} | settings
+    settings = STAGES[name] | {"ds_bucket_mb": 1} | settings
     if name == "distill":
         settings["load_model"] = str(folder / "align-fp32-one")
-    if strategy == "one":
-        settings |= {"devices": 1, "micro_bsz": 2 * settings.get("micro_bsz", 4)}
-    else:
-        settings |= {"strategy": strategy, "ds_bucket_mb": 1}
     called = called or f"{name}-{precision}-{strategy}"
-    return {"keys": stages.keys(folder, teacher, name, called, **settings)}
-
-
-def assert_alike(folder, expected, found, dtype):
-    largest, mean = TRAJECTORY_GPU[dtype]
-    pairs = list(zip(curve(folder, expected), curve(folder, found), strict=True))
-    drift = [abs(b / a - 1) for a, b in pairs]
-    assert len(drift) == 30
-    assert max(drift) < largest
-    assert sum(drift) / 30 < mean
+    return two_gpus.entry(folder, teacher, name, precision, strategy, called, **settings)
 
 
 @pytest.mark.parametrize(("name", "precision", "strategy"), CASES)

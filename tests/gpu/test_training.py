@@ -17,9 +17,10 @@ from radlads.model import rad_rwkv6, rad_rwkv7, recurrence
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.train.adamw import AdamW
+from radlads.train.cuda_graph import GraphedParts
 from radlads.train.optim import build_optimizers
 from radlads.train.spike_guard import SpikeGuard
-from radlads.train.step import GraphedParts, backward_parts, optimizer_step
+from radlads.train.step import backward_parts, optimizer_step
 
 pytestmark = pytest.mark.gpu
 
@@ -253,13 +254,14 @@ def test_aligning_takes_no_more_memory_for_more_layers(device):
 
 
 class Graphed(Training):
-    """Aligning as a CUDA graph, `accumulated` batches to a step."""
+    """A stage as a CUDA graph, `accumulated` batches to a step."""
 
-    def __init__(self, device, dtype, *, accumulated=1, graphed=True):
-        super().__init__("align", device, dtype)
+    def __init__(self, device, dtype, stage="align", *, accumulated=1, graphed=True, **settings):
+        super().__init__(stage, device, dtype, **settings)
         self.accumulated = accumulated
-        plain = functools.partial(backward_parts, self.stage, self.student, self.teacher)
-        self.run = GraphedParts(self.stage, self.student, self.teacher) if graphed else plain
+        self.run = functools.partial(backward_parts, self.stage, self.student, self.teacher)
+        if graphed:
+            self.run = GraphedParts(self.run, self.student, self.teacher, accumulates=accumulated > 1)
 
     def step(self, number):
         parts = [part for each in range(self.accumulated) for part in self.run(self.batches[(number + each) % STEPS])]
@@ -271,9 +273,28 @@ class Graphed(Training):
 @needs_gpu
 @pytest.mark.parametrize("accumulated", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_graph_changes_no_curve(device, dtype, accumulated):
-    expected = Graphed(device, dtype, accumulated=accumulated, graphed=False).curve()
-    assert_same_curve(Graphed(device, dtype, accumulated=accumulated).curve(), expected, dtype)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_graph_changes_no_curve(device, stage, dtype, accumulated):
+    expected = Graphed(device, dtype, stage, accumulated=accumulated, graphed=False).curve()
+    assert_same_curve(Graphed(device, dtype, stage, accumulated=accumulated).curve(), expected, dtype)
+
+
+@needs_gpu
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+def test_a_graph_recomputes(device, checkpointing):
+    expected = Graphed(device, torch.float32, "distill", graphed=False).curve()
+    found = Graphed(device, torch.float32, "distill", checkpointing=checkpointing, compiled=True).curve()
+    assert_same_curve(found, expected, torch.float32)
+
+
+@needs_gpu
+def test_weights_without_a_gradient_have_none_beside_a_graph(device):
+    training = Graphed(device, torch.float32, "extend", accumulated=2)
+    spare = training.student.model.layers[0].self_attn.unused = torch.nn.Parameter(torch.ones(3, device=device))
+    training.run = GraphedParts(training.run._run, training.student, None, accumulates=True)
+    for number in range(4):
+        training.step(number)
+    assert spare.grad is None
 
 
 @needs_gpu

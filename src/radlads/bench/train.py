@@ -1,5 +1,7 @@
 """Training steps: forward, backward, clipping and optimiser of the three stages, teacher included."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +16,9 @@ from radlads.distill.fp8_teacher import fp8_copy
 from radlads.distill.logits import build_stage
 from radlads.distill.stage import is_trainable
 from radlads.model.modeling import RadladsForCausalLM
+from radlads.train.cuda_graph import GraphedParts, records_graph
 from radlads.train.optim import build_optimizers
-from radlads.train.step import GraphedParts, backward_parts, optimizer_step
+from radlads.train.step import backward_parts, optimizer_step
 
 WARMUP_STEPS, STEPS = 4, 4  # a CUDA graph is recorded in the third
 CLIP = 1.0
@@ -61,13 +64,13 @@ def bench_train(
         if settings.compiled:
             torch.compiler.reset()  # else a second shape is compiled for changing shapes, which no training run has
         release_memory(device)
-        work = _work(case, settings, on_gpu=device.type == "cuda")
+        work = _work(case, settings)
         with record.attempt(Row(case=case.name, of="student", work=work), lower=_advice(case)):
             record.add(_measure(case, work, student, teacher, shape, device, ceilings))
         student.zero_grad(set_to_none=True)
 
 
-def _work(case: TrainCase, settings: TrainSettings, *, on_gpu: bool) -> dict:
+def _work(case: TrainCase, settings: TrainSettings) -> dict:
     # Aligning holds one layer's graph at a time and has nothing to recompute
     automatic, is_align = settings.checkpointing == "auto", case.stage == "align"
     return {
@@ -77,7 +80,6 @@ def _work(case: TrainCase, settings: TrainSettings, *, on_gpu: bool) -> dict:
         "checkpointing": _DEFAULT_CHECKPOINTING[case.stage] if automatic or is_align else settings.checkpointing,
         "compiled": settings.compiled,
         "teacher_precision": settings.teacher_precision if case.stage != "extend" else None,
-        "graphed": settings.compiled and on_gpu and is_align,
     }
 
 
@@ -106,12 +108,15 @@ def _measure(
     optimizers = build_optimizers(student, train)
     tokens = torch.randint(shape.student.vocab_size, (case.batch, case.tokens + 1), device=device)
 
-    graphed = GraphedParts(stage, student, teacher) if work["graphed"] else None
+    run: Callable = functools.partial(backward_parts, stage, student, teacher)
+    graphed = device.type == "cuda" and records_graph(train, stage, student, compiled=work["compiled"])
+    if graphed:
+        run = GraphedParts(run, student, teacher)
     norm = torch.zeros(())
 
     def step() -> None:
         nonlocal norm
-        parts = backward_parts(stage, student, teacher, tokens) if graphed is None else graphed(tokens)
+        parts = run(tokens)
         count, sums = sum(part.count for part in parts), torch.stack([part.sum for part in parts])
         norm = optimizer_step(optimizers, parameters, count=count, clip_val=CLIP, sums=sums).whole
 
@@ -126,7 +131,7 @@ def _measure(
     return Row(
         case=case.name,
         of="student",
-        work=work | {"gflop_per_token": round(flops / 1e9, 3)},
+        work=work | {"graphed": graphed, "gflop_per_token": round(flops / 1e9, 3)},
         tokens=num_tokens,
         timing=timing,
         share=num_tokens * flops / (timing.median_ms / 1000) / (ceilings.matmul_tflop_per_s * 1e12),

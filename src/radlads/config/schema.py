@@ -190,7 +190,10 @@ class TrainConfig:
     """What the backward pass recomputes to save memory: none; selective = time mixers; full = whole blocks, about a
     third more time; auto = as grad_cp says. No effect in the align stage."""
     compile: Literal["auto", "always", "never"] = "auto"
-    """Run the blocks through torch.compile, and align on a GPU as a CUDA graph; auto = on CUDA with Triton."""
+    """Run the blocks through torch.compile; auto = on CUDA with Triton."""
+    cuda_graphs: Literal["auto", "always", "never"] = "auto"
+    """Record a batch's forward and backward pass as a CUDA graph, which takes the host nothing to run; auto = where
+    blocks are compiled, when aligning or where gradients take a tenth of the GPU's memory at most."""
     gradient_clip_val: float = 1.0
     """Largest gradient norm; longer gradients are scaled down to it. 0 = no clipping."""
     spike_factor: float = 0.0
@@ -304,6 +307,7 @@ class TrainConfig:
                 "train.compile must be 'auto' or 'never' with train.reset_state_at_eos, whose sequences are of too "
                 "many lengths to compile for, not 'always'"
             )
+        self._check_cuda_graphs()
         if self.strategy not in STRATEGIES:
             raise ValueError(f"train.strategy must be one of {', '.join(STRATEGIES)}, not {self.strategy!r}")
         if self.grad_cp and self.activation_checkpointing not in ("auto", "full"):
@@ -312,6 +316,19 @@ class TrainConfig:
                 f"{self.activation_checkpointing!r}: set grad_cp to 0"
             )
         stage_of(self)
+
+    def _check_cuda_graphs(self) -> None:
+        if self.cuda_graphs != "always":
+            return
+        counts_labels = "whose labels are counted batch by batch"
+        refused = {
+            "train.reset_state_at_eos": (self.reset_state_at_eos, "whose sequences are of too many lengths"),
+            "train.mask_labels_at_eos": (self.mask_labels_at_eos and stage_of(self) != "align", counts_labels),
+            f"train.strategy {self.strategy}": (self.strategy not in ("auto", "ddp"), "whose hooks cannot be recorded"),
+        }
+        for setting, (is_set, why) in refused.items():
+            if is_set:
+                raise ValueError(f"train.cuda_graphs must be 'auto' or 'never' with {setting}, {why}, not 'always'")
 
 
 _TRAIN_RANGES: dict[Range, list[str]] = {

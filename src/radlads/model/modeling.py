@@ -21,7 +21,7 @@ from .configuration import RadladsConfig
 from .contracts import SharedInputs
 from .layers import RMSNorm, rope_tables
 from .recurrent_mixer import RecurrentMixer
-from .registry import build_channel_mixer, build_time_mixer
+from .registry import build_channel_mixer, build_time_mixer, is_registered
 from .whole_parameters import begin_gathering, whole
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
@@ -43,11 +43,12 @@ class Block(GradientCheckpointingLayer):
 
     mix, feed and run know no cache, so that torch.compile can take them; forward and tapped may call them compiled.
     compile_backend: torch.compile's backend once compile_blocks() asked for it, else None.
-    recomputes_mixer: whether training runs the first half again in the backward pass instead of keeping what it made.
+    recompute_mixer: what runs the first half in training, and again in the backward pass, instead of keeping what it
+    made; None: it is kept.
     """
 
     compile_backend: str | None = None
-    recomputes_mixer = False
+    recompute_mixer: Callable | None = None
 
     def __init__(self, config: RadladsConfig, layer_idx: int):
         super().__init__()
@@ -62,8 +63,8 @@ class Block(GradientCheckpointingLayer):
         if past_key_values is not None:
             return self._cached(hidden, v_first, shared, past_key_values)
         mix = functools.partial(self.compiled(Block.mixed, hidden.shape[1]), self)
-        if self.recomputes_mixer and self.training and torch.is_grad_enabled():
-            hidden, v_first = checkpoint(mix, hidden, v_first, shared, use_reentrant=False)
+        if self.recompute_mixer is not None and self.training and torch.is_grad_enabled():
+            hidden, v_first = self.recompute_mixer(mix, hidden, v_first, shared)
         else:
             hidden, v_first = mix(hidden, v_first, shared)
         return self.compiled(Block.feed, hidden.shape[1])(self, hidden), v_first
@@ -221,9 +222,13 @@ class RadladsModel(RadladsPreTrainedModel):
         """
         if mode not in get_args(ActivationCheckpointing):
             raise ValueError(f"activation checkpointing must be none, selective or full, not {mode!r}")
-        self._set_gradient_checkpointing(mode == "full", functools.partial(checkpoint, use_reentrant=False))
+        # Nothing in our own mixers is random, and a CUDA graph cannot record how random numbers are set back
+        recompute = functools.partial(
+            checkpoint, use_reentrant=False, preserve_rng_state=not is_registered(self.config)
+        )
+        self._set_gradient_checkpointing(mode == "full", recompute)
         for block in self._blocks():
-            block.recomputes_mixer = mode == "selective"
+            block.recompute_mixer = recompute if mode == "selective" else None
 
     def _blocks(self) -> Iterator[Block]:
         for block in self.layers:

@@ -202,10 +202,7 @@ def _gradient_bytes(models: Models, step: Step, count: float) -> float:
 
 
 def _align_moments(models: Models, step: Step) -> Iterator[Moment]:
-    """One layer's graph at a time, and the first one's, which the later layers' gradients of its values wait for.
-
-    A CUDA graph leaves gradients where it was recorded, so those of earlier micro-batches are kept beside them.
-    """
+    """One layer's graph at a time, and the first one's, which the later layers' gradients of its values wait for."""
     config, trained = models.shape.student, models.student.mixers
     first, last = config.first_value_layer, len(trained) - 1
     earlier = sum(trained) if step.accumulates else 0
@@ -216,11 +213,11 @@ def _align_moments(models: Models, step: Step) -> Iterator[Moment]:
     own, held = graphs[-1], graphs[0] + collected if first is not None and last > 0 else 0.0
     done = sum(trained) - trained[last] - (trained[0] if held else 0)
     copies = _rounded_weights(trained[last] * (2 if held else 1), step)
-    yield Moment("last layer backward", earlier + done, step.tokens * (own + held + backward) + copies)
+    yield Moment("last layer backward", earlier or done, step.tokens * (own + held + backward) + copies)
     if held:
         done = sum(trained) - trained[0]
-        yield Moment("first layer backward", earlier + done, step.tokens * (held + backward))
-    yield Moment("update", earlier + sum(trained), 0.0)
+        yield Moment("first layer backward", earlier or done, step.tokens * (held + backward))
+    yield Moment("update", sum(trained), 0.0)
     yield Moment("teacher", earlier, step.tokens * (held + activations.teacher_forward(models.shape.teacher)))
 
 

@@ -142,6 +142,9 @@ class DeepSpeedUpdates:
     def begin_last(self) -> None:
         """See Updates."""
 
+    def add_up(self) -> None:
+        """See Updates. The engine does, as it steps."""
+
     def step(self, optimizers, *, count, clip_val, sums, leave_out) -> GradientNorms:
         """See Updates. Clips to what the engine was made with."""
         assert leave_out is None

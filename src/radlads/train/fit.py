@@ -25,9 +25,9 @@ from radlads.distill.fp8_teacher import fp8_copy
 from radlads.distill.heldout import Heldout
 from radlads.distill.logits import build_stage
 from radlads.model.modeling import RadladsForCausalLM
-from radlads.model.registry import is_registered
 from radlads.train.callbacks import HeldoutCallback, Progress
 from radlads.train.checkpointing import Checkpointing
+from radlads.train.cuda_graph import records_graph
 from radlads.train.deepspeed_engine import ZeroStrategy, engine_dtype
 from radlads.train.hardware import check_hardware, compiles, out_of_memory
 from radlads.train.lightning_module import StageModule
@@ -195,15 +195,12 @@ def _train(trainer: L.Trainer, module: StageModule, batches: DataLoader, config:
             module.learn_from(models[-1])
         for model in models:
             model.compile_blocks(compiles(compile_setting, device))
-        # Later stages' steps are long enough for the host, and their gradients too large to be kept between steps
-        is_align = module.stage.name == "align"
-        compiled_on_gpu = device.type == "cuda" and compiles(compile_setting, device)
-        # A user's own mixer may wait for the device, which a graph cannot record
-        is_plain = is_registered(module.student.config) and not in_shards and not by_engine
-        module.graphed = is_align and compiled_on_gpu and is_plain
+        if device.type == "cuda" and not in_shards and not by_engine:
+            compiled = compiles(compile_setting, device)
+            module.graphed = records_graph(train, module.stage, module.student, compiled=compiled)
         _fit(trainer, module, batches)
     except torch.OutOfMemoryError as error:
-        raise ValueError(out_of_memory(config, device)) from error
+        raise ValueError(out_of_memory(config, device, graphed=module.graphed)) from error
     finally:
         module.forget_graph()
         for model in models:

@@ -16,6 +16,8 @@ def check_hardware(train: TrainConfig) -> tuple[str, str]:
     accelerator = {"gpu": "cuda"}.get(train.accelerator, train.accelerator)
     if accelerator == "cuda" and not torch.cuda.is_available():
         raise ValueError("train.accelerator is 'gpu', but no CUDA GPU is here: set --train.accelerator cpu (or auto)")
+    if train.cuda_graphs == "always" and not (accelerator in ("cuda", "auto") and torch.cuda.is_available()):
+        raise ValueError("train.cuda_graphs is 'always', but the stage runs on no CUDA GPU: set auto or never")
     precision = resolve_precision(train.precision, accelerator)
     if precision.startswith("bf16") and accelerator != "cpu" and not gpu_multiplies_bf16():
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
@@ -31,12 +33,14 @@ def compiles(setting: str, device: torch.device) -> bool:
     return setting == "always" or (setting == "auto" and device.type == "cuda" and has_triton(device))
 
 
-def out_of_memory(config: Config, device: torch.device) -> str:
-    """What to lower when a stage does not fit into the GPU's memory."""
+def out_of_memory(config: Config, device: torch.device, *, graphed: bool) -> str:
+    """What to lower when a stage does not fit into the GPU's memory. graphed: whether its passes are a CUDA graph."""
     train, checkpointing = config.train, checkpointing_of(config.train)
     remedies = [f"train.micro_bsz (now {train.micro_bsz}, with train.accumulate_grad_batches to make up for it)"]
     remedies.append(f"model.ctx_len (now {config.model.ctx_len})")
     settings = [] if stage_of(train) == "align" or checkpointing == "full" else ["train.activation_checkpointing full"]
+    if graphed:
+        settings.append("train.cuda_graphs never")
     if train.precision != "bf16-true":
         settings.append("train.precision bf16-true")
     size = torch.cuda.get_device_properties(device).total_memory / 1e9

@@ -1,5 +1,6 @@
 """A stage as a LightningModule: backward part by part, one optimiser step per accumulation window."""
 
+import functools
 from collections.abc import Callable
 
 import lightning as L
@@ -9,12 +10,13 @@ from radlads.config.schema import TrainConfig
 from radlads.distill.stage import Stage, is_trainable
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.train import spike_guard
+from radlads.train.cuda_graph import GraphedParts
 from radlads.train.deepspeed_engine import DeepSpeedUpdates, uses_engine
 from radlads.train.diagnosis import first_not_finite
 from radlads.train.optim import build_optimizers, set_learning_rates
 from radlads.train.processes import ALONE, Processes
 from radlads.train.sharding import is_sharded
-from radlads.train.step import GradientNorms, GraphedParts, PartSum, Readout, backward_parts
+from radlads.train.step import GradientNorms, PartSum, Readout, backward_parts
 from radlads.train.step_record import StepRecord
 from radlads.train.stopping import StopRequests
 from radlads.train.throughput import Throughput, stage_flops
@@ -107,21 +109,36 @@ class StageModule(L.LightningModule):
             self._throughput.begin(self.tokens_done)
         self._batches.append(tokens)
         is_last = (batch_idx + 1) % self.settings.accumulate_grad_batches == 0
-        if is_last and not self.graphed:
-            self.updates.begin_last()
-        for part in self._backward_parts(tokens):
+        for part in self._backward_parts(tokens, ends_window=is_last):
             self._sums[part.name] = self._sums[part.name] + part.sum if part.name in self._sums else part.sum
             self._counts[part.name] = self._counts.get(part.name, 0) + part.count
         self.tokens_done += tokens[:, 1:].numel() * self.processes.size
         if is_last:
             self._optimizer_step()
 
-    def _backward_parts(self, tokens: torch.Tensor) -> list[PartSum]:
+    def _backward_parts(self, tokens: torch.Tensor, *, ends_window: bool) -> list[PartSum]:
+        """The passes of a micro-batch; where a window ends, gradients are those of all processes from then on."""
         if not self.graphed:
-            return backward_parts(self.stage, self.student, self.teacher, tokens, backward=self.manual_backward)
+            return self._passes(tokens, ends_window=ends_window, backward=self.manual_backward)
+        # A window of one batch is recorded whole, so that gradients travel while a replay still makes others
+        is_window = self.settings.accumulate_grad_batches == 1
         if self._graphed_parts is None:
-            self._graphed_parts = GraphedParts(self.stage, self.student, self.teacher)
-        return self._graphed_parts(tokens)
+            passes = functools.partial(self._passes, ends_window=is_window, backward=torch.Tensor.backward)
+            self._graphed_parts = GraphedParts(passes, self.student, self.teacher, accumulates=not is_window)
+        parts = self._graphed_parts(tokens)
+        if ends_window and not is_window:
+            self.updates.add_up()
+        return parts
+
+    def _passes(
+        self, tokens: torch.Tensor, *, ends_window: bool, backward: Callable[[torch.Tensor], object]
+    ) -> list[PartSum]:
+        if ends_window:
+            self.updates.begin_last()
+        parts = backward_parts(self.stage, self.student, self.teacher, tokens, backward=backward)
+        if ends_window:
+            self.updates.add_up()
+        return parts
 
     def forget_graph(self) -> None:
         """Let the recorded graph and its memory go."""

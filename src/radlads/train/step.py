@@ -4,7 +4,6 @@ What a step puts out, loss sums and gradient norm, comes to the host while the G
 finite is decided on the device: a step that is not changes no weight, however late the host learns of it.
 """
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -38,84 +37,6 @@ def backward_parts(
         sums.append(PartSum(part.name, part.sum, part.count))
         del part  # or its graph would live until the next one is built
     return sums
-
-
-class GraphedParts:
-    """backward_parts on CUDA as one CUDA graph, for stages of so many small kernels that the host cannot keep up.
-
-    The first calls run as ever, which compiles and tunes what needs it; then a call records, and all later ones replay.
-    A replay writes the gradients where the recording left them; what other batches had added up before is added to
-    them. A batch of another shape than the first is run without the graph.
-    """
-
-    WARMUP_CALLS = 2
-
-    def __init__(self, stage: Stage, student: RadladsForCausalLM, teacher: RadladsForCausalLM | None):
-        self._run = functools.partial(backward_parts, stage, student, teacher)
-        self._models = [student] if teacher is None else [student, teacher]
-        self._read_by_graph: list[object] = []
-        self._parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-        self._calls = 0
-        self._stream = torch.cuda.Stream()
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._tokens: torch.Tensor | None = None
-        self._sums: list[PartSum] = []
-        self._gradients: list[torch.Tensor | None] = []
-
-    def __call__(self, tokens: torch.Tensor) -> list[PartSum]:
-        """As backward_parts(..., tokens)."""
-        if self._tokens is None:
-            self._tokens = torch.empty_like(tokens)
-        if tokens.shape != self._tokens.shape:
-            return self._run(tokens)
-        self._calls += 1
-        if self._calls <= self.WARMUP_CALLS:
-            return self._run_beside(tokens)
-        self._tokens.copy_(tokens)
-        earlier = self._take_gradients()
-        if self._graph is None:
-            self._record()
-        assert self._graph is not None
-        self._graph.replay()
-        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
-            parameter.grad = gradient
-        if earlier:
-            present = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-            torch._foreach_add_(present, earlier)
-        return [part._replace(sum=part.sum.clone()) for part in self._sums]
-
-    def _run_beside(self, tokens: torch.Tensor) -> list[PartSum]:
-        """Run on the stream that will record: what autograd remembers of streams is then the same."""
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            sums = self._run(tokens)
-        torch.cuda.current_stream().wait_stream(self._stream)
-        return sums
-
-    def _take_gradients(self) -> list[torch.Tensor]:
-        """The gradients added up so far, out of the way of a replay; none at the start of a window."""
-        earlier = [parameter.grad.clone() for parameter in self._parameters if parameter.grad is not None]
-        for parameter in self._parameters:
-            parameter.grad = None
-        return earlier
-
-    def _record(self) -> None:
-        self._graph = torch.cuda.CUDAGraph()
-        assert self._tokens is not None
-        for model in self._models:  # sequences of another length since the last call have replaced these tables
-            model.model.share_whole_sequences(self._tokens.shape[1] - 1, self._tokens.device)
-        torch.clear_autocast_cache()  # weights cast earlier would be replayed as they were then
-        try:
-            with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
-                self._sums = self._run(self._tokens)
-        except RuntimeError as error:  # ending a recording that failed fails too, and hides why
-            if isinstance(error.__context__, torch.OutOfMemoryError):
-                raise error.__context__ from None
-            raise
-        torch.clear_autocast_cache()
-        # Another sequence length would make the models forget the tables that the graph reads
-        self._read_by_graph = [model.model.whole_sequences for model in self._models]
-        self._gradients = [parameter.grad for parameter in self._parameters]
 
 
 class GradientNorms(NamedTuple):

@@ -27,6 +27,10 @@ class Updates(Protocol):
         """A micro-batch begins that is its window's last, and gives every parameter its gradient once."""
         ...
 
+    def add_up(self) -> None:
+        """The window's gradients are all there: make them those of all processes. A CUDA graph may record it."""
+        ...
+
     def step(
         self,
         optimizers: Sequence[torch.optim.Optimizer],
@@ -36,7 +40,7 @@ class Updates(Protocol):
         sums: torch.Tensor,
         leave_out: torch.Tensor | None,
     ) -> GradientNorms:
-        """Update by the gradients of all processes together; see optimizer_step."""
+        """Update by gradients that have been added up; see optimizer_step."""
         ...
 
     def let_go(self) -> None:
@@ -58,10 +62,13 @@ class ReplicatedUpdates:
         if self._sums is not None and not self._may_lack:
             self._sums.begin_last()
 
-    def step(self, optimizers, *, count, clip_val, sums, leave_out) -> GradientNorms:
+    def add_up(self) -> None:
         """See Updates."""
         if self._sums is not None:
             self._sums.finish()
+
+    def step(self, optimizers, *, count, clip_val, sums, leave_out) -> GradientNorms:
+        """See Updates."""
         return optimizer_step(
             optimizers, self.own_parts.values(), count=count, clip_val=clip_val, sums=sums, leave_out=leave_out
         )
@@ -80,9 +87,12 @@ class ShardedUpdates:
     def begin_last(self) -> None:
         """See Updates."""
 
+    def add_up(self) -> None:
+        """See Updates. FSDP2's own hooks have."""
+        take_gradients(self._student, self.own_parts)
+
     def step(self, optimizers, *, count, clip_val, sums, leave_out) -> GradientNorms:
         """See Updates."""
-        take_gradients(self._student, self.own_parts)
         return optimizer_step(
             optimizers,
             self.own_parts.values(),
