@@ -52,7 +52,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=240.0, help="after which a run is given up")
     parser.add_argument("--no-curves", action="store_true", help="leave out the run that curves are compared with")
     parser.add_argument("--again", action="store_true", help="run the one device once more at the end")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a configuration key, any times")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a configuration key, any times"
+    )
     parser.add_argument("--json", type=Path, help="where figures go, as soon as they are there")
     arguments = parser.parse_args()
     figures: list[dict[str, Any]] = []

@@ -2,9 +2,10 @@
 
 import os
 
+from fused_adam import FusedAdam
 from lightning.pytorch.strategies import DDPStrategy
 
-from radlads.train import deepspeed_engine
+from radlads.train import deepspeed_engine, optim
 
 
 def allow_cpus() -> None:
@@ -22,6 +23,8 @@ def allow_cpus() -> None:
         return initialize(args=args, **kwargs)
 
     deepspeed.initialize = initialize_on_cpu
+    optim._check_on_gpu = lambda groups, train: None
+    deepspeed.ops.adam.FusedAdam = FusedAdam
 
 
 def setup_distributed(strategy: deepspeed_engine.ZeroStrategy) -> None:

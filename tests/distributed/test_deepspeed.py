@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import signal
 from dataclasses import replace
 
 import pytest
@@ -29,17 +28,27 @@ pytestmark = pytest.mark.timeout(1200)
 
 
 @pytest.fixture(scope="module")
-def folder(teacher, tmp_path_factory):
-    """The folder of all runs: `one-NAME` and `STRATEGY-NAME`, and STRATEGY-bf16."""
+def ran(teacher, tmp_path_factory):
+    """The folder of all runs, and what the processes of DeepSpeed's said, of which the last diverges."""
     folder = stages.corpus(tmp_path_factory.mktemp("zero"))
     run(folder, [entry(folder, teacher, name, "one") for name in STAGES])
-    whole = [entry(folder, teacher, name, strategy) for name, strategy in CASES]
-    by_zero(folder, [*whole, *(bf16(folder, teacher, strategy, f"{strategy}-bf16") for strategy in ZERO)])
-    return folder
+    entries = [entry(folder, teacher, name, strategy) for name, strategy in CASES]
+    entries += [bf16(folder, teacher, strategy, f"{strategy}-bf16") for strategy in ZERO]
+    entries.append(fused(folder, teacher, "fused"))
+    for resumed in (bf16(folder, teacher, "deepspeed_stage_2", "stopped"), fused(folder, teacher, "fused-stopped")):
+        entries += [resumed | {"stop": [1, 6], "goes_on": True}, resumed]
+    handed = entry(folder, teacher, "distill-accumulated", "ddp", "handed-on")
+    entries.append(handed | {"stop": [0, 6], "goes_on": True})
+    entries.append(entry(folder, teacher, "distill-accumulated", "deepspeed_stage_1", "handed-on"))
+    rates = {"lr_init": 1e25, "lr_final": 1e25, "checkpoint_every_steps": 1}
+    entries.append(entry(folder, teacher, "distill-accumulated", "deepspeed_stage_2", "diverging", **rates))
+    return folder, *run(folder, [each | {"deepspeed_on_cpu": True} for each in entries], code=2)
 
 
-def by_zero(folder, entries, code=0):
-    return run(folder, [each | {"deepspeed_on_cpu": True} for each in entries], code=code)
+@pytest.fixture(scope="module")
+def folder(ran):
+    """`one-NAME`, `STRATEGY-NAME`, STRATEGY-bf16, and those that `ran` names."""
+    return ran[0]
 
 
 def entry(folder, teacher, name, strategy, called=None, **settings):
@@ -55,6 +64,11 @@ def entry(folder, teacher, name, strategy, called=None, **settings):
 
 def bf16(folder, teacher, strategy, called):
     return entry(folder, teacher, "distill-accumulated", strategy, called, precision="bf16")
+
+
+def fused(folder, teacher, called):
+    """Updated by DeepSpeed's fused Adam, or rather by what stands in for it on a CPU."""
+    return entry(folder, teacher, "distill-accumulated", "deepspeed_stage_1", called, optimizer="dsfusedadamw")
 
 
 def drift(folder, expected, found, column="loss"):
@@ -95,31 +109,25 @@ def test_bf16_keeps_fp32_weights(folder, strategy):
     assert max(drift(folder, "one-distill-accumulated", f"{strategy}-bf16")) < 0.01
 
 
-@pytest.fixture(scope="module")
-def ends(folder, teacher):
-    """What is said where runs that were stopped go on, and then one diverges."""
-    zero = bf16(folder, teacher, "deepspeed_stage_2", "stopped")
-    by_zero(folder, [zero | {"stop": [1, 6]}], code=128 + signal.SIGTERM)
-    run(folder, [entry(folder, teacher, "distill-accumulated", "ddp", "handed-on") | {"stop": [0, 6]}], code=143)
-    handed = entry(folder, teacher, "distill-accumulated", "deepspeed_stage_1", "handed-on")
-    rates = {"lr_init": 1e25, "lr_final": 1e25, "checkpoint_every_steps": 1}
-    diverging = entry(folder, teacher, "distill-accumulated", "deepspeed_stage_2", "diverging", **rates)
-    return by_zero(folder, [zero, handed, diverging], code=2)
-
-
 @needs_deepspeed
-def test_a_run_goes_on_bit_for_bit_and_another_strategys_goes_on_too(folder, ends):
-    out, _ = ends
-    assert out.count("going on after step 7 of 30") == 2
-    expected, found = (load_file(folder / name / "model.safetensors") for name in ("deepspeed_stage_2-bf16", "stopped"))
-    assert all(expected[name].equal(found[name]) for name in expected)
-    assert curve(folder, "deepspeed_stage_2-bf16") == curve(folder, "stopped")
+def test_a_run_goes_on_bit_for_bit_and_another_strategys_goes_on_too(ran):
+    folder, out, _ = ran
+    assert out.count("going on after step 7 of 30") == 3
+    for whole, stopped in (("deepspeed_stage_2-bf16", "stopped"), ("fused", "fused-stopped")):
+        expected, found = (load_file(folder / name / "model.safetensors") for name in (whole, stopped))
+        assert all(expected[name].equal(found[name]) for name in expected)
+        assert curve(folder, whole) == curve(folder, stopped)
     assert max(drift(folder, "one-distill-accumulated", "handed-on")) < TRAJECTORY_MAX
 
 
 @needs_deepspeed
-def test_a_step_that_is_not_finite_reaches_no_checkpoint(folder, ends):
-    _, err = ends
+def test_deepspeeds_adam_makes_adams_steps(folder):
+    assert max(drift(folder, "one-distill-accumulated", "fused")) < TRAJECTORY_MAX
+
+
+@needs_deepspeed
+def test_a_step_that_is_not_finite_reaches_no_checkpoint(ran):
+    folder, _, err = ran
     assert "the loss of distill (loss) is nan at step 2, and the first tensor that is not finite is" in err
     assert [path.name for path in (folder / "diverging.partial/checkpoints").iterdir()] == ["step-000001"]
 

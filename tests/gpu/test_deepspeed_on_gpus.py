@@ -1,7 +1,6 @@
 """DeepSpeed's ZeRO on two GPUs: the steps that one GPU makes of twice the batch, in fp32 and bf16."""
 
 import importlib.util
-import signal
 
 import pytest
 import stages
@@ -27,6 +26,8 @@ CASES = [
     ("distill", "bf16", "deepspeed_stage_1"),
     ("distill", "bf16", "deepspeed_stage_2"),
 ]
+ONE_CASE = ("distill", "bf16", "deepspeed_stage_2")
+STOPPED = {"stopped": {}, "fused-stopped": {"optimizer": "dsfusedadamw"}}
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +37,22 @@ def teacher(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def folder(teacher, tmp_path_factory):
-    """The folder of all runs, NAME-PRECISION-STRATEGY; `one` is a single GPU."""
+def ran(teacher, tmp_path_factory):
+    """The folder of all runs, and what the two processes said."""
     folder = stages.corpus(tmp_path_factory.mktemp("zero"))
     run(folder, [entry(folder, teacher, name, precision, "one") for name in STAGES for precision in DTYPES])
-    run(folder, [entry(folder, teacher, *case) for case in CASES])
-    return folder
+    entries = [entry(folder, teacher, *case) for case in CASES]
+    entries.append(entry(folder, teacher, *ONE_CASE, "fused", optimizer="dsfusedadamw"))
+    for called, settings in STOPPED.items():
+        resumed = entry(folder, teacher, *ONE_CASE, called, **settings)
+        entries += [resumed | {"stop": [1, 6], "goes_on": True}, resumed]
+    return folder, run(folder, entries)[0]
+
+
+@pytest.fixture(scope="module")
+def folder(ran):
+    """Runs are NAME-PRECISION-STRATEGY, with `one` for a single GPU, and those that `ran` names."""
+    return ran[0]
 
 
 def entry(folder, teacher, name, precision, strategy, called=None, **settings):
@@ -59,16 +70,21 @@ def test_the_curves_are_one_gpus(folder, name, precision, strategy):
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
-def test_a_stopped_run_goes_on(folder, teacher):
-    stopped = entry(folder, teacher, "distill", "bf16", "deepspeed_stage_2", "stopped")
-    run(folder, [stopped | {"stop": [1, 6]}], code=128 + signal.SIGTERM)
-    out, _ = run(folder, [stopped])
-    assert "going on after step 7 of 30" in out
-    assert_alike(folder, "distill-bf16-deepspeed_stage_2", "stopped", torch.bfloat16)
+@pytest.mark.parametrize(
+    ("whole", "stopped"), [("distill-bf16-deepspeed_stage_2", "stopped"), ("fused", "fused-stopped")]
+)
+def test_a_stopped_run_goes_on(ran, whole, stopped):
+    folder, out = ran
+    assert out.count("going on after step 7 of 30") == len(STOPPED)
+    assert_alike(folder, whole, stopped, torch.bfloat16)
 
 
-def test_blocks_are_compiled_and_deepspeeds_adam_updates(folder, teacher):
-    # Builds a CUDA extension and compiles graphs: a minute or two
-    settings = {"compile": "always", "optimizer": "dsfusedadamw", "activation_checkpointing": "full"}
-    run(folder, [entry(folder, teacher, "distill", "bf16", "deepspeed_stage_2", "compiled", **settings)])
+def test_deepspeeds_adam_makes_adams_steps(folder):
+    assert_alike(folder, "distill-bf16-one", "fused", torch.bfloat16)
+
+
+def test_blocks_are_compiled(folder, teacher):
+    # A minute or two of compiling
+    settings = {"compile": "always", "activation_checkpointing": "full"}
+    run(folder, [entry(folder, teacher, *ONE_CASE, "compiled", **settings)])
     assert_alike(folder, "distill-bf16-one", "compiled", torch.bfloat16)

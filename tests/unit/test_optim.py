@@ -2,13 +2,16 @@
 
 import sys
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
+from fused_adam import FusedAdam
 
 from radlads.convert.hf_source import open_teacher
 from radlads.convert.student import build_student
+from radlads.train import optim
 from radlads.train.optim import build_optimizers, learning_rate, weights_to_keep
 from radlads.train.step import optimizer_step
 
@@ -93,6 +96,30 @@ def student_of(teacher, config):
 def test_optimizers_from_packages_lower_the_loss(teacher, tmp_path, optimizer):
     losses = tiny.losses_by(optimizer, teacher, tmp_path, torch.empty(0))
     assert losses[-1] < losses[0] - 0.2
+
+
+@pytest.fixture
+def deepspeed(monkeypatch):
+    """Puts an optimiser in the place of DeepSpeed's fused Adam, which a CPU may then have."""
+    monkeypatch.setattr(optim, "_check_on_gpu", lambda groups, train: None)
+    return lambda rule: monkeypatch.setitem(sys.modules, "deepspeed.ops.adam", SimpleNamespace(FusedAdam=rule))
+
+
+def test_deepspeeds_adam_lowers_the_loss_as_adamw_does(teacher, tmp_path, deepspeed):
+    deepspeed(FusedAdam)
+    by_adamw, by_deepspeed = (
+        tiny.losses_by(name, teacher, tmp_path, torch.empty(0)) for name in ("adamw", "dsfusedadamw")
+    )
+    assert by_deepspeed == pytest.approx(by_adamw, rel=1e-4)
+
+
+def test_an_extension_that_cannot_be_built_is_one_sentence(teacher, tmp_path, deepspeed):
+    def fails(*_, **__):
+        raise ValueError("invalid literal for int() with base 10: '0a'")
+
+    deepspeed(fails)
+    with pytest.raises(ValueError, match=r"builds at first use, which failed here .*'0a'.* TORCH_CUDA_ARCH_LIST unset"):
+        tiny.losses_by("dsfusedadamw", teacher, tmp_path, torch.empty(0))
 
 
 def test_schedule_free_weights_are_averaged_to_be_kept(teacher, tmp_path):

@@ -173,25 +173,37 @@ class DeepSpeedUpdates:
         moments = Moments(self.own_parts, self._groups(), base)
         groups = [{key: value for key, value in group.items() if key != "params"} for group in base.param_groups]
         weights = FullWeights(self._student, self.own_parts, self._frozen)
-        return Held(weights, moments, [{"groups": groups, "state": {}}], gathered=True)
+        return Held(weights, moments, [{"groups": groups, "state": self._numbers()}], gathered=True)
 
     def restore_moments(self, stored: StoredWeights, optimizers: Sequence[Mapping[str, Any]]) -> None:
         """Give the optimiser its state of a checkpoint, by whatever processes that was written."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
         zero = self._engine.optimizer
-        own = [PrefixedWeights(stored, f"optimizer_0.{name}:") for names in self._groups() for name in names[:1]]
-        for group, held, first in zip(zero.optimizer.param_groups, optimizers[0]["groups"], own, strict=True):
+        firsts = [names[0] for names in self._groups()]
+        for group, held, name in zip(zero.optimizer.param_groups, optimizers[0]["groups"], firsts, strict=True):
             group.update({key: tuple(each) if isinstance(each, list) else each for key, each in held.items()})
             (partition,) = group["params"]
-            scalars = {key: tensor.to(partition.device).clone() for key, tensor in first.items() if not tensor.ndim}
-            parts = {key: torch.zeros_like(partition) for key, tensor in first.items() if tensor.ndim}
-            zero.optimizer.state[partition].update(scalars | parts)
+            tensors = PrefixedWeights(stored, f"optimizer_0.{name}:")
+            state: dict[str, Any] = dict(optimizers[0]["state"].get(name, {}))
+            for key, tensor in tensors.items():
+                state[key] = torch.zeros_like(partition) if tensor.ndim else tensor.to(partition.device).clone()
+            zero.optimizer.state[partition].update(state)
         _link_states(zero)
         for name, parameter in self.own_parts.items():
             for key, tensor in PrefixedWeights(stored, f"optimizer_0.{name}:").items():
                 if tensor.ndim:
                     safe_set_full_optimizer_state(parameter, tensor.to(parameter.device), key)
+
+    def _numbers(self) -> dict[str, dict[str, Any]]:
+        """By parameter, what the optimiser's state has that is no tensor, as the steps of DeepSpeed's own."""
+        base = self._engine.optimizer.optimizer
+        numbers: dict[str, dict[str, Any]] = {}
+        for names, group in zip(self._groups(), base.param_groups, strict=True):
+            state = base.state[group["params"][0]]
+            own = {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)}
+            numbers |= dict.fromkeys(names, own) if own else {}
+        return numbers
 
     def _groups(self) -> list[list[str]]:
         """The names of the parameters of each of the optimiser's groups."""
@@ -242,7 +254,8 @@ class Moments(StoredWeights):
         self._keys: dict[str, tuple[str, str, torch.Tensor]] = {}
         for names, group in zip(groups, base.param_groups, strict=True):
             (partition,) = group["params"]
-            for key, tensor in base.state[partition].items():
+            tensors = {key: each for key, each in base.state[partition].items() if isinstance(each, torch.Tensor)}
+            for key, tensor in tensors.items():
                 kept = torch.empty(0) if tensor.shape == partition.shape else tensor
                 self._keys |= {f"optimizer_0.{name}:{key}": (name, key, kept) for name in names}
 

@@ -82,7 +82,13 @@ def _adam_8bit(groups: Groups, train: TrainConfig) -> torch.optim.Optimizer:
 def _deepspeed_fused(groups: Groups, train: TrainConfig) -> torch.optim.Optimizer:
     _check_on_gpu(groups, train)
     rule = _from_package(train, "deepspeed", "deepspeed.ops.adam", "FusedAdam")
-    return rule(groups, train.lr_init, betas=(train.beta1, train.beta2), eps=train.adam_eps, adam_w_mode=True)
+    try:
+        return rule(groups, train.lr_init, betas=(train.beta1, train.beta2), eps=train.adam_eps, adam_w_mode=True)
+    except Exception as error:  # whatever building its extension comes upon
+        raise ValueError(
+            f"train.optimizer {train.optimizer!r} is a CUDA extension that DeepSpeed builds at first use, which failed "
+            f"here ({error}): have nvcc on the path and TORCH_CUDA_ARCH_LIST unset, or use adamw, which is fused too"
+        ) from error
 
 
 _ADAMS: dict[str, Callable[[Groups, TrainConfig], torch.optim.Optimizer]] = {

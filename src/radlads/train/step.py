@@ -81,7 +81,7 @@ def optimizer_step(
         finite = finite & ~leave_out
     for optimizer in optimizers:
         _update(optimizer, scale=shrink / count, finite=finite)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()  # sets them to None; DeepSpeed's takes no argument
     return GradientNorms(norm, by_role)
 
 
