@@ -251,8 +251,8 @@ def copy_checked(parameter: torch.nn.Parameter, tensor: torch.Tensor, name: str,
 
 def own_part(parameter: torch.Tensor) -> torch.Tensor:
     """The tensor itself, or what this process holds of a sharded one; of the same memory, without gradients."""
-    parameter = parameter.detach()
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    with torch.no_grad():  # else reading a shard costs ten times as much, as something to record
+        return parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()
 
 
 def own_rows(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
