@@ -17,7 +17,7 @@ from radlads.train.deepspeed_engine import check_engine, uses_engine
 from radlads.train.processes import ALONE, Processes
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
-ZERO = ("deepspeed_stage_1", "deepspeed_stage_2")
+ZERO = ("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
 SMALL_BUCKETS = {"ds_bucket_mb": 1}
 STAGES = {
     "align": {},
@@ -98,30 +98,40 @@ def test_bf16_keeps_fp32_weights(folder, strategy):
 @pytest.fixture(scope="module")
 def ends(folder, teacher):
     """What is said where runs that were stopped go on, and then one diverges."""
-    zero = bf16(folder, teacher, "deepspeed_stage_2", "stopped")
-    by_zero(folder, [zero | {"stop": [1, 6]}], code=128 + signal.SIGTERM)
+    stopped = [bf16(folder, teacher, strategy, f"{strategy}-stopped") for strategy in ZERO[1:]]
     run(folder, [entry(folder, teacher, "distill-accumulated", "ddp", "handed-on") | {"stop": [0, 6]}], code=143)
-    handed = entry(folder, teacher, "distill-accumulated", "deepspeed_stage_1", "handed-on")
+    handed = [entry(folder, teacher, "distill-accumulated", strategy, "handed-on") for strategy in (ZERO[2], ZERO[0])]
+    handed_over = handed[0] | {"stop": [0, 12]}
+    by_zero(folder, [each | {"stop": [1, 6], "goes_on": True} for each in stopped] + [handed_over], code=143)
     rates = {"lr_init": 1e25, "lr_final": 1e25, "checkpoint_every_steps": 1}
-    diverging = entry(folder, teacher, "distill-accumulated", "deepspeed_stage_2", "diverging", **rates)
-    return by_zero(folder, [zero, handed, diverging], code=2)
+    diverging = [entry(folder, teacher, "distill-accumulated", each, f"{each}-diverging", **rates) for each in ZERO[1:]]
+    out, err = by_zero(folder, [*stopped, handed[1], diverging[0]], code=2)
+    return out, err, by_zero(folder, diverging[1:], code=2)[1]
 
 
 @needs_deepspeed
-def test_a_run_goes_on_bit_for_bit_and_another_strategys_goes_on_too(folder, ends):
-    out, _ = ends
-    assert out.count("going on after step 7 of 30") == 2
-    expected, found = (load_file(folder / name / "model.safetensors") for name in ("deepspeed_stage_2-bf16", "stopped"))
+@pytest.mark.parametrize("strategy", ZERO[1:])
+def test_a_run_goes_on_bit_for_bit(folder, ends, strategy):
+    assert ends[0].count("going on after step 7 of 30") == 2
+    kinds = ("bf16", "stopped")
+    expected, found = (load_file(folder / f"{strategy}-{kind}" / "model.safetensors") for kind in kinds)
     assert all(expected[name].equal(found[name]) for name in expected)
-    assert curve(folder, "deepspeed_stage_2-bf16") == curve(folder, "stopped")
+    assert curve(folder, f"{strategy}-bf16") == curve(folder, f"{strategy}-stopped")
+
+
+@needs_deepspeed
+def test_a_run_goes_on_under_another_strategy(folder, ends):
+    """Begun by ddp, gone on with by stage 3, and ended by stage 1."""
+    assert "going on after step 13 of 30" in ends[0]
     assert max(drift(folder, "one-distill-accumulated", "handed-on")) < TRAJECTORY_MAX
 
 
 @needs_deepspeed
 def test_a_step_that_is_not_finite_reaches_no_checkpoint(folder, ends):
-    _, err = ends
-    assert "the loss of distill (loss) is nan at step 2, and the first tensor that is not finite is" in err
-    assert [path.name for path in (folder / "diverging.partial/checkpoints").iterdir()] == ["step-000001"]
+    for strategy, err in zip(ZERO[1:], ends[1:], strict=True):
+        assert "the loss of distill (loss) is nan at step 2, and the first tensor that is not finite is" in err
+        checkpoints = folder / f"{strategy}-diverging.partial/checkpoints"
+        assert [path.name for path in checkpoints.iterdir()] == ["step-000001"]
 
 
 GPUS = Processes(0, 2, torch.device("cuda", 0))
@@ -130,7 +140,6 @@ GPUS = Processes(0, 2, torch.device("cuda", 0))
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"strategy": "deepspeed_stage_3"}, "deepspeed_stage_3 is not available.*set fsdp"),
         ({"reset_state_at_eos": 1}, "reset_state_at_eos 1 .*set ddp"),
         ({"precision": "bf16-true"}, "bf16-true .*set fsdp"),
         ({"spike_factor": 3.0}, "spike_factor .*set ddp or fsdp"),

@@ -1,6 +1,6 @@
 """DeepSpeed's ZeRO: every process computes with the whole student, and holds and updates its part of the optimiser.
 
-Stage 1 shares out fp32 weights and moments, stage 2 the gradients too. Under bf16 the engine's students are bf16 whole
+Stage 1 shares out fp32 weights and moments, stage 2 the gradients too, stage 3 (train/partitions.py) all parameters. Under bf16 the engine's students are bf16 whole
 and its fp32 weights are the ones that count, in checkpoints as in the finished folder. DeepSpeed's own checkpoints,
 which are pickles, are not used. The only door to `deepspeed`, which is imported when an engine is made.
 """
@@ -17,6 +17,8 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from radlads.checkpoint.weights import PrefixedWeights, StoredWeights, TensorInfo
 from radlads.config.schema import TrainConfig
 from radlads.model.modeling import RadladsForCausalLM
+from radlads.model.whole_parameters import Turns, whole_shape
+from radlads.train.partitions import let_go, own_partition, parameters_alone, partition
 from radlads.train.processes import Processes
 from radlads.train.snapshots import Held
 from radlads.train.step import GradientNorms
@@ -34,11 +36,6 @@ def check_engine(train: TrainConfig, processes: Processes) -> None:
     """Raise ValueError for what DeepSpeed cannot do, and where it is not installed or there is no GPU."""
     assert processes.device is not None
     check_device(train, processes.device)
-    if train.strategy == "deepspeed_stage_3":
-        raise ValueError(
-            "train.strategy deepspeed_stage_3 is not available, as stages read weights where its hooks do not gather "
-            "them: set fsdp, which shards weights, gradients and optimiser too"
-        )
     refused = {
         "train.reset_state_at_eos 1": (train.reset_state_at_eos, "cuts rows into more sequences on some", "ddp"),
         "train.precision bf16-true": (train.precision == "bf16-true", "keeps bf16 weights alone", "fsdp"),
@@ -70,7 +67,8 @@ class ZeroStrategy(DeepSpeedStrategy):
     """Lightning's DeepSpeedStrategy for a StageModule, whose loss comes in parts and is a sum.
 
     Each part has its backward, so the engine is told that it is its caller who knows when a window ends. Gradients are
-    added up over micro-batches and processes, in fp32 where stage 2 keeps them, and divided by the count in the step.
+    added up over micro-batches and processes, in fp32 where stage 2 or 3 keeps them, and divided by the count in the
+    step.
     """
 
     def __init__(self, train: TrainConfig):
@@ -81,16 +79,17 @@ class ZeroStrategy(DeepSpeedStrategy):
             config={
                 "train_micro_batch_size_per_gpu": train.micro_bsz,
                 "managed_gradient_accumulation": False,
-                "gradient_allreduce_op": "sum",
+                "gradient_allreduce_op": "mean" if stage == 3 else "sum",  # stage 3 knows no other
                 "communication_data_type": "fp32",
                 "gradient_clipping": train.gradient_clip_val,
-                "data_types": {"grad_accum_dtype": "fp32" if stage == 2 else None},
+                "data_types": {"grad_accum_dtype": "fp32" if stage >= 2 else None},
                 "zero_allow_untested_optimizer": True,
                 "zero_optimization": {
                     "stage": stage,
                     "reduce_bucket_size": numbers,
                     "allgather_bucket_size": numbers,
                     "overlap_comm": False,
+                    "stage3_param_persistence_threshold": 0,
                 },
             },
         )
@@ -101,10 +100,15 @@ class ZeroStrategy(DeepSpeedStrategy):
         assert module is not None
         student: RadladsForCausalLM = module.student  # type: ignore[assignment]
         weights = {name: parameter.data for name, parameter in student.named_parameters()}
-        student.to(self.root_device, engine_dtype(self.precision_plugin.precision))  # type: ignore[arg-type]
+        student.to(engine_dtype(self.precision_plugin.precision))
+        turns = partition(student, self.config) if self.zero_stage_3 else None  # type: ignore[arg-type]
+        student.to(self.root_device)  # type: ignore[arg-type]
         super().init_deepspeed()
         updates: DeepSpeedUpdates = module.updates  # type: ignore[assignment]
-        updates.begin(self.deepspeed_engine, weights)
+        updates.begin(self.deepspeed_engine, weights, turns)
+
+    def _setup_model_and_optimizer(self, model: torch.nn.Module, *rest: Any) -> Any:
+        return super()._setup_model_and_optimizer(parameters_alone(model) if self.zero_stage_3 else model, *rest)
 
     def training_step(self, *args: Any, **kwargs: Any) -> None:
         """The module's own: engine.forward would follow one output through one backward pass."""
@@ -124,20 +128,39 @@ class ZeroStrategy(DeepSpeedStrategy):
 class DeepSpeedUpdates:
     """The updates (see Updates) of a student that DeepSpeed holds."""
 
-    def __init__(self, student: RadladsForCausalLM):
-        self._student = student
+    def __init__(self, student: RadladsForCausalLM, processes: Processes):
+        self._student, self._processes = student, processes
+        self._turns: Turns | None = None  # of a student that is partitioned
         self.own_parts: Mapping[str, torch.nn.Parameter] = trained_parameters(student)
         self._frozen: dict[str, torch.Tensor] = {}
         self._engine: Any = None
 
-    def begin(self, engine: Any, weights: dict[str, torch.Tensor]) -> None:
+    def begin(self, engine: Any, weights: dict[str, torch.Tensor], turns: Turns | None) -> None:
         """Take the engine, which has made its fp32 weights of rounded ones, and give it `weights`, the student's."""
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        self._engine = engine
+        self._engine, self._turns = engine, turns
         for name, parameter in self.own_parts.items():
-            safe_set_full_fp32_param(parameter, weights.pop(name).to(parameter.device))
+            self._set(parameter, weights.pop(name))
         self._frozen = weights
+        self._begin_window()
+
+    def _set(self, parameter: torch.nn.Parameter, whole: torch.Tensor, key: str | None = None) -> None:
+        """Give the engine fp32 values of a parameter: the weight's own, or the optimiser's by their name."""
+        from deepspeed import utils
+
+        if self._turns is None:
+            tensor = whole.to(parameter.device)
+            set_weight, set_state = utils.safe_set_full_fp32_param, utils.safe_set_full_optimizer_state
+        else:
+            tensor = own_partition(parameter, whole).to(parameter.device)
+            set_weight, set_state = utils.safe_set_local_fp32_param, utils.safe_set_local_optimizer_state
+        set_weight(parameter, tensor) if key is None else set_state(parameter, tensor, key)
+
+    def _begin_window(self) -> None:
+        """Have stage 3 add to zeros what any backward pass finds: by itself it copies what the first one does."""
+        if self._turns is not None:
+            zero = self._engine.optimizer
+            zero.grad_partitions_flat_buffer.zero_()
+            zero.micro_step_id = 1
 
     def begin_last(self) -> None:
         """See Updates."""
@@ -148,11 +171,15 @@ class DeepSpeedUpdates:
     def step(self, optimizers, *, count, clip_val, sums, leave_out) -> GradientNorms:
         """See Updates. Clips to what the engine was made with."""
         assert leave_out is None
-        zero = self._engine.optimizer
+        zero, summed = self._engine.optimizer, 1
+        if self._turns is not None:
+            self._turns.end()
+            summed = self._processes.size  # its gradients are means over processes
         # Dividing by the scale of the loss is the step's first act, so this is how sums become means
-        zero.override_loss_scale(max(1.0, float(count)))
+        zero.override_loss_scale(max(1.0, float(count)) / summed)
         self._engine.step()
         zero.override_loss_scale(1.0)
+        self._begin_window()
         return GradientNorms(torch.as_tensor(self._engine.get_global_grad_norm(), device=count.device).float(), {})
 
     def let_go(self) -> None:
@@ -162,6 +189,8 @@ class DeepSpeedUpdates:
     def give_back(self) -> None:
         """Put the fp32 weights into the student, on the CPU, and let the engine go."""
         weights = FullWeights(self._student, self.own_parts, self._frozen)
+        if self._turns is not None:
+            let_go(self._turns)
         for name, parameter in self._student.named_parameters():
             parameter.data = weights[name]
         self.let_go()
@@ -169,41 +198,45 @@ class DeepSpeedUpdates:
     def held(self) -> Held:
         """What a checkpoint takes, the same as of a student that was updated without DeepSpeed."""
         base = self._engine.optimizer.optimizer
-        _link_states(self._engine.optimizer)
-        moments = Moments(self.own_parts, self._groups(), base)
+        self._link_states()
+        moments = Moments(self.own_parts, [(names, base.state[partition]) for names, partition in self._partitions()])
         groups = [{key: value for key, value in group.items() if key != "params"} for group in base.param_groups]
         weights = FullWeights(self._student, self.own_parts, self._frozen)
         return Held(weights, moments, [{"groups": groups, "state": {}}], gathered=True)
 
     def restore_moments(self, stored: StoredWeights, optimizers: Sequence[Mapping[str, Any]]) -> None:
         """Give the optimiser its state of a checkpoint, by whatever processes that was written."""
-        from deepspeed.utils import safe_set_full_optimizer_state
-
-        zero = self._engine.optimizer
-        own = [PrefixedWeights(stored, f"optimizer_0.{name}:") for names in self._groups() for name in names[:1]]
-        for group, held, first in zip(zero.optimizer.param_groups, optimizers[0]["groups"], own, strict=True):
+        base = self._engine.optimizer.optimizer
+        for group, held in zip(base.param_groups, optimizers[0]["groups"], strict=True):
             group.update({key: tuple(each) if isinstance(each, list) else each for key, each in held.items()})
-            (partition,) = group["params"]
+        for names, partition in self._partitions():
+            first = PrefixedWeights(stored, f"optimizer_0.{names[0]}:")
             scalars = {key: tensor.to(partition.device).clone() for key, tensor in first.items() if not tensor.ndim}
             parts = {key: torch.zeros_like(partition) for key, tensor in first.items() if tensor.ndim}
-            zero.optimizer.state[partition].update(scalars | parts)
-        _link_states(zero)
+            base.state[partition].update(scalars | parts)
+        self._link_states()
         for name, parameter in self.own_parts.items():
             for key, tensor in PrefixedWeights(stored, f"optimizer_0.{name}:").items():
                 if tensor.ndim:
-                    safe_set_full_optimizer_state(parameter, tensor.to(parameter.device), key)
+                    self._set(parameter, tensor, key)
 
-    def _groups(self) -> list[list[str]]:
-        """The names of the parameters of each of the optimiser's groups."""
+    def _partitions(self) -> list[tuple[list[str], torch.Tensor]]:
+        """What the optimiser updates in this process: tensors, each a part of the parameters of these names."""
+        zero = self._engine.optimizer
+        if self._turns is None:
+            groups, partitions = zero.bit16_groups, [group["params"][0] for group in zero.optimizer.param_groups]
+        else:
+            groups, partitions = zero.fp16_groups, zero.fp32_partitioned_groups_flat
         name_of = {id(parameter): name for name, parameter in self.own_parts.items()}
-        return [[name_of[id(parameter)] for parameter in group] for group in self._engine.optimizer.bit16_groups]
+        names = [[name_of[id(parameter)] for parameter in group] for group in groups]
+        return list(zip(names, partitions, strict=True))
 
-
-def _link_states(zero: Any) -> None:
-    """Let the engine's parameters find their state. It sees to that itself once the first of its groups has made its
-    first step, when the others have none yet."""
-    zero._hp_optimizer_states_linked = False
-    zero._lazy_init_hp_params_optimizer_state()
+    def _link_states(self) -> None:
+        """Let the parameters of stages 1 and 2 find their state. The engine sees to that itself once the first of its
+        groups has made its first step, when the others have none yet."""
+        if self._turns is None:
+            self._engine.optimizer._hp_optimizer_states_linked = False
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 class FullWeights(StoredWeights):
@@ -221,8 +254,8 @@ class FullWeights(StoredWeights):
         return self._frozen[name] if name in self._frozen else safe_get_full_fp32_param(self._own[name]).cpu()
 
     def info(self, name: str) -> TensorInfo:
-        whole = self._frozen[name] if name in self._frozen else self._own[name]
-        return TensorInfo(tuple(whole.shape), torch.float32)
+        parameter = self._frozen[name] if name in self._frozen else self._own[name]
+        return TensorInfo(tuple(whole_shape(parameter)), torch.float32)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -234,16 +267,17 @@ class FullWeights(StoredWeights):
 class Moments(StoredWeights):
     """The state of DeepSpeed's optimiser by the names that each parameter's would have, as FullWeights are read.
 
-    groups: names of the parameters of each of the optimiser's groups, whose state is one part of them all.
+    states: names of parameters, and the state that is one of a part of them all.
     """
 
-    def __init__(self, own: Mapping[str, torch.nn.Parameter], groups: list[list[str]], base: torch.optim.Optimizer):
+    def __init__(
+        self, own: Mapping[str, torch.nn.Parameter], states: list[tuple[list[str], Mapping[str, torch.Tensor]]]
+    ):
         self._own = own
         self._keys: dict[str, tuple[str, str, torch.Tensor]] = {}
-        for names, group in zip(groups, base.param_groups, strict=True):
-            (partition,) = group["params"]
-            for key, tensor in base.state[partition].items():
-                kept = torch.empty(0) if tensor.shape == partition.shape else tensor
+        for names, state in states:
+            for key, tensor in state.items():
+                kept = torch.empty(0) if tensor.ndim else tensor
                 self._keys |= {f"optimizer_0.{name}:{key}": (name, key, kept) for name in names}
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -255,7 +289,7 @@ class Moments(StoredWeights):
 
     def info(self, name: str) -> TensorInfo:
         parameter, _, scalar = self._keys[name]
-        return TensorInfo(tuple((self._own[parameter] if scalar.ndim else scalar).shape), torch.float32)
+        return TensorInfo(tuple(whole_shape(self._own[parameter] if scalar.ndim else scalar)), torch.float32)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)

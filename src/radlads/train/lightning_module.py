@@ -72,7 +72,7 @@ class StageModule(L.LightningModule):
 
     def _build_updates(self) -> Updates:
         if uses_engine(self.settings, self.processes):
-            return DeepSpeedUpdates(self.student)
+            return DeepSpeedUpdates(self.student, self.processes)
         if is_sharded(self.student):
             return ShardedUpdates(self.student, self.processes)
         return ReplicatedUpdates(self.student, self.settings, self.processes)
