@@ -2,9 +2,9 @@
 
 import importlib.util
 import json
-import signal
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import stages
 import torch
@@ -24,7 +24,14 @@ STAGES = {
     "distill-accumulated": {"micro_bsz": 2, "accumulate_grad_batches": 2, "activation_checkpointing": "selective"},
     "extend": {"trainable": "decay", "mask_labels_at_eos": 1, "eos_token_id": stages.END},
 }
+MEASURED = {"heldout_tokens": 512, "heldout_every_steps": 7, "activation_checkpointing": "full"}
+STAGES_IN_PARTS = {
+    "align-measured": MEASURED,
+    "distill-measured": MEASURED,
+    "distill": {"activation_checkpointing": "none"},
+}
 CASES = [(name, strategy) for name in STAGES for strategy in ZERO]
+CASES += [(name, "deepspeed_stage_3") for name in STAGES_IN_PARTS]
 pytestmark = pytest.mark.timeout(1200)
 
 
@@ -32,7 +39,7 @@ pytestmark = pytest.mark.timeout(1200)
 def folder(teacher, tmp_path_factory):
     """The folder of all runs: `one-NAME` and `STRATEGY-NAME`, and STRATEGY-bf16."""
     folder = stages.corpus(tmp_path_factory.mktemp("zero"))
-    run(folder, [entry(folder, teacher, name, "one") for name in STAGES])
+    run(folder, [entry(folder, teacher, name, "one") for name in STAGES | STAGES_IN_PARTS])
     whole = [entry(folder, teacher, name, strategy) for name, strategy in CASES]
     by_zero(folder, [*whole, *(bf16(folder, teacher, strategy, f"{strategy}-bf16") for strategy in ZERO)])
     return folder
@@ -43,7 +50,9 @@ def by_zero(folder, entries, code=0):
 
 
 def entry(folder, teacher, name, strategy, called=None, **settings):
-    stage, settings = name.partition("-")[0], STAGES[name] | SMALL_BUCKETS | settings
+    stage, settings = name.partition("-")[0], (STAGES | STAGES_IN_PARTS)[name] | SMALL_BUCKETS | settings
+    if name.endswith("measured"):
+        settings["validation_data_file"] = str(folder / "train")
     if stage != "align":
         settings["load_model"] = str(folder / "one-align")
     if strategy == "one":
@@ -70,6 +79,17 @@ def test_the_curves_are_one_processs(folder, name, strategy):
         assert len(found) == 30
         assert max(found) < TRAJECTORY_MAX
         assert sum(found) / 30 < TRAJECTORY_MEAN
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", ["align", "distill"])
+def test_measurements_in_between_are_one_processs(folder, stage):
+    expected, found = (
+        np.loadtxt(folder / f"{strategy}-{stage}-measured/heldout.csv", delimiter=",", skiprows=1)
+        for strategy in ("one", "deepspeed_stage_3")
+    )
+    assert len(expected) == 6
+    np.testing.assert_allclose(found, expected, rtol=TRAJECTORY_MAX)
 
 
 @needs_deepspeed
@@ -144,6 +164,7 @@ GPUS = Processes(0, 2, torch.device("cuda", 0))
         ({"precision": "bf16-true"}, "bf16-true .*set fsdp"),
         ({"spike_factor": 3.0}, "spike_factor .*set ddp or fsdp"),
         ({"optimizer": "muon"}, "optimizer muon .*set ddp"),
+        ({"strategy": "deepspeed_stage_3", "teacher_precision": "fp8"}, "fp8 .*set deepspeed_stage_2"),
     ],
 )
 def test_what_the_engine_cannot_do_is_refused(tmp_path, settings, message):

@@ -72,7 +72,7 @@ def call_whole(module: nn.Module, function: Callable, *args: Any) -> Any:
 
     Gradients come through tensors in what it returns; they are reduced and sharded again as after the module's call.
     """
-    if (turns := _turns_of(module)) is not None:
+    if (turns := turns_of(module)) is not None:
         turns.begin(module)
         outputs = function(module, *args)
         turns.begin_again_before_backward(module, args, outputs)
@@ -88,7 +88,7 @@ def call_whole(module: nn.Module, function: Callable, *args: Any) -> Any:
 @contextmanager
 def whole(module: nn.Module) -> Iterator[None]:
     """The module's own parameters whole while the block lasts; for what needs no gradients."""
-    if (turns := _turns_of(module)) is not None:
+    if (turns := turns_of(module)) is not None:
         turns.begin(module)
     if not isinstance(module, FSDPModule):
         yield
@@ -111,5 +111,6 @@ def whole_shape(parameter: torch.Tensor) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def _turns_of(module: nn.Module) -> Turns | None:
+def turns_of(module: nn.Module) -> Turns | None:
+    """What gathers the parameters of a part of a partitioned model; None for any other module."""
     return vars(module).get("turns")

@@ -1,8 +1,9 @@
 """DeepSpeed's ZeRO: every process computes with the whole student, and holds and updates its part of the optimiser.
 
-Stage 1 shares out fp32 weights and moments, stage 2 the gradients too, stage 3 (train/partitions.py) all parameters. Under bf16 the engine's students are bf16 whole
-and its fp32 weights are the ones that count, in checkpoints as in the finished folder. DeepSpeed's own checkpoints,
-which are pickles, are not used. The only door to `deepspeed`, which is imported when an engine is made.
+Stage 1 shares out fp32 weights and moments, stage 2 the gradients too; stage 3 is train/partitions.py's. Under bf16 the
+engine's students are bf16 whole and its fp32 weights are the ones that count, in checkpoints as in the finished folder.
+DeepSpeed's own checkpoints, which are pickles, are not used. These two modules are the only doors to `deepspeed`, which
+is imported when an engine is made.
 """
 
 import importlib.util
@@ -17,8 +18,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from radlads.checkpoint.weights import PrefixedWeights, StoredWeights, TensorInfo
 from radlads.config.schema import TrainConfig
 from radlads.model.modeling import RadladsForCausalLM
-from radlads.model.whole_parameters import Turns, whole_shape
-from radlads.train.partitions import let_go, own_partition, parameters_alone, partition
+from radlads.model.whole_parameters import whole_shape
 from radlads.train.processes import Processes
 from radlads.train.snapshots import Held
 from radlads.train.step import GradientNorms
@@ -36,10 +36,12 @@ def check_engine(train: TrainConfig, processes: Processes) -> None:
     """Raise ValueError for what DeepSpeed cannot do, and where it is not installed or there is no GPU."""
     assert processes.device is not None
     check_device(train, processes.device)
+    in_parts_and_fp8 = train.strategy == "deepspeed_stage_3" and train.teacher_precision == "fp8"
     refused = {
         "train.reset_state_at_eos 1": (train.reset_state_at_eos, "cuts rows into more sequences on some", "ddp"),
         "train.precision bf16-true": (train.precision == "bf16-true", "keeps bf16 weights alone", "fsdp"),
         "train.spike_factor": (train.spike_factor, "leaves steps out", "ddp or fsdp"),
+        "train.teacher_precision fp8": (in_parts_and_fp8, "needs whole matrices to round", "deepspeed_stage_2"),
         f"train.optimizer {train.optimizer}": (train.optimizer not in OPTIMIZERS, "is none of AdamW's kind", "ddp"),
     }
     for setting, (is_set, why, instead) in refused.items():
@@ -100,15 +102,14 @@ class ZeroStrategy(DeepSpeedStrategy):
         assert module is not None
         student: RadladsForCausalLM = module.student  # type: ignore[assignment]
         weights = {name: parameter.data for name, parameter in student.named_parameters()}
-        student.to(engine_dtype(self.precision_plugin.precision))
-        turns = partition(student, self.config) if self.zero_stage_3 else None  # type: ignore[arg-type]
-        student.to(self.root_device)  # type: ignore[arg-type]
+        self.place(student, engine_dtype(self.precision_plugin.precision))
         super().init_deepspeed()
         updates: DeepSpeedUpdates = module.updates  # type: ignore[assignment]
-        updates.begin(self.deepspeed_engine, weights, turns)
+        updates.begin(self.deepspeed_engine, weights)
 
-    def _setup_model_and_optimizer(self, model: torch.nn.Module, *rest: Any) -> Any:
-        return super()._setup_model_and_optimizer(parameters_alone(model) if self.zero_stage_3 else model, *rest)
+    def place(self, student: RadladsForCausalLM, dtype: torch.dtype) -> None:
+        """Bring the student to the device, in `dtype`."""
+        student.to(self.root_device, dtype)  # type: ignore[arg-type]
 
     def training_step(self, *args: Any, **kwargs: Any) -> None:
         """The module's own: engine.forward would follow one output through one backward pass."""
@@ -128,39 +129,18 @@ class ZeroStrategy(DeepSpeedStrategy):
 class DeepSpeedUpdates:
     """The updates (see Updates) of a student that DeepSpeed holds."""
 
-    def __init__(self, student: RadladsForCausalLM, processes: Processes):
-        self._student, self._processes = student, processes
-        self._turns: Turns | None = None  # of a student that is partitioned
+    def __init__(self, student: RadladsForCausalLM):
+        self._student = student
         self.own_parts: Mapping[str, torch.nn.Parameter] = trained_parameters(student)
         self._frozen: dict[str, torch.Tensor] = {}
         self._engine: Any = None
 
-    def begin(self, engine: Any, weights: dict[str, torch.Tensor], turns: Turns | None) -> None:
+    def begin(self, engine: Any, weights: dict[str, torch.Tensor]) -> None:
         """Take the engine, which has made its fp32 weights of rounded ones, and give it `weights`, the student's."""
-        self._engine, self._turns = engine, turns
+        self._engine = engine
         for name, parameter in self.own_parts.items():
-            self._set(parameter, weights.pop(name))
+            self.set_weight(parameter, weights.pop(name))
         self._frozen = weights
-        self._begin_window()
-
-    def _set(self, parameter: torch.nn.Parameter, whole: torch.Tensor, key: str | None = None) -> None:
-        """Give the engine fp32 values of a parameter: the weight's own, or the optimiser's by their name."""
-        from deepspeed import utils
-
-        if self._turns is None:
-            tensor = whole.to(parameter.device)
-            set_weight, set_state = utils.safe_set_full_fp32_param, utils.safe_set_full_optimizer_state
-        else:
-            tensor = own_partition(parameter, whole).to(parameter.device)
-            set_weight, set_state = utils.safe_set_local_fp32_param, utils.safe_set_local_optimizer_state
-        set_weight(parameter, tensor) if key is None else set_state(parameter, tensor, key)
-
-    def _begin_window(self) -> None:
-        """Have stage 3 add to zeros what any backward pass finds: by itself it copies what the first one does."""
-        if self._turns is not None:
-            zero = self._engine.optimizer
-            zero.grad_partitions_flat_buffer.zero_()
-            zero.micro_step_id = 1
 
     def begin_last(self) -> None:
         """See Updates."""
@@ -171,15 +151,11 @@ class DeepSpeedUpdates:
     def step(self, optimizers, *, count, clip_val, sums, leave_out) -> GradientNorms:
         """See Updates. Clips to what the engine was made with."""
         assert leave_out is None
-        zero, summed = self._engine.optimizer, 1
-        if self._turns is not None:
-            self._turns.end()
-            summed = self._processes.size  # its gradients are means over processes
+        zero = self._engine.optimizer
         # Dividing by the scale of the loss is the step's first act, so this is how sums become means
-        zero.override_loss_scale(max(1.0, float(count)) / summed)
+        zero.override_loss_scale(max(1.0, float(count)) / self.gradients_are_divided_by())
         self._engine.step()
         zero.override_loss_scale(1.0)
-        self._begin_window()
         return GradientNorms(torch.as_tensor(self._engine.get_global_grad_norm(), device=count.device).float(), {})
 
     def let_go(self) -> None:
@@ -189,8 +165,6 @@ class DeepSpeedUpdates:
     def give_back(self) -> None:
         """Put the fp32 weights into the student, on the CPU, and let the engine go."""
         weights = FullWeights(self._student, self.own_parts, self._frozen)
-        if self._turns is not None:
-            let_go(self._turns)
         for name, parameter in self._student.named_parameters():
             parameter.data = weights[name]
         self.let_go()
@@ -198,7 +172,7 @@ class DeepSpeedUpdates:
     def held(self) -> Held:
         """What a checkpoint takes, the same as of a student that was updated without DeepSpeed."""
         base = self._engine.optimizer.optimizer
-        self._link_states()
+        self.link_states()
         moments = Moments(self.own_parts, [(names, base.state[partition]) for names, partition in self._partitions()])
         groups = [{key: value for key, value in group.items() if key != "params"} for group in base.param_groups]
         weights = FullWeights(self._student, self.own_parts, self._frozen)
@@ -214,29 +188,46 @@ class DeepSpeedUpdates:
             scalars = {key: tensor.to(partition.device).clone() for key, tensor in first.items() if not tensor.ndim}
             parts = {key: torch.zeros_like(partition) for key, tensor in first.items() if tensor.ndim}
             base.state[partition].update(scalars | parts)
-        self._link_states()
+        self.link_states()
         for name, parameter in self.own_parts.items():
             for key, tensor in PrefixedWeights(stored, f"optimizer_0.{name}:").items():
                 if tensor.ndim:
-                    self._set(parameter, tensor, key)
+                    self.set_moment(parameter, key, tensor)
 
     def _partitions(self) -> list[tuple[list[str], torch.Tensor]]:
-        """What the optimiser updates in this process: tensors, each a part of the parameters of these names."""
-        zero = self._engine.optimizer
-        if self._turns is None:
-            groups, partitions = zero.bit16_groups, [group["params"][0] for group in zero.optimizer.param_groups]
-        else:
-            groups, partitions = zero.fp16_groups, zero.fp32_partitioned_groups_flat
+        """What the optimiser updates in this process, and the names of the parameters of which each is a part."""
         name_of = {id(parameter): name for name, parameter in self.own_parts.items()}
-        names = [[name_of[id(parameter)] for parameter in group] for group in groups]
-        return list(zip(names, partitions, strict=True))
+        return [([name_of[id(each)] for each in group], partition) for group, partition in self.groups()]
 
-    def _link_states(self) -> None:
-        """Let the parameters of stages 1 and 2 find their state. The engine sees to that itself once the first of its
-        groups has made its first step, when the others have none yet."""
-        if self._turns is None:
-            self._engine.optimizer._hp_optimizer_states_linked = False
-            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+    # What stage 3 does otherwise
+
+    def gradients_are_divided_by(self) -> int:
+        """What the engine divides sums over the processes by."""
+        return 1
+
+    def groups(self) -> list[tuple[list[torch.nn.Parameter], torch.Tensor]]:
+        """Parameters, and the tensor that is this process's part of them all and that the optimiser updates."""
+        zero = self._engine.optimizer
+        parts = [group["params"][0] for group in zero.optimizer.param_groups]
+        return list(zip(zero.bit16_groups, parts, strict=True))
+
+    def set_weight(self, parameter: torch.nn.Parameter, whole: torch.Tensor) -> None:
+        """Give the engine a parameter's fp32 weight."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        safe_set_full_fp32_param(parameter, whole.to(parameter.device))
+
+    def set_moment(self, parameter: torch.nn.Parameter, key: str, whole: torch.Tensor) -> None:
+        """Give the engine's optimiser what it keeps of a parameter by the name `key`."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        safe_set_full_optimizer_state(parameter, whole.to(parameter.device), key)
+
+    def link_states(self) -> None:
+        """Let the engine's parameters find their state. It sees to that itself once the first of its groups has made
+        its first step, when the others have none yet."""
+        self._engine.optimizer._hp_optimizer_states_linked = False
+        self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 class FullWeights(StoredWeights):

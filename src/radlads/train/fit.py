@@ -33,7 +33,7 @@ from radlads.train.hardware import check_hardware, compiles, out_of_memory
 from radlads.train.lightning_module import StageModule
 from radlads.train.loggers import build_loggers, carry, check_loggers
 from radlads.train.optim import weights_to_keep
-from radlads.train.partitions import partitioned_copy
+from radlads.train.partitions import PartitionedStrategy, partitioned_copy
 from radlads.train.processes import ALONE, Processes, check_processes
 from radlads.train.resume import describe_run, first_checkpoint
 from radlads.train.samples import (
@@ -218,7 +218,8 @@ def _working_teacher(
     strategy = trainer.strategy
     if train.teacher_precision == "fp8":
         return fp8_copy(teacher, strategy.root_device, dtype)
-    if isinstance(strategy, ZeroStrategy) and strategy.zero_stage_3:
+    if isinstance(strategy, PartitionedStrategy):
+        assert isinstance(strategy.config, dict)
         return partitioned_copy(teacher, dtype, strategy.config)
     return teacher.to(strategy.root_device, dtype)  # type: ignore[arg-type]
 
