@@ -102,14 +102,14 @@ class ZeroStrategy(DeepSpeedStrategy):
         assert module is not None
         student: RadladsForCausalLM = module.student  # type: ignore[assignment]
         weights = {name: parameter.data for name, parameter in student.named_parameters()}
-        self.place(student, engine_dtype(self.precision_plugin.precision))
+        self.place(module, engine_dtype(self.precision_plugin.precision))
         super().init_deepspeed()
         updates: DeepSpeedUpdates = module.updates  # type: ignore[assignment]
         updates.begin(self.deepspeed_engine, weights)
 
-    def place(self, student: RadladsForCausalLM, dtype: torch.dtype) -> None:
-        """Bring the student to the device, in `dtype`."""
-        student.to(self.root_device, dtype)  # type: ignore[arg-type]
+    def place(self, module: LightningModule, dtype: torch.dtype) -> None:
+        """Bring the StageModule's student to the device, in `dtype`."""
+        module.student.to(self.root_device, dtype)
 
     def training_step(self, *args: Any, **kwargs: Any) -> None:
         """The module's own: engine.forward would follow one output through one backward pass."""

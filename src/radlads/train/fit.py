@@ -33,7 +33,7 @@ from radlads.train.hardware import check_hardware, compiles, out_of_memory
 from radlads.train.lightning_module import StageModule
 from radlads.train.loggers import build_loggers, carry, check_loggers
 from radlads.train.optim import weights_to_keep
-from radlads.train.partitions import PartitionedStrategy, partitioned_copy
+from radlads.train.partitions import PartitionedStrategy
 from radlads.train.processes import ALONE, Processes, check_processes
 from radlads.train.resume import describe_run, first_checkpoint
 from radlads.train.samples import (
@@ -214,13 +214,13 @@ def _train(trainer: L.Trainer, module: StageModule, batches: DataLoader, config:
 def _working_teacher(
     teacher: RadladsForCausalLM, trainer: L.Trainer, train: TrainConfig, dtype: torch.dtype
 ) -> RadladsForCausalLM:
-    """The teacher on the trainer's device, or the copy of it that train.teacher_precision or ZeRO-3 asks for."""
+    """The teacher on the trainer's device, or the copy of it that train.teacher_precision asks for; where the strategy
+    makes a copy, the teacher as it is."""
     strategy = trainer.strategy
     if train.teacher_precision == "fp8":
         return fp8_copy(teacher, strategy.root_device, dtype)
     if isinstance(strategy, PartitionedStrategy):
-        assert isinstance(strategy.config, dict)
-        return partitioned_copy(teacher, dtype, strategy.config)
+        return teacher
     return teacher.to(strategy.root_device, dtype)  # type: ignore[arg-type]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from lightning.pytorch import LightningModule
 
 from radlads.model.modeling import Block, RadladsForCausalLM
 from radlads.model.whole_parameters import Turns, turns_of
@@ -24,12 +25,16 @@ _LINEAR = F.linear  # zero.Init replaces it for the whole process
 class PartitionedStrategy(ZeroStrategy):
     """ZeroStrategy for stage 3."""
 
-    def place(self, student: RadladsForCausalLM, dtype: torch.dtype) -> None:
-        """Bring this process's part of the student to the device, in `dtype`."""
+    def place(self, module: LightningModule, dtype: torch.dtype) -> None:
+        """Bring this process's part of the student to the device, and of a copy of the teacher, which stays on the CPU
+        as it is, in `dtype`."""
         assert isinstance(self.config, dict)
-        student.to(dtype)  # type: ignore[arg-type]
-        partition(student, self.config)
+        student: RadladsForCausalLM = module.student  # type: ignore[assignment]
+        partition(student.to(dtype), self.config)  # type: ignore[arg-type]
         student.to(self.root_device)  # type: ignore[arg-type]  # its buffers
+        teacher: RadladsForCausalLM | None = module.teacher  # type: ignore[assignment]
+        if teacher is not None:
+            module.learn_from(_partitioned_copy(teacher, dtype, self.config))  # type: ignore[operator]
 
     def _setup_model_and_optimizer(self, model: torch.nn.Module, *rest: Any) -> Any:
         return super()._setup_model_and_optimizer(_parameters_alone(model), *rest)
@@ -103,8 +108,8 @@ def partition(model: RadladsForCausalLM, config: Mapping[str, Any]) -> None:
     Turns(called, mixers, zero.GatheredParameters)
 
 
-def partitioned_copy(model: RadladsForCausalLM, dtype: torch.dtype, config: Mapping[str, Any]) -> RadladsForCausalLM:
-    """A frozen copy of a model that is on the CPU, in `dtype` and partitioned; the model stays as it is."""
+def _partitioned_copy(model: RadladsForCausalLM, dtype: torch.dtype, config: Mapping[str, Any]) -> RadladsForCausalLM:
+    """A frozen copy of a model that is on the CPU, in `dtype` and partitioned."""
     shared = {id(each): torch.nn.Parameter(each.data.to(dtype), requires_grad=False) for each in model.parameters()}
     copy = deepcopy(model, shared)
     partition(copy, config)
