@@ -1,9 +1,10 @@
 """A program for tests: `stages.py SPEC.json` trains the stages that SPEC lists, one after the other, in its processes.
 
 Each entry has the configuration's dotted keys, and `kill`, `stop` or `raises`, [rank, step]: where a process sends
-itself SIGKILL or SIGTERM ("before": just before the first step), or raises a user's error. Stopped with `goes_on`, the
-next entry follows all the same. `absent` in the first is the local rank that never joins. With `deepspeed_on_cpu`
-DeepSpeed's strategies run on CPUs. With `nodes` in place of devices the caller starts a program for each node.
+itself SIGKILL or SIGTERM ("before": just before the first step), or raises a user's error. Stopped with `goes_on`, or
+where it `fails` by a sentence, the next entry follows all the same. `absent` in the first is the local rank that never
+joins. With `deepspeed_on_cpu` DeepSpeed's strategies run on CPUs. With `nodes` in place of devices the caller starts a
+program for each node.
 """
 
 import json
@@ -54,8 +55,12 @@ def main(spec: Path) -> int:
                 except SystemExit as stopped:
                     if not (entry.get("goes_on") and stopped.code == 128 + signal.SIGTERM):
                         raise
+                except ValueError as error:
+                    if not entry.get("fails"):
+                        raise
+                    print(f"radlads: {error}", file=sys.stderr, flush=True)
                 else:
-                    assert not entry.get("goes_on"), "it was not stopped"
+                    assert not entry.get("goes_on") and not entry.get("fails"), "it came to its end"
     except (ValueError, OSError) as error:
         print(f"radlads: {error}", file=sys.stderr, flush=True)
         return 2

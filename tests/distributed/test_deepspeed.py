@@ -4,6 +4,7 @@ import importlib.util
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import stages
 import torch
@@ -16,33 +17,43 @@ from radlads.train.deepspeed_engine import check_engine, uses_engine
 from radlads.train.processes import ALONE, Processes
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
-ZERO = ("deepspeed_stage_1", "deepspeed_stage_2")
+ZERO = ("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
+STOPPED = ("deepspeed_stage_2", "deepspeed_stage_3")
 SMALL_BUCKETS = {"ds_bucket_mb": 1}
+ACCUMULATED = {"micro_bsz": 2, "accumulate_grad_batches": 2}
 STAGES = {
     "align": {},
-    "distill-accumulated": {"micro_bsz": 2, "accumulate_grad_batches": 2, "activation_checkpointing": "selective"},
+    "distill": {"activation_checkpointing": "none"},
+    "distill-accumulated": ACCUMULATED | {"activation_checkpointing": "selective"},
+    "distill-measured": ACCUMULATED | {"activation_checkpointing": "full", "heldout_every_steps": 7},
     "extend": {"trainable": "decay", "mask_labels_at_eos": 1, "eos_token_id": stages.END},
 }
-CASES = [(name, strategy) for name in STAGES for strategy in ZERO]
+# Stage 3 takes five times as long: it gathers block by block
+CASES = [(name, strategy) for strategy in ZERO[:2] for name in ("align", "distill-accumulated", "extend")]
+CASES += [(name, ZERO[2]) for name in ("align", "distill", "distill-measured", "extend")]
 pytestmark = pytest.mark.timeout(1200)
 
 
 @pytest.fixture(scope="module")
 def ran(teacher, tmp_path_factory):
-    """The folder of all runs, and what the processes of DeepSpeed's said, of which the last diverges."""
+    """The folder of all runs, and what the processes of DeepSpeed's said."""
     folder = stages.corpus(tmp_path_factory.mktemp("zero"))
     run(folder, [entry(folder, teacher, name, "one") for name in STAGES])
     entries = [entry(folder, teacher, name, strategy) for name, strategy in CASES]
     entries += [bf16(folder, teacher, strategy, f"{strategy}-bf16") for strategy in ZERO]
     entries.append(fused(folder, teacher, "fused"))
-    for resumed in (bf16(folder, teacher, "deepspeed_stage_2", "stopped"), fused(folder, teacher, "fused-stopped")):
+    going_on = [bf16(folder, teacher, strategy, f"{strategy}-bf16-stopped") for strategy in STOPPED]
+    for resumed in (*going_on, fused(folder, teacher, "fused-stopped")):
         entries += [resumed | {"stop": [1, 6], "goes_on": True}, resumed]
-    handed = entry(folder, teacher, "distill-accumulated", "ddp", "handed-on")
-    entries.append(handed | {"stop": [0, 6], "goes_on": True})
+    for strategy, stop in (("ddp", 6), ("deepspeed_stage_3", 12)):
+        handed = entry(folder, teacher, "distill-accumulated", strategy, "handed-on")
+        entries.append(handed | {"stop": [0, stop], "goes_on": True})
     entries.append(entry(folder, teacher, "distill-accumulated", "deepspeed_stage_1", "handed-on"))
     rates = {"lr_init": 1e25, "lr_final": 1e25, "checkpoint_every_steps": 1}
-    entries.append(entry(folder, teacher, "distill-accumulated", "deepspeed_stage_2", "diverging", **rates))
-    return folder, *run(folder, [each | {"deepspeed_on_cpu": True} for each in entries], code=2)
+    for strategy in STOPPED:
+        diverging = entry(folder, teacher, "distill-accumulated", strategy, f"{strategy}-diverging", **rates)
+        entries.append(diverging | {"fails": True})
+    return folder, *run(folder, [each | {"deepspeed_on_cpu": True} for each in entries])
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +64,8 @@ def folder(ran):
 
 def entry(folder, teacher, name, strategy, called=None, **settings):
     stage, settings = name.partition("-")[0], STAGES[name] | SMALL_BUCKETS | settings
+    if name.endswith("measured"):
+        settings |= {"validation_data_file": str(folder / "train"), "heldout_tokens": 512}
     if stage != "align":
         settings["load_model"] = str(folder / "one-align")
     if strategy == "one":
@@ -63,12 +76,12 @@ def entry(folder, teacher, name, strategy, called=None, **settings):
 
 
 def bf16(folder, teacher, strategy, called):
-    return entry(folder, teacher, "distill-accumulated", strategy, called, precision="bf16")
+    return entry(folder, teacher, "distill", strategy, called, precision="bf16")
 
 
 def fused(folder, teacher, called):
     """Updated by DeepSpeed's fused Adam, or rather by what stands in for it on a CPU."""
-    return entry(folder, teacher, "distill-accumulated", "deepspeed_stage_1", called, optimizer="dsfusedadamw")
+    return entry(folder, teacher, "distill-accumulated", "deepspeed_stage_2", called, optimizer="dsfusedadamw")
 
 
 def drift(folder, expected, found, column="loss"):
@@ -87,6 +100,16 @@ def test_the_curves_are_one_processs(folder, name, strategy):
 
 
 @needs_deepspeed
+def test_measurements_in_between_are_one_processs(folder):
+    expected, found = (
+        np.loadtxt(folder / f"{strategy}-distill-measured/heldout.csv", delimiter=",", skiprows=1)
+        for strategy in ("one", "deepspeed_stage_3")
+    )
+    assert len(expected) == 6
+    np.testing.assert_allclose(found, expected, rtol=TRAJECTORY_MAX)
+
+
+@needs_deepspeed
 @pytest.mark.parametrize("strategy", ZERO)
 def test_frozen_weights_are_bit_equal_and_trained_ones_are_not(folder, strategy):
     before, after = (
@@ -95,7 +118,7 @@ def test_frozen_weights_are_bit_equal_and_trained_ones_are_not(folder, strategy)
     )
     assert before.keys() == after.keys()
     assert all(before[name].equal(after[name]) for name in before if ".self_attn." not in name)
-    trained = load_file(folder / f"{strategy}-distill-accumulated/model.safetensors")
+    trained = load_file(folder / f"{strategy}-bf16/model.safetensors")
     assert not any(trained[name].equal(before[name]) for name in trained)
 
 
@@ -106,17 +129,24 @@ def test_bf16_keeps_fp32_weights(folder, strategy):
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     assert any(not tensor.equal(tensor.bfloat16().float()) for tensor in weights.values())
     assert json.loads((folder / f"{strategy}-bf16/config.json").read_text())["dtype"] == "float32"
-    assert max(drift(folder, "one-distill-accumulated", f"{strategy}-bf16")) < 0.01
+    assert max(drift(folder, "one-distill", f"{strategy}-bf16")) < 0.01
 
 
 @needs_deepspeed
-def test_a_run_goes_on_bit_for_bit_and_another_strategys_goes_on_too(ran):
+@pytest.mark.parametrize("whole", ["deepspeed_stage_2-bf16", "deepspeed_stage_3-bf16", "fused"])
+def test_a_run_goes_on_bit_for_bit(ran, whole):
     folder, out, _ = ran
-    assert out.count("going on after step 7 of 30") == 3
-    for whole, stopped in (("deepspeed_stage_2-bf16", "stopped"), ("fused", "fused-stopped")):
-        expected, found = (load_file(folder / name / "model.safetensors") for name in (whole, stopped))
-        assert all(expected[name].equal(found[name]) for name in expected)
-        assert curve(folder, whole) == curve(folder, stopped)
+    assert out.count("going on after step 7 of 30") == 4
+    expected, found = (load_file(folder / name / "model.safetensors") for name in (whole, f"{whole}-stopped"))
+    assert all(expected[name].equal(found[name]) for name in expected)
+    assert curve(folder, whole) == curve(folder, f"{whole}-stopped")
+
+
+@needs_deepspeed
+def test_a_run_goes_on_under_another_strategy(ran):
+    """Begun by ddp, gone on with by stage 3, and ended by stage 1."""
+    folder, out, _ = ran
+    assert "going on after step 13 of 30" in out
     assert max(drift(folder, "one-distill-accumulated", "handed-on")) < TRAJECTORY_MAX
 
 
@@ -126,10 +156,13 @@ def test_deepspeeds_adam_makes_adams_steps(folder):
 
 
 @needs_deepspeed
-def test_a_step_that_is_not_finite_reaches_no_checkpoint(ran):
+@pytest.mark.parametrize("strategy", STOPPED)
+def test_a_step_that_is_not_finite_reaches_no_checkpoint(ran, strategy):
     folder, _, err = ran
-    assert "the loss of distill (loss) is nan at step 2, and the first tensor that is not finite is" in err
-    assert [path.name for path in (folder / "diverging.partial/checkpoints").iterdir()] == ["step-000001"]
+    said = "the loss of distill (loss) is nan at step 2, and the first tensor that is not finite is"
+    assert err.count(said) == 2 * len(STOPPED), "each process says so"
+    checkpoints = folder / f"{strategy}-diverging.partial/checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["step-000001"]
 
 
 GPUS = Processes(0, 2, torch.device("cuda", 0))
@@ -138,11 +171,11 @@ GPUS = Processes(0, 2, torch.device("cuda", 0))
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"strategy": "deepspeed_stage_3"}, "deepspeed_stage_3 is not available.*set fsdp"),
         ({"reset_state_at_eos": 1}, "reset_state_at_eos 1 .*set ddp"),
         ({"precision": "bf16-true"}, "bf16-true .*set fsdp"),
         ({"spike_factor": 3.0}, "spike_factor .*set ddp or fsdp"),
         ({"optimizer": "muon"}, "optimizer muon .*set ddp"),
+        ({"strategy": "deepspeed_stage_3", "teacher_precision": "fp8"}, "fp8 .*set deepspeed_stage_2"),
     ],
 )
 def test_what_the_engine_cannot_do_is_refused(tmp_path, settings, message):

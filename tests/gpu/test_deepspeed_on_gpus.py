@@ -25,6 +25,9 @@ CASES = [
     ("distill", "fp32", "deepspeed_stage_2"),
     ("distill", "bf16", "deepspeed_stage_1"),
     ("distill", "bf16", "deepspeed_stage_2"),
+    ("align", "bf16", "deepspeed_stage_3"),
+    ("distill", "fp32", "deepspeed_stage_3"),
+    ("distill", "bf16", "deepspeed_stage_3"),
 ]
 ONE_CASE = ("distill", "bf16", "deepspeed_stage_2")
 STOPPED = {"stopped": {}, "fused-stopped": {"optimizer": "dsfusedadamw"}}

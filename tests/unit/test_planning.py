@@ -152,7 +152,9 @@ def test_what_is_sharded_is_divided(seven):
     sharded = parts_of(seven, "fsdp")
     for part in ("weights", "optimiser", "teacher"):
         assert sharded[part] == pytest.approx(alone[part] / 8)
-    first, second = (parts_of(seven, f"deepspeed_stage_{stage}") for stage in (1, 2))
+    first, second, third = (parts_of(seven, f"deepspeed_stage_{stage}") for stage in (1, 2, 3))
+    assert [third[part] for part in ("weights", "teacher")] == [second[part] / 8 for part in ("weights", "teacher")]
+    assert third["optimiser"] == second["optimiser"] and third["gradients"] == second["gradients"]
     assert first["optimiser"] == second["optimiser"] == pytest.approx(12 * seven.student.total / 8)
     assert first["gradients"] > second["gradients"]
 

@@ -278,7 +278,7 @@ class TrainConfig:
     strategy: str = "auto"
     """How several processes share the work: ddp = each holds both models whole; fsdp = each holds its rows of every
     parameter, of the teacher's too; deepspeed_stage_1 = as ddp, with the optimiser in shards; deepspeed_stage_2 =
-    gradients too; deepspeed_stage_3 is not available; auto = ddp. No effect on one device."""
+    gradients too; deepspeed_stage_3 = all, as fsdp; auto = ddp. No effect on one device."""
     devices: int = 1
     """Processes on each node, one GPU each; -1 = all GPUs of the node."""
     num_nodes: int = 1

@@ -27,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strategy",
         default="auto",
-        help="single, ddp, fsdp, deepspeed_stage_1 or _2 (default: single for one GPU, else ddp, or fsdp to fit)",
+        help="single, ddp, fsdp, deepspeed_stage_1, _2 or _3 (default: single for one GPU, else ddp, or fsdp to fit)",
     )
     parser.add_argument("--price", type=float, help="of one GPU for an hour, for the cost")
     parser.add_argument("--precision", default="bf16-true", help="bf16-true (default) or bf16, as train.precision")
@@ -227,4 +227,5 @@ _STRATEGY_NOTES = {
     "fsdp": "fsdp: all is sharded, the teacher too; two blocks, embedding, head are whole at a time; checked at 0.5B",
     "deepspeed_stage_1": f"deepspeed: {_NOTES_OF_DEEPSPEED}, which is sharded; not measured",
     "deepspeed_stage_2": f"deepspeed: {_NOTES_OF_DEEPSPEED}; optimiser and gradients are sharded; not measured",
+    "deepspeed_stage_3": f"deepspeed: {_NOTES_OF_DEEPSPEED}; all is sharded, the teacher too; not measured",
 }

@@ -15,7 +15,7 @@ from radlads.model.configuration import RadladsConfig
 from radlads.planning import activations
 from radlads.planning.models import Parameters, count_parameters
 
-Strategy = Literal["single", "ddp", "fsdp", "deepspeed_stage_1", "deepspeed_stage_2"]
+Strategy = Literal["single", "ddp", "fsdp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"]
 Precision = Literal["bf16-true", "bf16"]
 # cuBLAS's workspaces (32 MiB for each thread and stream), RoPE tables, norms, rounding: what an H200 showed beyond what
 # is counted here, at every shape measured
@@ -80,6 +80,7 @@ def sharding(step: Step) -> Sharding:
         "ddp": Sharding(1, 1, 1),
         "deepspeed_stage_1": Sharding(1, 1, n),
         "deepspeed_stage_2": Sharding(1, n, n),
+        "deepspeed_stage_3": Sharding(n, n, n),
         "fsdp": Sharding(n, n, n),
     }[step.strategy]
 
@@ -93,10 +94,10 @@ class ParameterBytes(NamedTuple):
 
 
 def parameter_bytes(step: Step) -> ParameterBytes:
-    """AdamW's. DeepSpeed trains bf16 weights whatever the precision, and its optimiser has fp32 ones of its own; its
-    stage 2 adds gradients up in fp32."""
+    """AdamW's. DeepSpeed trains bf16 weights whatever the precision, and its optimiser has fp32 ones of its own; from
+    stage 2 on it adds gradients up in fp32."""
     if step.strategy.startswith("deepspeed"):
-        return ParameterBytes(2, 4 if step.strategy == "deepspeed_stage_2" else 2, 12)
+        return ParameterBytes(2, 2 if step.strategy == "deepspeed_stage_1" else 4, 12)
     return ParameterBytes(4, 4, 8) if step.wide else ParameterBytes(2, 2, 4)
 
 

@@ -71,8 +71,8 @@ class Request:
 
     def refused(self, strategy: Strategy | Literal["auto"]) -> str:
         """Why training would not have the strategy with these settings; empty where it would."""
-        if strategy == "fsdp" and self.teacher_precision == "fp8" and self.stage != "extend":
-            return "fsdp has no fp8 teacher, whose matrices are rounded whole: leave out --teacher-precision"
+        if strategy in ("fsdp", "deepspeed_stage_3") and self.teacher_precision == "fp8" and self.stage != "extend":
+            return f"{strategy} has no fp8 teacher, whose matrices are rounded whole: leave out --teacher-precision"
         if strategy.startswith("deepspeed") and self.precision == "bf16-true":
             return f"{strategy} has no bf16-true, as it keeps fp32 weights: add --precision bf16"
         return ""

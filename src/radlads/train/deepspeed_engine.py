@@ -1,8 +1,9 @@
 """DeepSpeed's ZeRO: every process computes with the whole student, and holds and updates its part of the optimiser.
 
-Stage 1 shares out fp32 weights and moments, stage 2 the gradients too. Under bf16 the engine's students are bf16 whole
-and its fp32 weights are the ones that count, in checkpoints as in the finished folder. DeepSpeed's own checkpoints,
-which are pickles, are not used. The only door to `deepspeed`, which is imported when an engine is made.
+Stage 1 shares out fp32 weights and moments, stage 2 the gradients too; stage 3 is train/partitions.py's. Under bf16 the
+engine's students are bf16 whole and its fp32 weights are the ones that count, in checkpoints as in the finished folder.
+DeepSpeed's own checkpoints, which are pickles, are not used. These two modules are the only doors to `deepspeed`, which
+is imported when an engine is made.
 """
 
 import importlib.util
@@ -17,6 +18,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from radlads.checkpoint.weights import PrefixedWeights, StoredWeights, TensorInfo
 from radlads.config.schema import TrainConfig
 from radlads.model.modeling import RadladsForCausalLM
+from radlads.model.whole_parameters import whole_shape
 from radlads.train.processes import Processes
 from radlads.train.snapshots import Held
 from radlads.train.step import GradientNorms
@@ -34,15 +36,12 @@ def check_engine(train: TrainConfig, processes: Processes) -> None:
     """Raise ValueError for what DeepSpeed cannot do, and where it is not installed or there is no GPU."""
     assert processes.device is not None
     check_device(train, processes.device)
-    if train.strategy == "deepspeed_stage_3":
-        raise ValueError(
-            "train.strategy deepspeed_stage_3 is not available, as stages read weights where its hooks do not gather "
-            "them: set fsdp, which shards weights, gradients and optimiser too"
-        )
+    in_parts_and_fp8 = train.strategy == "deepspeed_stage_3" and train.teacher_precision == "fp8"
     refused = {
         "train.reset_state_at_eos 1": (train.reset_state_at_eos, "cuts rows into more sequences on some", "ddp"),
         "train.precision bf16-true": (train.precision == "bf16-true", "keeps bf16 weights alone", "fsdp"),
         "train.spike_factor": (train.spike_factor, "leaves steps out", "ddp or fsdp"),
+        "train.teacher_precision fp8": (in_parts_and_fp8, "needs whole matrices to round", "deepspeed_stage_2"),
         f"train.optimizer {train.optimizer}": (train.optimizer not in OPTIMIZERS, "is none of AdamW's kind", "ddp"),
     }
     for setting, (is_set, why, instead) in refused.items():
@@ -70,7 +69,8 @@ class ZeroStrategy(DeepSpeedStrategy):
     """Lightning's DeepSpeedStrategy for a StageModule, whose loss comes in parts and is a sum.
 
     Each part has its backward, so the engine is told that it is its caller who knows when a window ends. Gradients are
-    added up over micro-batches and processes, in fp32 where stage 2 keeps them, and divided by the count in the step.
+    added up over micro-batches and processes, in fp32 where stage 2 or 3 keeps them, and divided by the count in the
+    step.
     """
 
     def __init__(self, train: TrainConfig):
@@ -81,16 +81,17 @@ class ZeroStrategy(DeepSpeedStrategy):
             config={
                 "train_micro_batch_size_per_gpu": train.micro_bsz,
                 "managed_gradient_accumulation": False,
-                "gradient_allreduce_op": "sum",
+                "gradient_allreduce_op": "mean" if stage == 3 else "sum",  # stage 3 knows no other
                 "communication_data_type": "fp32",
                 "gradient_clipping": train.gradient_clip_val,
-                "data_types": {"grad_accum_dtype": "fp32" if stage == 2 else None},
+                "data_types": {"grad_accum_dtype": "fp32" if stage >= 2 else None},
                 "zero_allow_untested_optimizer": True,
                 "zero_optimization": {
                     "stage": stage,
                     "reduce_bucket_size": numbers,
                     "allgather_bucket_size": numbers,
                     "overlap_comm": False,
+                    "stage3_param_persistence_threshold": 0,
                 },
             },
         )
@@ -101,10 +102,14 @@ class ZeroStrategy(DeepSpeedStrategy):
         assert module is not None
         student: RadladsForCausalLM = module.student  # type: ignore[assignment]
         weights = {name: parameter.data for name, parameter in student.named_parameters()}
-        student.to(self.root_device, engine_dtype(self.precision_plugin.precision))  # type: ignore[arg-type]
+        self.place(module, engine_dtype(self.precision_plugin.precision))
         super().init_deepspeed()
         updates: DeepSpeedUpdates = module.updates  # type: ignore[assignment]
         updates.begin(self.deepspeed_engine, weights)
+
+    def place(self, module: LightningModule, dtype: torch.dtype) -> None:
+        """Bring the StageModule's student to the device, in `dtype`."""
+        module.student.to(self.root_device, dtype)
 
     def training_step(self, *args: Any, **kwargs: Any) -> None:
         """The module's own: engine.forward would follow one output through one backward pass."""
@@ -132,11 +137,9 @@ class DeepSpeedUpdates:
 
     def begin(self, engine: Any, weights: dict[str, torch.Tensor]) -> None:
         """Take the engine, which has made its fp32 weights of rounded ones, and give it `weights`, the student's."""
-        from deepspeed.utils import safe_set_full_fp32_param
-
         self._engine = engine
         for name, parameter in self.own_parts.items():
-            safe_set_full_fp32_param(parameter, weights.pop(name).to(parameter.device))
+            self.set_weight(parameter, weights.pop(name))
         self._frozen = weights
 
     def begin_last(self) -> None:
@@ -150,7 +153,7 @@ class DeepSpeedUpdates:
         assert leave_out is None
         zero = self._engine.optimizer
         # Dividing by the scale of the loss is the step's first act, so this is how sums become means
-        zero.override_loss_scale(max(1.0, float(count)))
+        zero.override_loss_scale(max(1.0, float(count)) / self.gradients_are_divided_by())
         self._engine.step()
         zero.override_loss_scale(1.0)
         return GradientNorms(torch.as_tensor(self._engine.get_global_grad_norm(), device=count.device).float(), {})
@@ -169,53 +172,69 @@ class DeepSpeedUpdates:
     def held(self) -> Held:
         """What a checkpoint takes, the same as of a student that was updated without DeepSpeed."""
         base = self._engine.optimizer.optimizer
-        _link_states(self._engine.optimizer)
-        moments = Moments(self.own_parts, self._groups(), base)
+        self.link_states()
+        states = [(names, base.state[partition]) for names, partition in self._partitions()]
+        # As the steps of DeepSpeed's own Adam
+        numbers = {
+            name: {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)}
+            for names, state in states
+            for name in names
+        }
         groups = [{key: value for key, value in group.items() if key != "params"} for group in base.param_groups]
         weights = FullWeights(self._student, self.own_parts, self._frozen)
-        return Held(weights, moments, [{"groups": groups, "state": self._numbers()}], gathered=True)
+        held = [{"groups": groups, "state": {name: own for name, own in numbers.items() if own}}]
+        return Held(weights, Moments(self.own_parts, states), held, gathered=True)
 
     def restore_moments(self, stored: StoredWeights, optimizers: Sequence[Mapping[str, Any]]) -> None:
         """Give the optimiser its state of a checkpoint, by whatever processes that was written."""
-        from deepspeed.utils import safe_set_full_optimizer_state
-
-        zero = self._engine.optimizer
-        firsts = [names[0] for names in self._groups()]
-        for group, held, name in zip(zero.optimizer.param_groups, optimizers[0]["groups"], firsts, strict=True):
+        base = self._engine.optimizer.optimizer
+        for group, held in zip(base.param_groups, optimizers[0]["groups"], strict=True):
             group.update({key: tuple(each) if isinstance(each, list) else each for key, each in held.items()})
-            (partition,) = group["params"]
-            tensors = PrefixedWeights(stored, f"optimizer_0.{name}:")
-            state: dict[str, Any] = dict(optimizers[0]["state"].get(name, {}))
-            for key, tensor in tensors.items():
+        for names, partition in self._partitions():
+            state: dict[str, Any] = dict(optimizers[0]["state"].get(names[0], {}))
+            for key, tensor in PrefixedWeights(stored, f"optimizer_0.{names[0]}:").items():
                 state[key] = torch.zeros_like(partition) if tensor.ndim else tensor.to(partition.device).clone()
-            zero.optimizer.state[partition].update(state)
-        _link_states(zero)
+            base.state[partition].update(state)
+        self.link_states()
         for name, parameter in self.own_parts.items():
             for key, tensor in PrefixedWeights(stored, f"optimizer_0.{name}:").items():
                 if tensor.ndim:
-                    safe_set_full_optimizer_state(parameter, tensor.to(parameter.device), key)
+                    self.set_moment(parameter, key, tensor)
 
-    def _numbers(self) -> dict[str, dict[str, Any]]:
-        """By parameter, what the optimiser's state has that is no tensor, as the steps of DeepSpeed's own."""
-        base = self._engine.optimizer.optimizer
-        numbers: dict[str, dict[str, Any]] = {}
-        for names, group in zip(self._groups(), base.param_groups, strict=True):
-            state = base.state[group["params"][0]]
-            own = {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)}
-            numbers |= dict.fromkeys(names, own) if own else {}
-        return numbers
-
-    def _groups(self) -> list[list[str]]:
-        """The names of the parameters of each of the optimiser's groups."""
+    def _partitions(self) -> list[tuple[list[str], torch.Tensor]]:
+        """What the optimiser updates in this process, and the names of the parameters of which each is a part."""
         name_of = {id(parameter): name for name, parameter in self.own_parts.items()}
-        return [[name_of[id(parameter)] for parameter in group] for group in self._engine.optimizer.bit16_groups]
+        return [([name_of[id(each)] for each in group], partition) for group, partition in self.groups()]
 
+    # What stage 3 does otherwise
 
-def _link_states(zero: Any) -> None:
-    """Let the engine's parameters find their state. It sees to that itself once the first of its groups has made its
-    first step, when the others have none yet."""
-    zero._hp_optimizer_states_linked = False
-    zero._lazy_init_hp_params_optimizer_state()
+    def gradients_are_divided_by(self) -> int:
+        """What the engine divides sums over the processes by."""
+        return 1
+
+    def groups(self) -> list[tuple[list[torch.nn.Parameter], torch.Tensor]]:
+        """Parameters, and the tensor that is this process's part of them all and that the optimiser updates."""
+        zero = self._engine.optimizer
+        parts = [group["params"][0] for group in zero.optimizer.param_groups]
+        return list(zip(zero.bit16_groups, parts, strict=True))
+
+    def set_weight(self, parameter: torch.nn.Parameter, whole: torch.Tensor) -> None:
+        """Give the engine a parameter's fp32 weight."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        safe_set_full_fp32_param(parameter, whole.to(parameter.device))
+
+    def set_moment(self, parameter: torch.nn.Parameter, key: str, whole: torch.Tensor) -> None:
+        """Give the engine's optimiser what it keeps of a parameter by the name `key`."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        safe_set_full_optimizer_state(parameter, whole.to(parameter.device), key)
+
+    def link_states(self) -> None:
+        """Let the engine's parameters find their state. It sees to that itself once the first of its groups has made
+        its first step, when the others have none yet."""
+        self._engine.optimizer._hp_optimizer_states_linked = False
+        self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 class FullWeights(StoredWeights):
@@ -233,8 +252,8 @@ class FullWeights(StoredWeights):
         return self._frozen[name] if name in self._frozen else safe_get_full_fp32_param(self._own[name]).cpu()
 
     def info(self, name: str) -> TensorInfo:
-        whole = self._frozen[name] if name in self._frozen else self._own[name]
-        return TensorInfo(tuple(whole.shape), torch.float32)
+        parameter = self._frozen[name] if name in self._frozen else self._own[name]
+        return TensorInfo(tuple(whole_shape(parameter)), torch.float32)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -246,17 +265,16 @@ class FullWeights(StoredWeights):
 class Moments(StoredWeights):
     """The state of DeepSpeed's optimiser by the names that each parameter's would have, as FullWeights are read.
 
-    groups: names of the parameters of each of the optimiser's groups, whose state is one part of them all.
+    states: names of parameters, and the state that is one of a part of them all.
     """
 
-    def __init__(self, own: Mapping[str, torch.nn.Parameter], groups: list[list[str]], base: torch.optim.Optimizer):
+    def __init__(self, own: Mapping[str, torch.nn.Parameter], states: list[tuple[list[str], Mapping[str, Any]]]):
         self._own = own
         self._keys: dict[str, tuple[str, str, torch.Tensor]] = {}
-        for names, group in zip(groups, base.param_groups, strict=True):
-            (partition,) = group["params"]
-            tensors = {key: each for key, each in base.state[partition].items() if isinstance(each, torch.Tensor)}
+        for names, state in states:
+            tensors = {key: each for key, each in state.items() if isinstance(each, torch.Tensor)}
             for key, tensor in tensors.items():
-                kept = torch.empty(0) if tensor.shape == partition.shape else tensor
+                kept = torch.empty(0) if tensor.ndim else tensor
                 self._keys |= {f"optimizer_0.{name}:{key}": (name, key, kept) for name in names}
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -268,7 +286,7 @@ class Moments(StoredWeights):
 
     def info(self, name: str) -> TensorInfo:
         parameter, _, scalar = self._keys[name]
-        return TensorInfo(tuple((self._own[parameter] if scalar.ndim else scalar).shape), torch.float32)
+        return TensorInfo(tuple(whole_shape(self._own[parameter] if scalar.ndim else scalar)), torch.float32)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)

@@ -33,6 +33,7 @@ from radlads.train.hardware import check_hardware, compiles, out_of_memory
 from radlads.train.lightning_module import StageModule
 from radlads.train.loggers import build_loggers, carry, check_loggers
 from radlads.train.optim import weights_to_keep
+from radlads.train.partitions import PartitionedStrategy
 from radlads.train.processes import ALONE, Processes, check_processes
 from radlads.train.resume import describe_run, first_checkpoint
 from radlads.train.samples import (
@@ -191,7 +192,7 @@ def _train(trainer: L.Trainer, module: StageModule, batches: DataLoader, config:
             module.student.to(device, _parameter_dtype(trainer, train, module.student))  # type: ignore[arg-type]
         if teacher is not None:
             dtype = _parameter_dtype(trainer, train, teacher)
-            models.append(teacher if in_shards else _working_teacher(teacher, train, device, dtype))
+            models.append(teacher if in_shards else _working_teacher(teacher, trainer, train, dtype))
             module.learn_from(models[-1])
         for model in models:
             model.compile_blocks(compiles(compile_setting, device))
@@ -211,12 +212,16 @@ def _train(trainer: L.Trainer, module: StageModule, batches: DataLoader, config:
 
 
 def _working_teacher(
-    teacher: RadladsForCausalLM, train: TrainConfig, device: torch.device, dtype: torch.dtype
+    teacher: RadladsForCausalLM, trainer: L.Trainer, train: TrainConfig, dtype: torch.dtype
 ) -> RadladsForCausalLM:
-    """The teacher on `device`, or the copy of it that train.teacher_precision asks for."""
+    """The teacher on the trainer's device, or the copy of it that train.teacher_precision asks for; where the strategy
+    makes a copy, the teacher as it is."""
+    strategy = trainer.strategy
     if train.teacher_precision == "fp8":
-        return fp8_copy(teacher, device, dtype)
-    return teacher.to(device, dtype)  # type: ignore[arg-type]
+        return fp8_copy(teacher, strategy.root_device, dtype)
+    if isinstance(strategy, PartitionedStrategy):
+        return teacher
+    return teacher.to(strategy.root_device, dtype)  # type: ignore[arg-type]
 
 
 def _parameter_dtype(trainer: L.Trainer, train: TrainConfig, model: RadladsForCausalLM) -> torch.dtype:

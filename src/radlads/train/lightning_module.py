@@ -14,6 +14,7 @@ from radlads.train.cuda_graph import GraphedParts
 from radlads.train.deepspeed_engine import DeepSpeedUpdates, uses_engine
 from radlads.train.diagnosis import first_not_finite
 from radlads.train.optim import build_optimizers, set_learning_rates
+from radlads.train.partitions import PartitionedUpdates
 from radlads.train.processes import ALONE, Processes
 from radlads.train.sharding import is_sharded
 from radlads.train.step import GradientNorms, PartSum, Readout, backward_parts
@@ -72,7 +73,8 @@ class StageModule(L.LightningModule):
 
     def _build_updates(self) -> Updates:
         if uses_engine(self.settings, self.processes):
-            return DeepSpeedUpdates(self.student)
+            in_parts = self.settings.strategy == "deepspeed_stage_3"
+            return PartitionedUpdates(self.student) if in_parts else DeepSpeedUpdates(self.student)
         if is_sharded(self.student):
             return ShardedUpdates(self.student, self.processes)
         return ReplicatedUpdates(self.student, self.settings, self.processes)

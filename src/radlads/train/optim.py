@@ -11,6 +11,7 @@ import torch
 from radlads.config.schema import TrainConfig
 from radlads.distill.stage import is_mixer_parameter
 from radlads.model.modeling import RadladsForCausalLM
+from radlads.model.whole_parameters import whole_shape
 from radlads.train.adamw import AdamW
 
 Groups = list[dict[str, Any]]
@@ -34,11 +35,11 @@ def build_optimizers(
         if not parameter.requires_grad:
             continue
         role = "mixer" if is_mixer_parameter(name, student) else "rest"
-        updated = parameter if own_parts is None else own_parts[name]
-        if train.optimizer == "muon" and parameter.ndim == 2 and ".layers." in name:
+        updated, num_axes = parameter if own_parts is None else own_parts[name], len(whole_shape(parameter))
+        if train.optimizer == "muon" and num_axes == 2 and ".layers." in name:
             by_muon.setdefault(role, []).append(updated)
         else:
-            by_adam.setdefault((role, parameter.ndim == 2), []).append(updated)
+            by_adam.setdefault((role, num_axes == 2), []).append(updated)
     if not by_muon and not by_adam:
         raise ValueError("no parameter trains: the student has no recurrent layer, or train.trainable leaves none")
     optimizers: list[torch.optim.Optimizer] = []

@@ -14,6 +14,7 @@ from radlads.distill.arithmetic import train_flops
 from radlads.distill.stage import Stage
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.registry import is_registered
+from radlads.model.whole_parameters import whole_shape
 from radlads.train.gpus import gpu_called
 
 SPEED_METRICS = frozenset({"tokens_per_s", "mfu", "peak_memory_gb"})
@@ -87,6 +88,6 @@ def stage_flops(
     # Extending may have a teacher, and then does what distilling does
     learns = teacher is not None and stage.needs_teacher
     frozen = [each.weight for each in student.modules() if isinstance(each, nn.Linear)]
-    num_frozen = sum(weight.numel() for weight in frozen if not weight.requires_grad)
+    num_frozen = sum(whole_shape(weight).numel() for weight in frozen if not weight.requires_grad)
     configs = (student.config, teacher.config if teacher is not None and learns else student.config)
     return train_flops("distill" if learns else "extend", *configs, sequence_tokens) - 2.0 * num_frozen

@@ -1,0 +1,138 @@
+"""DeepSpeed's ZeRO-3: every process holds and updates its part of every parameter; a block is whole while it runs.
+
+DeepSpeed's hooks follow one forward and one backward pass through the calls of modules, which is not what stages do. So
+the engine gets a list of parameters, whose calls nobody makes, and Turns decide when they are gathered. What stage 3
+has in common with stages 1 and 2 is train/deepspeed_engine.py's.
+"""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+
+from radlads.model.modeling import Block, RadladsForCausalLM
+from radlads.model.whole_parameters import Turns, turns_of
+from radlads.train.deepspeed_engine import DeepSpeedUpdates, ZeroStrategy
+from radlads.train.step import GradientNorms
+
+_LINEAR = F.linear  # zero.Init replaces it for the whole process
+
+
+class PartitionedStrategy(ZeroStrategy):
+    """ZeroStrategy for stage 3."""
+
+    def place(self, module: LightningModule, dtype: torch.dtype) -> None:
+        """Bring this process's part of the student to the device, and of a copy of the teacher, which stays on the CPU
+        as it is, in `dtype`."""
+        assert isinstance(self.config, dict)
+        student: RadladsForCausalLM = module.student  # type: ignore[assignment]
+        partition(student.to(dtype), self.config)  # type: ignore[arg-type]
+        student.to(self.root_device)  # type: ignore[arg-type]  # its buffers
+        teacher: RadladsForCausalLM | None = module.teacher  # type: ignore[assignment]
+        if teacher is not None:
+            module.learn_from(_partitioned_copy(teacher, dtype, self.config))  # type: ignore[operator]
+
+    def teardown(self) -> None:
+        """See Lightning's, which calls it however the training ends."""
+        F.linear = _LINEAR
+        super().teardown()
+
+    def _setup_model_and_optimizer(self, model: torch.nn.Module, *rest: Any) -> Any:
+        return super()._setup_model_and_optimizer(_parameters_alone(model), *rest)
+
+
+class PartitionedUpdates(DeepSpeedUpdates):
+    """DeepSpeedUpdates for stage 3."""
+
+    def begin(self, engine: Any, weights: dict[str, torch.Tensor]) -> None:
+        """See DeepSpeedUpdates."""
+        super().begin(engine, weights)
+        self._begin_window()
+
+    def step(self, optimizers, *, count, clip_val, sums, leave_out) -> GradientNorms:
+        """See Updates."""
+        _turns(self._student).end()
+        norms = super().step(optimizers, count=count, clip_val=clip_val, sums=sums, leave_out=leave_out)
+        self._begin_window()
+        return norms
+
+    def _begin_window(self) -> None:
+        """Have every backward pass add to what is there, zeros: by itself the engine lets a window's first overwrite
+        it, which each part of a loss is for the engine."""
+        zero = self._engine.optimizer
+        zero.grad_partitions_flat_buffer.zero_()
+        zero.micro_step_id = 1
+
+    def give_back(self) -> None:
+        """See DeepSpeedUpdates."""
+        _turns(self._student).let_go()
+        super().give_back()
+
+    def gradients_are_divided_by(self) -> int:
+        """See DeepSpeedUpdates. It knows no sums."""
+        return dist.get_world_size()
+
+    def groups(self) -> list[tuple[list[torch.nn.Parameter], torch.Tensor]]:
+        """See DeepSpeedUpdates."""
+        zero = self._engine.optimizer
+        return list(zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True))
+
+    def set_weight(self, parameter: torch.nn.Parameter, whole: torch.Tensor) -> None:
+        """See DeepSpeedUpdates."""
+        from deepspeed.utils import safe_set_local_fp32_param
+
+        safe_set_local_fp32_param(parameter, _own_partition(parameter, whole).to(parameter.device))
+
+    def set_moment(self, parameter: torch.nn.Parameter, key: str, whole: torch.Tensor) -> None:
+        """See DeepSpeedUpdates."""
+        from deepspeed.utils import safe_set_local_optimizer_state
+
+        safe_set_local_optimizer_state(parameter, _own_partition(parameter, whole).to(parameter.device), key)
+
+    def link_states(self) -> None:
+        """See DeepSpeedUpdates. They are found as they are."""
+
+
+def partition(model: RadladsForCausalLM, config: Mapping[str, Any]) -> None:
+    """Leave the process its part of each of the model's parameters, on its device, and gather them in turns.
+
+    One parameter after another comes to the device whole. All processes have to call it. From now on linear layers of
+    this process keep the parameter itself for the backward pass, not a view that would stay whole.
+    """
+    from deepspeed import zero
+
+    (dtype,) = {parameter.dtype for parameter in model.parameters()}
+    zero.Init(module=_parameters_alone(model), config_dict_or_path=config, dtype=dtype)
+    mixers = [block.self_attn for block in model.model.layers if isinstance(block, Block)]
+    called = [model.model.embed_tokens, *model.model.layers, model.model.norm, model.lm_head]
+    Turns(called, mixers, zero.GatheredParameters)
+
+
+def _partitioned_copy(model: RadladsForCausalLM, dtype: torch.dtype, config: Mapping[str, Any]) -> RadladsForCausalLM:
+    """A frozen copy of a model that is on the CPU, in `dtype` and partitioned."""
+    shared = {id(each): torch.nn.Parameter(each.data.to(dtype), requires_grad=False) for each in model.parameters()}
+    copy = deepcopy(model, shared)
+    partition(copy, config)
+    return copy
+
+
+def _parameters_alone(model: torch.nn.Module) -> torch.nn.Module:
+    """A module of the model's parameters that nothing calls, for DeepSpeed to hook."""
+    return torch.nn.ParameterList(model.parameters())
+
+
+def _turns(model: RadladsForCausalLM) -> Turns:
+    turns = turns_of(model.lm_head)
+    assert turns is not None
+    return turns
+
+
+def _own_partition(parameter: torch.nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
+    """This process's part of a partitioned parameter's values [any shape], as they are laid out: flat, 0 at the end."""
+    size = parameter.partition_numel()  # type: ignore[attr-defined]
+    found = whole.flatten()[dist.get_rank() * size :][:size]
+    return F.pad(found, (0, size - len(found)))
