@@ -131,8 +131,9 @@ class Runs:
         command = [sys.executable, "-m", "radlads.cli", "train", *options]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=wanted.seconds)
-        except subprocess.TimeoutExpired:
-            return figure | {"failed": f"not done after {wanted.seconds:.0f} s"}
+        except subprocess.TimeoutExpired as stopped:
+            said = b"".join(each for each in (stopped.stdout, stopped.stderr) if isinstance(each, bytes)).decode()
+            return figure | {"failed": f"not done after {wanted.seconds:.0f} s: {said[-500:]}"}
         if done.returncode:
             return figure | {"failed": (done.stderr.strip() or done.stdout.strip())[-2000:]}
         out = self.folder / f"{stage}-{name}"

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 
 from radlads.checkpoint.atomic import unfinished_folder
 from radlads.checkpoint.model_folder import load_model
@@ -212,6 +213,14 @@ def test_another_configuration_is_refused_with_all_that_differs(teacher, corpus_
         run(teacher, config_of(corpus_folder, **changes), stopped)
     assert "(train.beta2 is 0.99 there and 0.95 here; train.lr_init is 0.001 there and 0.002 here)" in str(caught.value)
     assert len(held(stopped)) == 3
+
+
+def test_what_only_saves_memory_may_be_another(teacher, corpus_folder, straight, stopped):
+    less = {"micro_bsz": 2, "accumulate_grad_batches": 1, "activation_checkpointing": "full", "cuda_graphs": "never"}
+    assert any("going on after step 4" in line for line in run(teacher, config_of(corpus_folder, **less), stopped))
+    found, expected = (load_file(folder / "model.safetensors") for folder in (stopped, straight))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6, msg=name)
 
 
 def test_another_student_teacher_or_corpus_is_another_run(teacher, corpus_folder, tmp_path):

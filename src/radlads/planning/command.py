@@ -212,8 +212,8 @@ def _speed_notes(machine: Machine) -> Iterator[str]:
         )
     yield f"  speed: {rate}, and the share of them that one {MEASURED_KIND} reached at 7B"
     if machine.num_gpus > 1:
-        yield f"  {machine.num_gpus} GPUs: {SEVERAL_GPUS:.0%} of their speed is assumed. Two H100s kept 94 % in stage"
-        yield "  1 of 0.5B under ddp; stage 2 of a model so small, and fsdp, kept less (docs/scaling.md)"
+        yield f"  {machine.num_gpus} GPUs: {SEVERAL_GPUS:.0%} of their speed is assumed. Two H200s kept 96 % in stage"
+        yield "  1 and 92 % in stage 2 of 0.5B under ddp, and 85 % in stage 2 under fsdp at 7B's width (docs/scaling.md)"
     yield "  hours are of steps alone: no compilation, loading, held-out measurements or checkpoints"
 
 
@@ -224,7 +224,7 @@ _PRECISION_NOTES = {
 _NOTES_OF_DEEPSPEED = "bf16 weights and gradients, and fp32 weights and moments in its optimiser"
 _STRATEGY_NOTES = {
     "ddp": "ddp: all is replicated, as on one GPU",
-    "fsdp": "fsdp: all is sharded, the teacher too; two blocks, embedding, head are whole at a time; checked at 0.5B",
+    "fsdp": "fsdp: all is sharded, the teacher too; blocks, embedding, heads are whole in turn; checked on two GPUs",
     "deepspeed_stage_1": f"deepspeed: {_NOTES_OF_DEEPSPEED}, which is sharded; not measured",
     "deepspeed_stage_2": f"deepspeed: {_NOTES_OF_DEEPSPEED}; optimiser and gradients are sharded; not measured",
     "deepspeed_stage_3": f"deepspeed: {_NOTES_OF_DEEPSPEED}; all is sharded, the teacher too; not measured",

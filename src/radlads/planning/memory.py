@@ -102,12 +102,14 @@ def parameter_bytes(step: Step) -> ParameterBytes:
 
 
 class Moment(NamedTuple):
-    """What a step holds at one time beside what it always holds, in bytes. `gradients`: of how many parameters."""
+    """What a step holds at one time beside what it always holds, in bytes. `gradients`, `gathered`: of how many
+    parameters, the latter where weights are sharded."""
 
     name: str
     gradients: float
     activations: float
     head: float = 0.0
+    gathered: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ def peak(models: Models, step: Step) -> Peak:
 
 def _at(moment: Moment, always: dict[str, float], models: Models, step: Step) -> Peak:
     beside = {
+        "gathered": _gathered_bytes(step, moment.gathered),
         "gradients": _gradient_bytes(models, step, moment.gradients),
         "activations": moment.activations,
         "logits": moment.head,
@@ -168,7 +171,6 @@ def _always(models: Models, step: Step) -> dict[str, float]:
         "weights": models.student.total * size.weight / shared.weights,
         "optimiser": trained * size.optimizer / shared.optimizer,
         "teacher": _teacher_bytes(models, step) / shared.weights,
-        "gathered": _gathered_bytes(models, step) if shared.weights > 1 else 0.0,
         "workspace": WORKSPACE_BYTES,
     }
 
@@ -181,15 +183,9 @@ def _teacher_bytes(models: Models, step: Step) -> float:
     return size * models.teacher.total - (size - 1) * rounded
 
 
-def _gathered_bytes(models: Models, step: Step) -> float:
-    """Sharded weights that are whole for now, in their own type: the block that runs and the next, embedding, head."""
-    student, teacher, size = models.student, models.teacher, float(parameter_bytes(step).weight)
-    if step.stage == "align":
-        return size * (2 * teacher.largest_block + teacher.embedding + 2 * max(student.mixers))
-    roots = student.embedding + student.head
-    if step.stage == "distill":
-        roots += teacher.embedding + teacher.head
-    return size * (2 * student.largest_block + roots)
+def _gathered_bytes(step: Step, count: float) -> float:
+    """Sharded weights that are whole for now, in their own type."""
+    return count * parameter_bytes(step).weight if sharding(step).weights > 1 else 0.0
 
 
 def _gradient_bytes(models: Models, step: Step, count: float) -> float:
@@ -214,30 +210,36 @@ def _align_moments(models: Models, step: Step) -> Iterator[Moment]:
     own, held = graphs[-1], graphs[0] + collected if first is not None and last > 0 else 0.0
     done = sum(trained) - trained[last] - (trained[0] if held else 0)
     copies = _rounded_weights(trained[last] * (2 if held else 1), step)
-    yield Moment("last layer backward", earlier or done, step.tokens * (own + held + backward) + copies)
+    gathered = 2 * models.teacher.largest_block + models.teacher.embedding + 2 * max(trained)
+    kept = step.tokens * (own + held + backward) + copies
+    yield Moment("last layer backward", earlier or done, kept, gathered=gathered)
     if held:
         done = sum(trained) - trained[0]
-        yield Moment("first layer backward", earlier or done, step.tokens * (held + backward))
+        yield Moment("first layer backward", earlier or done, step.tokens * (held + backward), gathered=gathered)
     yield Moment("update", sum(trained), 0.0)
-    yield Moment("teacher", earlier, step.tokens * (held + activations.teacher_forward(models.shape.teacher)))
+    kept = step.tokens * (held + activations.teacher_forward(models.shape.teacher))
+    yield Moment("teacher", earlier, kept, gathered=gathered)
 
 
 def _logit_moments(models: Models, step: Step) -> Iterator[Moment]:
     """Teacher, losses, the last and the first layer's way back, update. Between two layers everything is linear."""
-    student = models.student
+    student, teacher = models.student, models.teacher
     earlier = student.total if step.accumulates else 0
     layers = len(student.mixers)
     if step.stage == "distill":
-        yield Moment("teacher", earlier, step.tokens * activations.teacher_forward(models.shape.teacher))
+        kept_by_teacher = step.tokens * activations.teacher_forward(models.shape.teacher)
+        yield Moment("teacher", earlier, kept_by_teacher, gathered=2 * teacher.largest_block + teacher.embedding)
     kept = [_kept(models, step, layer, step.checkpointing) for layer in range(layers)]
     yield _losses(models, step, earlier, sum(kept))
+    gathered = 2 * student.largest_block + student.embedding
     for layer, name in ((layers - 1, "last layer"), (0, "first layer")):
         below = sum(kept[:layer])
         above = student.head + sum(student.mixers[layer + 1 :]) + sum(student.channel_mixers[layer + 1 :])
         done = earlier or above
-        yield Moment(f"{name}'s channel mixer backward", done, below + _at_channel_mixer(models, step, layer))
+        kept_here = below + _at_channel_mixer(models, step, layer)
+        yield Moment(f"{name}'s channel mixer backward", done, kept_here, gathered=gathered)
         done = earlier or above + student.channel_mixers[layer]
-        yield Moment(f"{name}'s mixer backward", done, below + _at_mixer(models, step, layer))
+        yield Moment(f"{name}'s mixer backward", done, below + _at_mixer(models, step, layer), gathered=gathered)
     yield Moment("update", student.total, 0.0)
 
 
@@ -251,7 +253,8 @@ def _losses(models: Models, step: Step, earlier: float, kept: float) -> Moment:
     hidden = (4 + 2 + 2 + 2 * teachers) * config.hidden_size
     rounded = 2 * 2 * models.student.head if step.wide else 0  # the head, and a block's share of its gradient
     head = 2 * block * blocks * vocab + rounded
-    return Moment("losses", earlier + models.student.head, kept + step.tokens * hidden, head)
+    gathered = models.student.head + teachers * models.teacher.head + models.student.largest_block
+    return Moment("losses", earlier + models.student.head, kept + step.tokens * hidden, head, gathered)
 
 
 def _kept(models: Models, step: Step, layer: int, checkpointing: Checkpointing) -> float:
@@ -269,8 +272,8 @@ def _kept(models: Models, step: Step, layer: int, checkpointing: Checkpointing) 
 
 
 def _rounded_weights(count: int, step: Step) -> float:
-    """fp32 weights rounded for their products are kept for the backward pass, unless sharding gathers them anew."""
-    return 2.0 * count if step.wide and sharding(step).weights == 1 else 0.0
+    """fp32 weights rounded for their products are kept, rounded, for the backward pass."""
+    return 2.0 * count if step.wide else 0.0
 
 
 def _at_channel_mixer(models: Models, step: Step, layer: int) -> float:
