@@ -60,7 +60,8 @@ class Align:
                 values = v_first.detach().requires_grad_(torch.is_grad_enabled())
                 held = (layer, loss, v_first)
                 continue
-            yield LossPart(f"layer_{layer}", loss, loss.detach(), count)
+            is_last = held is None and layer == max(recurrent)
+            yield LossPart(f"layer_{layer}", loss, loss.detach(), count, is_last)
             if values is not None and values.grad is not None:
                 # Layer by layer into fp32, because the gradients of all layers add up here
                 collected = values.grad.float() if collected is None else collected.add_(values.grad)

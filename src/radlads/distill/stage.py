@@ -19,13 +19,15 @@ class LossPart:
 
     objective: scalar to run backward on, a sum over tokens. sum: its value, detached. count: what to divide sums by.
     The stage's loss is the sum of all parts' sums over the sum of all parts' counts, over any number of batches. A
-    batch that is cut into documents may yield parts of the same name several times, or none at all.
+    batch that is cut into documents may yield parts of the same name several times, or none at all. is_last: whether
+    no other part of the same sequences follows.
     """
 
     name: str
     objective: torch.Tensor
     sum: torch.Tensor
     count: int
+    is_last: bool = True
 
 
 class Stage(Protocol):

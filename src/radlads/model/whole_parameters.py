@@ -82,7 +82,12 @@ def call_whole(module: nn.Module, function: Callable, *args: Any) -> Any:
     if "run_whole" not in vars(module):
         module.run_whole = MethodType(lambda self, run, *rest: run(self, *rest), module)  # type: ignore[assignment]
         register_fsdp_forward_method(module, "run_whole")
-    return module.run_whole(function, *args)  # type: ignore[operator]
+    # Of what a loss reads, the backward pass follows at once
+    module.set_reshard_after_forward(not torch.is_grad_enabled(), recurse=False)
+    try:
+        return module.run_whole(function, *args)  # type: ignore[operator]
+    finally:
+        module.set_reshard_after_forward(True, recurse=False)
 
 
 @contextmanager
@@ -104,6 +109,13 @@ def begin_gathering(module: nn.Module) -> None:
     """Have the parameters on their way, for whole() to find them there."""
     if isinstance(module, FSDPModule):
         module.unshard(async_op=True)
+
+
+def expect_others(model: nn.Module, *, others: bool) -> None:
+    """Say of the next backward pass whether other parts of the loss have theirs after it: gradients are then reduced
+    while those are computed, and there when the last is done."""
+    if isinstance(model, FSDPModule):
+        model.set_is_last_backward(not others)
 
 
 def whole_shape(parameter: torch.Tensor) -> torch.Size:

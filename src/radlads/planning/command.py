@@ -213,7 +213,7 @@ def _speed_notes(machine: Machine) -> Iterator[str]:
     yield f"  speed: {rate}, and the share of them that one {MEASURED_KIND} reached at 7B"
     if machine.num_gpus > 1:
         yield f"  {machine.num_gpus} GPUs: {SEVERAL_GPUS:.0%} of their speed is assumed. Two H200s kept 96 % in stage"
-        yield "  1 and 92 % in stage 2 of 0.5B under ddp, and 85 % in stage 2 under fsdp at 7B's width (docs/scaling.md)"
+        yield "  1, 92 % in stage 2 of 0.5B under ddp, and 85 % in stage 2 under fsdp at 7B's width (docs/scaling.md)"
     yield "  hours are of steps alone: no compilation, loading, held-out measurements or checkpoints"
 
 

@@ -49,11 +49,24 @@ def _shard(model: RadladsForCausalLM, mesh: DeviceMesh, *, mixers_run_alone: boo
     # Both are roots, whose parameters FSDP2 would leave whole after a forward pass that no backward pass follows
     fully_shard(model.lm_head, mesh=mesh, reshard_after_forward=True)
     fully_shard(model.model, mesh=mesh, reshard_after_forward=True)
+    if mixers_run_alone:
+        _gather_the_next_ones(model)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Gradients of sums are added up, and divided once by the count of all processes
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _gather_the_next_ones(model: RadladsForCausalLM) -> None:
+    """Have each mixer that runs alone be gathered while the one before it has its backward pass."""
+    layers = model.config.recurrent_layers
+    for layer, following in zip(layers, [*layers[1:], layers[-1]], strict=True):
+        # Itself, which is whole, means none: by itself FSDP2 would gather the one before. The first values' mixer has
+        # its backward pass after all others
+        target = layer if layer == model.config.first_value_layer else following
+        mixer, other = (model.model.layers[number].self_attn for number in (layer, target))
+        mixer.set_modules_to_backward_prefetch([other])
 
 
 def is_sharded(model: RadladsForCausalLM) -> bool:
