@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import tiny
+import torch
 
 from radlads.config.load import load_config
 from radlads.console import Silent
@@ -28,6 +29,7 @@ from radlads.train.lightning_module import StageModule
 from radlads.train.processes import joined
 
 END = 255
+LINEAR = torch.nn.functional.linear
 STEP_AS_EVER, START_AS_EVER = StageModule.training_step, Checkpointing.on_train_start
 replicas.LARGE_NUMBERS = 1000  # or every gradient of a tiny model would travel with the others, at the end
 
@@ -61,6 +63,8 @@ def main(spec: Path) -> int:
                     print(f"radlads: {error}", file=sys.stderr, flush=True)
                 else:
                     assert not entry.get("goes_on") and not entry.get("fails"), "it came to its end"
+                finally:
+                    assert torch.nn.functional.linear is LINEAR, "DeepSpeed's is still in its place"
     except (ValueError, OSError) as error:
         print(f"radlads: {error}", file=sys.stderr, flush=True)
         return 2

@@ -86,8 +86,9 @@ def test_deepspeeds_adam_makes_adams_steps(folder):
     assert_alike(folder, "distill-bf16-one", "fused", torch.bfloat16)
 
 
-def test_blocks_are_compiled(folder, teacher):
+@pytest.mark.parametrize("strategy", ["deepspeed_stage_2", "deepspeed_stage_3"])
+def test_blocks_are_compiled(folder, teacher, strategy):
     # A minute or two of compiling
-    settings = {"compile": "always", "activation_checkpointing": "full"}
-    run(folder, [entry(folder, teacher, *ONE_CASE, "compiled", **settings)])
-    assert_alike(folder, "distill-bf16-one", "compiled", torch.bfloat16)
+    settings, called = {"compile": "always", "activation_checkpointing": "full"}, f"{strategy}-compiled"
+    run(folder, [entry(folder, teacher, "distill", "bf16", strategy, called, **settings)])
+    assert_alike(folder, "distill-bf16-one", called, torch.bfloat16)

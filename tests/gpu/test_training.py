@@ -288,6 +288,20 @@ def test_a_graph_recomputes(device, checkpointing):
 
 
 @needs_gpu
+def test_what_waits_for_the_gpu_is_told_to_be_no_graph(device):
+    training = Graphed(device, torch.float32)
+
+    def waits(tokens, run=training.run._run):
+        tokens.sum().item()
+        return run(tokens)
+
+    training.run = GraphedParts(waits, training.student, training.teacher)
+    training.step(0), training.step(1)
+    with pytest.raises(ValueError, match=r"cannot be recorded as a CUDA graph .*: set train\.cuda_graphs never"):
+        training.step(2)
+
+
+@needs_gpu
 def test_weights_without_a_gradient_have_none_beside_a_graph(device):
     training = Graphed(device, torch.float32, "extend", accumulated=2)
     spare = training.student.model.layers[0].self_attn.unused = torch.nn.Parameter(torch.ones(3, device=device))
@@ -295,6 +309,18 @@ def test_weights_without_a_gradient_have_none_beside_a_graph(device):
     for number in range(4):
         training.step(number)
     assert spare.grad is None
+
+
+@needs_gpu
+def test_a_graph_adds_to_what_a_batch_of_another_shape_left(device):
+    """And to nothing that was there in the window before."""
+    plain, graphed = (Graphed(device, torch.float32, accumulated=2, graphed=graphed) for graphed in (False, True))
+    for training in (plain, graphed):
+        training.losses = []
+        for number in range(6):
+            training.run(training.batches[number][:, :30])
+            training.losses.append(training.step(number))
+    torch.testing.assert_close(torch.stack(graphed.losses), torch.stack(plain.losses), rtol=1e-3, atol=0)
 
 
 @needs_gpu

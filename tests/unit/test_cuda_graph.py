@@ -65,13 +65,19 @@ def test_blocks_that_are_not_compiled_are_recorded_on_request(student, memory):
     assert not records(student, "align", cuda_graphs="never")
 
 
+def test_a_users_own_mixer_is_recorded_on_request_alone(student, memory, monkeypatch):
+    monkeypatch.setattr(student.config, "time_mixers", ["mine"] * len(student.config.time_mixers))
+    assert not records(student, "align")
+    assert records(student, "align", cuda_graphs="always")
+
+
 @pytest.mark.parametrize(
     ("kind", "setting"),
     [
         ("align", {"reset_state_at_eos": 1}),
         ("distill", {"mask_labels_at_eos": 1}),
-        ("align", {"strategy": "fsdp"}),
-        ("distill", {"strategy": "deepspeed_stage_1"}),
+        ("align", {"strategy": "fsdp", "devices": 2}),
+        ("distill", {"strategy": "deepspeed_stage_1", "num_nodes": 2}),
     ],
 )
 def test_always_is_refused_where_nothing_can_be_recorded(kind, setting):

@@ -127,6 +127,21 @@ def test_a_time_mixers_own_state_survives_a_split_and_beam_operations(plug_in):
     assert cache.state_bytes() == 3 * 2 * 64 * 4
 
 
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_a_users_dropout_is_the_same_where_it_is_recomputed(plug_in, mode):
+    plug_in("tmix", "myown", RUNNING_SUM.replace("torch.tanh(total)", "nn.functional.dropout(torch.tanh(total))"))
+    torch.manual_seed(0)
+    model = RadladsForCausalLM(tiny_config(time_mixers=["myown"] * 3)).train()
+    ids, gradients = torch.randint(1, 97, (2, 9)), []
+    for each in ("none", mode):
+        model.set_activation_checkpointing(each)
+        torch.manual_seed(1)
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        model.zero_grad()
+    assert all(torch.equal(found, expected) for expected, found in zip(*gradients, strict=True))
+
+
 def test_a_time_mixer_of_the_users_own_sees_zeros_at_padding(plug_in):
     plug_in("tmix", "myown", RUNNING_SUM)
     model = RadladsForCausalLM(tiny_config(time_mixers=["myown"] * 3)).eval()

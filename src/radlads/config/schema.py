@@ -192,8 +192,9 @@ class TrainConfig:
     compile: Literal["auto", "always", "never"] = "auto"
     """Run the blocks through torch.compile; auto = on CUDA with Triton."""
     cuda_graphs: Literal["auto", "always", "never"] = "auto"
-    """Record a batch's forward and backward pass as a CUDA graph, which takes the host nothing to run; auto = where
-    blocks are compiled, when aligning or where gradients take a tenth of the GPU's memory at most."""
+    """Record a batch's forward and backward pass as a CUDA graph, which takes the host nothing to run; auto = where our
+    own mixers are compiled, and the stage aligns or gradients take a tenth of the GPU's memory at most. Never where
+    labels are counted (mask_labels_at_eos, reset_state_at_eos), and under ddp alone."""
     gradient_clip_val: float = 1.0
     """Largest gradient norm; longer gradients are scaled down to it. 0 = no clipping."""
     spike_factor: float = 0.0
@@ -307,7 +308,6 @@ class TrainConfig:
                 "train.compile must be 'auto' or 'never' with train.reset_state_at_eos, whose sequences are of too "
                 "many lengths to compile for, not 'always'"
             )
-        self._check_cuda_graphs()
         if self.strategy not in STRATEGIES:
             raise ValueError(f"train.strategy must be one of {', '.join(STRATEGIES)}, not {self.strategy!r}")
         if self.grad_cp and self.activation_checkpointing not in ("auto", "full"):
@@ -316,15 +316,17 @@ class TrainConfig:
                 f"{self.activation_checkpointing!r}: set grad_cp to 0"
             )
         stage_of(self)
+        self._check_cuda_graphs()
 
     def _check_cuda_graphs(self) -> None:
         if self.cuda_graphs != "always":
             return
         counts_labels = "whose labels are counted batch by batch"
+        has_hooks = self.strategy not in ("auto", "ddp") and (self.devices != 1 or self.num_nodes > 1)
         refused = {
             "train.reset_state_at_eos": (self.reset_state_at_eos, "whose sequences are of too many lengths"),
             "train.mask_labels_at_eos": (self.mask_labels_at_eos and stage_of(self) != "align", counts_labels),
-            f"train.strategy {self.strategy}": (self.strategy not in ("auto", "ddp"), "whose hooks cannot be recorded"),
+            f"train.strategy {self.strategy}": (has_hooks, "whose hooks cannot be recorded"),
         }
         for setting, (is_set, why) in refused.items():
             if is_set:

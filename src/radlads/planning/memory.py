@@ -194,6 +194,8 @@ def _gradient_bytes(models: Models, step: Step, count: float) -> float:
     if shared == 1:
         return count * size.gradient
     student = models.student
+    if step.strategy == "deepspeed_stage_3":  # which has a place for all of them, always
+        count = sum(student.mixers) if step.stage == "align" else student.total
     whole = max(student.mixers) if step.stage == "align" else max(student.largest_block, student.head)
     return count * size.gradient / shared + whole * size.weight
 

@@ -121,7 +121,12 @@ class GraphedParts:
         except RuntimeError as error:  # ending a recording that failed fails too, and hides why
             if isinstance(error.__context__, torch.OutOfMemoryError):
                 raise error.__context__ from None
-            raise
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(
+                f"a step of this stage cannot be recorded as a CUDA graph ({error.__context__ or error}): set "
+                "train.cuda_graphs never"
+            ) from error
         torch.clear_autocast_cache()
         # Another sequence length would make the models forget the tables that the graph reads
         self._read_by_graph = [model.model.whole_sequences for model in self._models]

@@ -146,7 +146,7 @@ class DeepSpeedUpdates:
         """See Updates."""
 
     def add_up(self) -> None:
-        """See Updates. The engine does, as it steps."""
+        """See Updates. The engine does, in its hooks and as it steps."""
 
     def step(self, optimizers, *, count, clip_val, sums, leave_out) -> GradientNorms:
         """See Updates. Clips to what the engine was made with."""
@@ -191,7 +191,10 @@ class DeepSpeedUpdates:
         for group, held in zip(base.param_groups, optimizers[0]["groups"], strict=True):
             group.update({key: tuple(each) if isinstance(each, list) else each for key, each in held.items()})
         for names, partition in self._partitions():
-            state: dict[str, Any] = dict(optimizers[0]["state"].get(names[0], {}))
+            # DeepSpeed's own Adam alone counts steps in numbers, and only those of a group's last parameter
+            numbers: list[dict[str, Any]] = [optimizers[0]["state"].get(name, {}) for name in names]
+            newest = max(range(len(names)), key=lambda index: numbers[index].get("step", 0))
+            state = dict(numbers[newest])
             for key, tensor in PrefixedWeights(stored, f"optimizer_0.{names[0]}:").items():
                 state[key] = torch.zeros_like(partition) if tensor.ndim else tensor.to(partition.device).clone()
             base.state[partition].update(state)

@@ -24,7 +24,7 @@ def first_not_finite(
     The models run as they are, forward and backward on each batch [B, T + 1], not compiled; the student is left without
     gradients. whole: run all batches to their ends whatever is found, as processes do that gather for each other.
     """
-    weights = (name for name, each in student.named_parameters() if not torch.isfinite(own_part(each)).all())
+    weights = (name for name, each in student.named_parameters() if not torch.isfinite(_held(each)).all())
     if (weight := next(weights, None)) is not None and not whole:
         return f"and the first tensor that is not finite is the weight {weight}"
     student.zero_grad(set_to_none=True)
@@ -66,6 +66,11 @@ def _watched(student: RadladsForCausalLM, teacher: RadladsForCausalLM | None) ->
             handle.remove()
 
 
+def _held(parameter: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a parameter; DeepSpeed keeps a partitioned one's numbers beside it."""
+    return own_part(parameter) if parameter.numel() else getattr(parameter, "ds_tensor", parameter)
+
+
 def _output_hook(what: str, found: list[str]):
     def look(module, inputs, output) -> None:
         if not found and not all(map(_is_finite, tree_leaves(output))):
@@ -78,6 +83,7 @@ def _gradient_hook(name: str, found: list[str]):
     def look(parameter: torch.Tensor) -> None:
         if not found and not _is_finite(parameter.grad):
             found.append(f"the gradient of {name}")
+        parameter.grad = None  # of a model in shards, all of them together might not fit
 
     return look
 

@@ -198,7 +198,8 @@ def _train(trainer: L.Trainer, module: StageModule, batches: DataLoader, config:
             model.compile_blocks(compiles(compile_setting, device))
         if device.type == "cuda" and not in_shards and not by_engine:
             compiled = compiles(compile_setting, device)
-            module.graphed = records_graph(train, module.stage, module.student, compiled=compiled)
+            wanted = records_graph(train, module.stage, module.student, compiled=compiled)
+            module.graphed = all(module.processes.gather(wanted))  # for the same collectives, in the same order
         _fit(trainer, module, batches)
     except torch.OutOfMemoryError as error:
         raise ValueError(out_of_memory(config, device, graphed=module.graphed)) from error

@@ -169,6 +169,8 @@ class StageModule(L.LightningModule):
         is_logged = self.steps_done % interval == 0
         waits = is_logged or self.steps_done == self.num_steps or self.device.type == "cpu"
         self.read_steps(lag=0 if waits else 1)
+        if self.steps_done == self.num_steps:
+            self.forget_graph()  # before the held-out measurement at the end, which takes memory of its own
         if is_logged:
             # Not self.log_dict, which counts batches from where this process began
             assert self._throughput is not None

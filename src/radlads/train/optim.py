@@ -85,6 +85,8 @@ def _deepspeed_fused(groups: Groups, train: TrainConfig) -> torch.optim.Optimize
     rule = _from_package(train, "deepspeed", "deepspeed.ops.adam", "FusedAdam")
     try:
         return rule(groups, train.lr_init, betas=(train.beta1, train.beta2), eps=train.adam_eps, adam_w_mode=True)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever building its extension comes upon
         raise ValueError(
             f"train.optimizer {train.optimizer!r} is a CUDA extension that DeepSpeed builds at first use, which failed "

@@ -36,6 +36,22 @@ class PartitionedStrategy(ZeroStrategy):
         if teacher is not None:
             module.learn_from(_partitioned_copy(teacher, dtype, self.config))  # type: ignore[operator]
 
+    def training_step(self, *args: Any, **kwargs: Any) -> None:
+        """See ZeroStrategy. No part of the teacher stays whole beyond it."""
+        super().training_step(*args, **kwargs)
+        if (teacher := self._teacher()) is not None:
+            _turns(teacher).end()
+
+    def on_train_end(self) -> None:
+        """See ZeroStrategy."""
+        super().on_train_end()
+        if (teacher := self._teacher()) is not None:
+            _turns(teacher).let_go()
+
+    def _teacher(self) -> RadladsForCausalLM | None:
+        assert self.lightning_module is not None
+        return self.lightning_module.teacher  # type: ignore[return-value]
+
     def teardown(self) -> None:
         """See Lightning's, which calls it however the training ends."""
         F.linear = _LINEAR
