@@ -17,7 +17,7 @@ from radlads.model import rad_rwkv6, rad_rwkv7, recurrence
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.train.adamw import AdamW
-from radlads.train.cuda_graph import GraphedParts
+from radlads.train.cuda_graph import GraphedPasses
 from radlads.train.optim import build_optimizers
 from radlads.train.spike_guard import SpikeGuard
 from radlads.train.step import backward_parts, optimizer_step
@@ -261,7 +261,7 @@ class Graphed(Training):
         self.accumulated = accumulated
         self.run = functools.partial(backward_parts, self.stage, self.student, self.teacher)
         if graphed:
-            self.run = GraphedParts(self.run, self.student, self.teacher, accumulates=accumulated > 1)
+            self.run = GraphedPasses(self.run, self.student, self.teacher, accumulates=accumulated > 1)
 
     def step(self, number):
         parts = [part for each in range(self.accumulated) for part in self.run(self.batches[(number + each) % STEPS])]
@@ -295,7 +295,7 @@ def test_what_waits_for_the_gpu_is_told_to_be_no_graph(device):
         tokens.sum().item()
         return run(tokens)
 
-    training.run = GraphedParts(waits, training.student, training.teacher)
+    training.run = GraphedPasses(waits, training.student, training.teacher)
     training.step(0), training.step(1)
     with pytest.raises(ValueError, match=r"cannot be recorded as a CUDA graph .*: set train\.cuda_graphs never"):
         training.step(2)
@@ -305,7 +305,7 @@ def test_what_waits_for_the_gpu_is_told_to_be_no_graph(device):
 def test_weights_without_a_gradient_have_none_beside_a_graph(device):
     training = Graphed(device, torch.float32, "extend", accumulated=2)
     spare = training.student.model.layers[0].self_attn.unused = torch.nn.Parameter(torch.ones(3, device=device))
-    training.run = GraphedParts(training.run._run, training.student, None, accumulates=True)
+    training.run = GraphedPasses(training.run._run, training.student, None, accumulates=True)
     for number in range(4):
         training.step(number)
     assert spare.grad is None

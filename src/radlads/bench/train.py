@@ -16,7 +16,7 @@ from radlads.distill.fp8_teacher import fp8_copy
 from radlads.distill.logits import build_stage
 from radlads.distill.stage import is_trainable
 from radlads.model.modeling import RadladsForCausalLM
-from radlads.train.cuda_graph import GraphedParts, records_graph
+from radlads.train.cuda_graph import GraphedPasses, records_graph
 from radlads.train.optim import build_optimizers
 from radlads.train.step import backward_parts, optimizer_step
 
@@ -111,7 +111,7 @@ def _measure(
     run: Callable = functools.partial(backward_parts, stage, student, teacher)
     graphed = device.type == "cuda" and records_graph(train, stage, student, compiled=work["compiled"])
     if graphed:
-        run = GraphedParts(run, student, teacher)
+        run = GraphedPasses(run, student, teacher)
     norm = torch.zeros(())
 
     def step() -> None:

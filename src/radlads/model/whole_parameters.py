@@ -111,11 +111,11 @@ def begin_gathering(module: nn.Module) -> None:
         module.unshard(async_op=True)
 
 
-def expect_others(model: nn.Module, *, others: bool) -> None:
-    """Say of the next backward pass whether other parts of the loss have theirs after it: gradients are then reduced
-    while those are computed, and there when the last is done."""
+def announce_backward(model: nn.Module, *, is_last: bool) -> None:
+    """Say of the next backward pass whether it is a batch's last. If not, gradients may still be on their way after it,
+    and be reduced while the next part of the loss is computed."""
     if isinstance(model, FSDPModule):
-        model.set_is_last_backward(not others)
+        model.set_is_last_backward(is_last)
 
 
 def whole_shape(parameter: torch.Tensor) -> torch.Size:

@@ -22,10 +22,10 @@ def records_graph(train: TrainConfig, stage: Stage, student: RadladsForCausalLM,
     # A user's own mixer may wait for the device, which a graph cannot record, as documents of so many lengths do
     if not compiled or not is_registered(student.config) or _waits(train, stage):
         return False
-    trained = sum(each.numel() * each.element_size() for each in student.parameters() if each.requires_grad)
-    return (
-        stage.name == "align" or trained <= _SMALL_SHARE * torch.cuda.get_device_properties(student.device).total_memory
-    )
+    if stage.name == "align":
+        return True
+    gradients = sum(each.numel() * each.element_size() for each in student.parameters() if each.requires_grad)
+    return gradients <= _SMALL_SHARE * torch.cuda.get_device_properties(student.device).total_memory
 
 
 def _waits(train: TrainConfig, stage: Stage) -> bool:
@@ -33,7 +33,7 @@ def _waits(train: TrainConfig, stage: Stage) -> bool:
     return bool(train.reset_state_at_eos or (train.mask_labels_at_eos and stage.name != "align"))
 
 
-class GraphedParts:
+class GraphedPasses:
     """A micro-batch's passes on CUDA, `run`, recorded and replayed: gradients of `student`, sums and counts.
 
     The first calls run as ever, which compiles and tunes what needs it; then a call records, and all later ones replay.

@@ -10,7 +10,7 @@ from radlads.config.schema import TrainConfig
 from radlads.distill.stage import Stage, is_trainable
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.train import spike_guard
-from radlads.train.cuda_graph import GraphedParts
+from radlads.train.cuda_graph import GraphedPasses
 from radlads.train.deepspeed_engine import DeepSpeedUpdates, uses_engine
 from radlads.train.diagnosis import first_not_finite
 from radlads.train.optim import build_optimizers, set_learning_rates
@@ -32,7 +32,7 @@ class StageModule(L.LightningModule):
 
     On a GPU the host queues a step while the one before still runs, and reads that one's metrics then; steps that are
     logged, and the last, are waited for. `last_metrics` are those of the newest step that was read. `graphed`, set
-    before the first step, records forward and backward as a CUDA graph (see GraphedParts).
+    before the first step, records forward and backward as a CUDA graph (see GraphedPasses).
 
     Of several `processes` each has its own samples, and all make the same steps: gradients, sums and counts are those
     of all, and so is what is asked for in between (`stop`, and `wants_checkpoint` by the clock of any process).
@@ -64,7 +64,7 @@ class StageModule(L.LightningModule):
         self._batches: list[torch.Tensor] = []
         self._unread: list[StepRecord] = []
         self.graphed = False
-        self._graphed_parts: GraphedParts | None = None
+        self._graphed_passes: GraphedPasses | None = None
         self.updates: Updates  # comes with the optimisers
         self.spike_guard: spike_guard.SpikeGuard | None = None
         self._throughput: Throughput | None = None  # begins with the first micro-batch
@@ -124,10 +124,10 @@ class StageModule(L.LightningModule):
             return self._passes(tokens, ends_window=ends_window, backward=self.manual_backward)
         # A window of one batch is recorded whole, so that gradients travel while a replay still makes others
         is_window = self.settings.accumulate_grad_batches == 1
-        if self._graphed_parts is None:
+        if self._graphed_passes is None:
             passes = functools.partial(self._passes, ends_window=is_window, backward=torch.Tensor.backward)
-            self._graphed_parts = GraphedParts(passes, self.student, self.teacher, accumulates=not is_window)
-        parts = self._graphed_parts(tokens)
+            self._graphed_passes = GraphedPasses(passes, self.student, self.teacher, accumulates=not is_window)
+        parts = self._graphed_passes(tokens)
         if ends_window and not is_window:
             self.updates.add_up()
         return parts
@@ -144,7 +144,7 @@ class StageModule(L.LightningModule):
 
     def forget_graph(self) -> None:
         """Let the recorded graph and its memory go."""
-        self._graphed_parts = None
+        self._graphed_passes = None
 
     def _optimizer_step(self) -> None:
         if self.processes.size == 1 and not sum(self._counts.values()):

@@ -39,7 +39,7 @@ _MAY_CHANGE = frozenset(
 """What may be another value than the checkpoint's where the user names it: neither data nor schedule shift by it."""
 
 
-_HOW = frozenset(
+_EXECUTION = frozenset(
     f"train.{name}"
     for name in (
         *("micro_bsz", "accumulate_grad_batches", "devices", "num_nodes", "strategy", "ds_bucket_mb"),
@@ -65,7 +65,7 @@ def describe_run(
     dtype = torch.bfloat16 if config.train.precision == "bf16-true" else torch.float32
     models: dict[str, Any] = {"student at the start": fingerprint(student, dtype)}
     models["teacher"] = fingerprint(teacher, dtype) if teacher else None
-    kept = {key: value for key, value in deciding(config).items() if key not in _HOW}
+    kept = {key: value for key, value in deciding(config).items() if key not in _EXECUTION}
     sequences = {"sequences in a step": sequences_per_step(config.train, processes)}
     return kept | sequences | models | {"training tokens": ", ".join(tokens)}
 

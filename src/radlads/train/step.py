@@ -11,7 +11,7 @@ import torch
 
 from radlads.distill.stage import Stage
 from radlads.model.modeling import RadladsForCausalLM
-from radlads.model.whole_parameters import expect_others
+from radlads.model.whole_parameters import announce_backward
 
 
 class PartSum(NamedTuple):
@@ -34,7 +34,7 @@ def backward_parts(
     """Add the gradients of the stage's loss over tokens [B, T + 1], a sum, to the student's, one part after another."""
     sums = []
     for part in stage.parts(student, teacher, tokens):
-        expect_others(student.model, others=not part.is_last)
+        announce_backward(student.model, is_last=part.is_last)
         backward(part.objective)
         sums.append(PartSum(part.name, part.sum, part.count))
         del part  # or its graph would live until the next one is built
