@@ -1,5 +1,6 @@
 """DeepSpeed's engine in CPU processes, which Lightning and the command refuse: for tests of what runs on GPUs."""
 
+import importlib
 import os
 
 from fused_adam import FusedAdam
@@ -23,6 +24,8 @@ def allow_cpus() -> None:
         return initialize(args=args, **kwargs)
 
     deepspeed.initialize = initialize_on_cpu
+    # Else it compiles an extension first, for most of a minute
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     optim._check_on_gpu = lambda groups, train: None
     deepspeed.ops.adam.FusedAdam = FusedAdam
 

@@ -19,7 +19,8 @@ from radlads.train.processes import ALONE, Processes
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 ZERO = ("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
 STOPPED = ("deepspeed_stage_2", "deepspeed_stage_3")
-SMALL_BUCKETS = {"ds_bucket_mb": 1}
+STEPS = 15
+SHORT = {"ds_bucket_mb": 1, "my_exit_tokens": 16 * 8 * STEPS}
 ACCUMULATED = {"micro_bsz": 2, "accumulate_grad_batches": 2}
 STAGES = {
     "align": {},
@@ -63,7 +64,7 @@ def folder(ran):
 
 
 def entry(folder, teacher, name, strategy, called=None, **settings):
-    stage, settings = name.partition("-")[0], STAGES[name] | SMALL_BUCKETS | settings
+    stage, settings = name.partition("-")[0], STAGES[name] | SHORT | settings
     if name.endswith("measured"):
         settings |= {"validation_data_file": str(folder / "train"), "heldout_tokens": 512}
     if stage != "align":
@@ -94,9 +95,9 @@ def drift(folder, expected, found, column="loss"):
 def test_the_curves_are_one_processs(folder, name, strategy):
     for column in ("loss", "grad_norm"):
         found = drift(folder, f"one-{name}", f"{strategy}-{name}", column)
-        assert len(found) == 30
+        assert len(found) == STEPS
         assert max(found) < TRAJECTORY_MAX
-        assert sum(found) / 30 < TRAJECTORY_MEAN
+        assert sum(found) / STEPS < TRAJECTORY_MEAN
 
 
 @needs_deepspeed
@@ -105,7 +106,7 @@ def test_measurements_in_between_are_one_processs(folder):
         np.loadtxt(folder / f"{strategy}-distill-measured/heldout.csv", delimiter=",", skiprows=1)
         for strategy in ("one", "deepspeed_stage_3")
     )
-    assert len(expected) == 6
+    assert len(expected) == 4
     np.testing.assert_allclose(found, expected, rtol=TRAJECTORY_MAX)
 
 
@@ -136,7 +137,7 @@ def test_bf16_keeps_fp32_weights(folder, strategy):
 @pytest.mark.parametrize("whole", ["deepspeed_stage_2-bf16", "deepspeed_stage_3-bf16", "fused"])
 def test_a_run_goes_on_bit_for_bit(ran, whole):
     folder, out, _ = ran
-    assert out.count("going on after step 7 of 30") == 4
+    assert out.count("going on after step 7 of 15") == 4
     expected, found = (load_file(folder / name / "model.safetensors") for name in (whole, f"{whole}-stopped"))
     assert all(expected[name].equal(found[name]) for name in expected)
     assert curve(folder, whole) == curve(folder, f"{whole}-stopped")
@@ -146,7 +147,7 @@ def test_a_run_goes_on_bit_for_bit(ran, whole):
 def test_a_run_goes_on_under_another_strategy(ran):
     """Begun by ddp, gone on with by stage 3, and ended by stage 1, all with DeepSpeed's own Adam and its numbers."""
     folder, out, _ = ran
-    assert "going on after step 13 of 30" in out
+    assert "going on after step 13 of 15" in out
     assert max(drift(folder, "one-distill-accumulated", "handed-on")) < TRAJECTORY_MAX
 
 
