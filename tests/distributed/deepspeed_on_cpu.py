@@ -24,6 +24,13 @@ def allow_cpus() -> None:
         return initialize(args=args, **kwargs)
 
     deepspeed.initialize = initialize_on_cpu
+    initialize_strategy = deepspeed_engine.ZeroStrategy.__init__
+
+    def in_several_groups(strategy, train):
+        initialize_strategy(strategy, train)
+        strategy.config["zero_optimization"]["sub_group_size"] = 4000  # of stage 3
+
+    deepspeed_engine.ZeroStrategy.__init__ = in_several_groups
     # Else it compiles an extension first, for most of a minute
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     optim._check_on_gpu = lambda groups, train: None

@@ -91,11 +91,13 @@ def plan(entry: dict, rank: int) -> None:
     StageModule.training_step, Checkpointing.on_train_start = step, begin
 
 
-def keys(folder: Path, teacher: Path, stage: str, name: str, **train: object) -> dict[str, object]:
+def keys(
+    folder: Path, teacher: Path, stage: str, name: str, *, mixer: str = "rad_rwkv7", **train: object
+) -> dict[str, object]:
     """A tiny stage's dotted keys: 30 steps of 8 sequences of 16 tokens, as two processes of 4 make them."""
     own = {
         "model.ctx_len": 16,
-        "model.tmix": "rad_rwkv7",
+        "model.tmix": mixer,
         "model.groupnorm_att": 0,
         "model.gate_rank_type": 2,
         "train.attention_distillation_stage": {"align": 1, "distill": 2, "extend": -1}[stage],

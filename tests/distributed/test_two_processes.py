@@ -6,17 +6,19 @@ from launch import curve, run
 from tolerances import TRAJECTORY_MAX, TRAJECTORY_MEAN
 
 STEPS = 30
+MEASURED = {"heldout_tail_tokens": 200, "heldout_tokens": 64, "heldout_every_steps": 3}
 STAGES = {
     "align": {},
     "align-accumulated": {"micro_bsz": 2, "accumulate_grad_batches": 2},
+    "align-rwkv6": {"mixer": "rad_rwkv6", "micro_bsz": 2, "accumulate_grad_batches": 2} | MEASURED,
     "distill": {"activation_checkpointing": "selective"},
     "distill-accumulated": {"micro_bsz": 2, "accumulate_grad_batches": 2, "activation_checkpointing": "full"},
     "extend": {"trainable": "decay"},
     "distill-documents": {"reset_state_at_eos": 1, "eos_token_id": stages.END},
     "distill-masked": {"mask_labels_at_eos": 1, "eos_token_id": stages.END},
 }
-IN_SHARDS = ("align", "distill", "distill-accumulated", "extend")
-CASES = [(name, "ddp") for name in STAGES] + [(name, "fsdp") for name in IN_SHARDS]
+IN_SHARDS = ("align", "align-accumulated", "align-rwkv6", "distill", "distill-accumulated", "extend")
+CASES = [(name, "ddp") for name in STAGES if name != "align-rwkv6"] + [(name, "fsdp") for name in IN_SHARDS]
 pytestmark = pytest.mark.timeout(1200)
 
 
@@ -26,7 +28,9 @@ def folder(teacher, tmp_path_factory):
     folder = stages.corpus(tmp_path_factory.mktemp("two"))
     whole = [entry(folder, teacher, name, "one") for name in STAGES]
     run(folder, whole)
-    run(folder, [entry(folder, teacher, name, strategy) for name, strategy in CASES])
+    nothing = {"keys": stages.keys(folder, teacher, "align", "nothing", mixer="qwen2", strategy="fsdp"), "fails": True}
+    _, err = run(folder, [*(entry(folder, teacher, name, strategy) for name, strategy in CASES), nothing])
+    assert err.count("no parameter trains: the student has no recurrent layer") == 2
     return folder
 
 

@@ -8,10 +8,13 @@ from radlads.config.schema import Config
 
 _PLACES = ("proj_dir", "proj_name", "proj_suffix0", "proj_suffix", "wandb")
 _CHECKPOINTS = ("resume", "checkpoint_every_minutes", "checkpoint_every_steps", "keep_checkpoints")
+# What a step computes again, or records: what to change where memory is short
+_MEMORY = ("activation_checkpointing", "grad_cp", "cuda_graphs")
 # Told apart by what they hold
 _ORIGINS = ("load_model", "data_file", "validation_data_file", "teacher.path", "teacher.hf_path")
-IDLE = frozenset(f"train.{name}" for name in (*_PLACES, *_CHECKPOINTS, *_ORIGINS)) | {"model.hf_path"}
-"""Dotted keys that say where things are or go, or when checkpoints are written, and so decide nothing."""
+IDLE = frozenset(f"train.{name}" for name in (*_PLACES, *_CHECKPOINTS, *_MEMORY, *_ORIGINS)) | {"model.hf_path"}
+"""Dotted keys that say where things are or go, when checkpoints are written, or what memory is spent on, and so decide
+nothing."""
 
 
 def deciding(config: Config) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Stage 1: every student mixer learns, on the teacher's own residual stream, what the teacher's attention puts out."""
 
+import functools
 from collections.abc import Iterator
 from typing import Literal
 
@@ -55,7 +56,8 @@ class Align:
             block = student.model.layers[layer]
             assert isinstance(block, Block)
             mixer_loss = block.compiled(_mixer_loss, x.shape[1])
-            loss, v_first = call_whole(block.self_attn, mixer_loss, x, target, values, shared, self.kind, counted)
+            run = functools.partial(call_whole, backward_follows=layer != student.config.first_value_layer)
+            loss, v_first = run(block.self_attn, mixer_loss, x, target, values, shared, self.kind, counted)
             if values is None and v_first is not None:
                 values = v_first.detach().requires_grad_(torch.is_grad_enabled())
                 held = (layer, loss, v_first)

@@ -67,10 +67,11 @@ class Turns:
             del part.turns
 
 
-def call_whole(module: nn.Module, function: Callable, *args: Any) -> Any:
+def call_whole(module: nn.Module, function: Callable, *args: Any, backward_follows: bool = True) -> Any:
     """function(module, *args) with the module's own parameters whole, in the backward pass too.
 
     Gradients come through tensors in what it returns; they are reduced and sharded again as after the module's call.
+    backward_follows: whether that pass, if there is one, is the next thing to run, so that parameters stay until then.
     """
     if (turns := turns_of(module)) is not None:
         turns.begin(module)
@@ -82,8 +83,7 @@ def call_whole(module: nn.Module, function: Callable, *args: Any) -> Any:
     if "run_whole" not in vars(module):
         module.run_whole = MethodType(lambda self, run, *rest: run(self, *rest), module)  # type: ignore[assignment]
         register_fsdp_forward_method(module, "run_whole")
-    # Of what a loss reads, the backward pass follows at once
-    module.set_reshard_after_forward(not torch.is_grad_enabled(), recurse=False)
+    module.set_reshard_after_forward(not (backward_follows and torch.is_grad_enabled()), recurse=False)
     try:
         return module.run_whole(function, *args)  # type: ignore[operator]
     finally:

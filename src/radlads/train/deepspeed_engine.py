@@ -190,11 +190,10 @@ class DeepSpeedUpdates:
         base = self._engine.optimizer.optimizer
         for group, held in zip(base.param_groups, optimizers[0]["groups"], strict=True):
             group.update({key: tuple(each) if isinstance(each, list) else each for key, each in held.items()})
+        # DeepSpeed's own Adam alone counts in numbers, and without an engine only the steps of a group's last parameter
+        counted = [own["step"] for own in optimizers[0]["state"].values() if "step" in own]
         for names, partition in self._partitions():
-            # DeepSpeed's own Adam alone counts steps in numbers, and only those of a group's last parameter
-            numbers: list[dict[str, Any]] = [optimizers[0]["state"].get(name, {}) for name in names]
-            newest = max(range(len(names)), key=lambda index: numbers[index].get("step", 0))
-            state = dict(numbers[newest])
+            state: dict[str, Any] = {"step": max(counted)} if counted else {}
             for key, tensor in PrefixedWeights(stored, f"optimizer_0.{names[0]}:").items():
                 state[key] = torch.zeros_like(partition) if tensor.ndim else tensor.to(partition.device).clone()
             base.state[partition].update(state)

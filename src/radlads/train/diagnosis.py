@@ -4,11 +4,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch.utils._pytree import tree_leaves
 
 from radlads.checkpoint.weights import own_part
 from radlads.distill.stage import Stage
 from radlads.model.modeling import RadladsForCausalLM
+from radlads.model.whole_parameters import announce_backward
 
 
 def first_not_finite(
@@ -34,6 +36,7 @@ def first_not_finite(
         try:
             for tokens in batches:
                 for part in stage.parts(student, teacher, tokens):
+                    announce_backward(student.model, is_last=True)
                     part.objective.backward()
                     if not found and not torch.isfinite(part.sum):
                         found.append(f"the loss {part.name} itself")
@@ -67,8 +70,11 @@ def _watched(student: RadladsForCausalLM, teacher: RadladsForCausalLM | None) ->
 
 
 def _held(parameter: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a parameter; DeepSpeed keeps a partitioned one's numbers beside it."""
-    return own_part(parameter) if parameter.numel() else getattr(parameter, "ds_tensor", parameter)
+    """What this process holds of a parameter; DeepSpeed keeps a partitioned one's numbers beside it, filled up."""
+    if parameter.numel() or not hasattr(parameter, "ds_tensor"):
+        return own_part(parameter)
+    own = parameter.ds_tensor
+    return own[: max(0, parameter.ds_numel - dist.get_rank() * own.numel())]  # type: ignore[attr-defined]
 
 
 def _output_hook(what: str, found: list[str]):

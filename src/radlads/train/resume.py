@@ -39,14 +39,10 @@ _MAY_CHANGE = frozenset(
 """What may be another value than the checkpoint's where the user names it: neither data nor schedule shift by it."""
 
 
-_EXECUTION = frozenset(
+_SPREAD = frozenset(
     f"train.{name}"
-    for name in (
-        *("micro_bsz", "accumulate_grad_batches", "devices", "num_nodes", "strategy", "ds_bucket_mb"),
-        *("activation_checkpointing", "grad_cp", "cuda_graphs"),
-    )
+    for name in ("micro_bsz", "accumulate_grad_batches", "devices", "num_nodes", "strategy", "ds_bucket_mb")
 )
-"""How a step is computed and by whom, not what: what to change where memory is short."""
 
 
 def describe_run(
@@ -58,14 +54,13 @@ def describe_run(
 ) -> dict[str, Any]:
     """What tells a run apart: what its configuration decides, the models it starts from, the tokens it trains on.
 
-    Not how a step's sequences are spread over micro-batches and processes, and what is computed again or recorded: the
-    order of the data does not depend on it.
+    Not how a step's sequences are spread over micro-batches and processes: the order of the data does not depend on it.
     """
     tokens = [f"{share} of {reader.num_tokens} tokens, index {_index_hash(reader)}" for reader, share in corpora]
     dtype = torch.bfloat16 if config.train.precision == "bf16-true" else torch.float32
     models: dict[str, Any] = {"student at the start": fingerprint(student, dtype)}
     models["teacher"] = fingerprint(teacher, dtype) if teacher else None
-    kept = {key: value for key, value in deciding(config).items() if key not in _EXECUTION}
+    kept = {key: value for key, value in deciding(config).items() if key not in _SPREAD}
     sequences = {"sequences in a step": sequences_per_step(config.train, processes)}
     return kept | sequences | models | {"training tokens": ", ".join(tokens)}
 

@@ -51,6 +51,9 @@ def _shard(model: RadladsForCausalLM, mesh: DeviceMesh, *, mixers_run_alone: boo
     fully_shard(model.model, mesh=mesh, reshard_after_forward=True)
     if mixers_run_alone:
         _gather_the_next_ones(model)
+        # One reduction may still run while the next part of the loss is computed. Older versions wait for none anyway
+        if hasattr(model.model, "set_reduce_scatter_max_input_buffers"):
+            model.model.set_reduce_scatter_max_input_buffers(2)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Gradients of sums are added up, and divided once by the count of all processes
@@ -61,7 +64,7 @@ def _shard(model: RadladsForCausalLM, mesh: DeviceMesh, *, mixers_run_alone: boo
 def _gather_the_next_ones(model: RadladsForCausalLM) -> None:
     """Have each mixer that runs alone be gathered while the one before it has its backward pass."""
     layers = model.config.recurrent_layers
-    for layer, following in zip(layers, [*layers[1:], layers[-1]], strict=True):
+    for layer, following in zip(layers, [*layers[1:], *layers[-1:]], strict=True):
         # Itself, which is whole, means none: by itself FSDP2 would gather the one before. The first values' mixer has
         # its backward pass after all others
         target = layer if layer == model.config.first_value_layer else following
