@@ -1,17 +1,11 @@
 """Stages of a tiny student on two GPUs and on one of them, started as tests/distributed starts its own."""
 
-import sys
-from pathlib import Path
-
 import pytest
+import stages
 import torch
 from gpu_comparison import DRY_RUN
-from tolerances import TRAJECTORY_GPU
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
-
-import stages
 from launch import curve
+from tolerances import TRAJECTORY_GPU
 
 STEPS = 30
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
