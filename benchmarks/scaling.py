@@ -132,7 +132,8 @@ class Runs:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=wanted.seconds)
         except subprocess.TimeoutExpired as stopped:
-            said = b"".join(each for each in (stopped.stdout, stopped.stderr) if isinstance(each, bytes)).decode()
+            said = b"".join(each for each in (stopped.stdout, stopped.stderr) if isinstance(each, bytes))
+            said = said.decode(errors="replace")
             return figure | {"failed": f"not done after {wanted.seconds:.0f} s: {said[-500:]}"}
         if done.returncode:
             return figure | {"failed": (done.stderr.strip() or done.stdout.strip())[-2000:]}

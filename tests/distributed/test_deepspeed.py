@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -19,8 +20,9 @@ from radlads.train.processes import ALONE, Processes
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 ZERO = ("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
 STOPPED = ("deepspeed_stage_2", "deepspeed_stage_3")
-STEPS = 15
-SHORT = {"ds_bucket_mb": 1, "my_exit_tokens": 16 * 8 * STEPS}
+ADAMS = ("adamw", "dsfusedadamw")  # whose state counts steps in tensors, and in numbers
+STEPS = 30
+SMALL_BUCKETS = {"ds_bucket_mb": 1}
 ACCUMULATED = {"micro_bsz": 2, "accumulate_grad_batches": 2}
 STAGES = {
     "align": {},
@@ -44,17 +46,24 @@ def ran(teacher, tmp_path_factory):
     entries += [bf16(folder, teacher, strategy, f"{strategy}-bf16") for strategy in ZERO]
     entries.append(fused(folder, teacher, "fused"))
     going_on = [bf16(folder, teacher, strategy, f"{strategy}-bf16-stopped") for strategy in STOPPED]
-    for resumed in (*going_on, fused(folder, teacher, "fused-stopped")):
-        entries += [resumed | {"stop": [1, 6], "goes_on": True}, resumed]
-    for strategy, stop in (("ddp", 6), ("deepspeed_stage_3", 12)):
-        handed = entry(folder, teacher, "distill-accumulated", strategy, "handed-on", optimizer="dsfusedadamw")
-        entries.append(handed | {"stop": [0, stop], "goes_on": True})
-    entries.append(handed | {"keys": handed["keys"] | {"train.strategy": "deepspeed_stage_1"}})
+    going_on.append(fused(folder, teacher, "fused-stopped"))
+    for optimizer in ADAMS:
+        by_ddp, by_stage_3, by_stage_1 = (
+            entry(folder, teacher, "distill-accumulated", strategy, f"handed-on-{optimizer}", optimizer=optimizer)
+            for strategy in ("ddp", "deepspeed_stage_3", "deepspeed_stage_1")
+        )
+        entries.append(by_ddp | {"stop": [0, 6], "goes_on": True})
+        entries += [by_stage_3 | {"stop": [0, 12], "goes_on": True}, by_stage_1]
+    # The last to be stopped ends the program, and all that were go on in another
+    entries += [each | {"stop": [1, 6], "goes_on": each is not going_on[-1]} for each in going_on]
+    out, _ = by_zero(folder, entries, code=128 + signal.SIGTERM)
+    entries = going_on
     rates = {"lr_init": 1e39, "lr_final": 1e39, "checkpoint_every_steps": 1}
     for strategy in STOPPED:
         diverging = entry(folder, teacher, "distill-accumulated", strategy, f"{strategy}-diverging", **rates)
         entries.append(diverging | {"fails": True})
-    return folder, *run(folder, [each | {"deepspeed_on_cpu": True} for each in entries])
+    more, err = by_zero(folder, entries)
+    return folder, out + more, err
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +72,12 @@ def folder(ran):
     return ran[0]
 
 
+def by_zero(folder, entries, code=0):
+    return run(folder, [each | {"deepspeed_on_cpu": True} for each in entries], code=code)
+
+
 def entry(folder, teacher, name, strategy, called=None, **settings):
-    stage, settings = name.partition("-")[0], STAGES[name] | SHORT | settings
+    stage, settings = name.partition("-")[0], STAGES[name] | SMALL_BUCKETS | settings
     if name.endswith("measured"):
         settings |= {"validation_data_file": str(folder / "train"), "heldout_tokens": 512}
     if stage != "align":
@@ -106,7 +119,7 @@ def test_measurements_in_between_are_one_processs(folder):
         np.loadtxt(folder / f"{strategy}-distill-measured/heldout.csv", delimiter=",", skiprows=1)
         for strategy in ("one", "deepspeed_stage_3")
     )
-    assert len(expected) == 4
+    assert len(expected) == 6
     np.testing.assert_allclose(found, expected, rtol=TRAJECTORY_MAX)
 
 
@@ -137,18 +150,19 @@ def test_bf16_keeps_fp32_weights(folder, strategy):
 @pytest.mark.parametrize("whole", ["deepspeed_stage_2-bf16", "deepspeed_stage_3-bf16", "fused"])
 def test_a_run_goes_on_bit_for_bit(ran, whole):
     folder, out, _ = ran
-    assert out.count("going on after step 7 of 15") == 4
+    assert out.count("going on after step 7 of 30") == 3 + len(ADAMS)
     expected, found = (load_file(folder / name / "model.safetensors") for name in (whole, f"{whole}-stopped"))
     assert all(expected[name].equal(found[name]) for name in expected)
     assert curve(folder, whole) == curve(folder, f"{whole}-stopped")
 
 
 @needs_deepspeed
-def test_a_run_goes_on_under_another_strategy(ran):
-    """Begun by ddp, gone on with by stage 3, and ended by stage 1, all with DeepSpeed's own Adam and its numbers."""
+@pytest.mark.parametrize("optimizer", ADAMS)
+def test_a_run_goes_on_under_another_strategy(ran, optimizer):
+    """Begun by ddp, gone on with by stage 3, and ended by stage 1."""
     folder, out, _ = ran
-    assert "going on after step 13 of 15" in out
-    assert max(drift(folder, "one-distill-accumulated", "handed-on")) < TRAJECTORY_MAX
+    assert out.count("going on after step 13 of 30") == len(ADAMS)
+    assert max(drift(folder, "one-distill-accumulated", f"handed-on-{optimizer}")) < TRAJECTORY_MAX
 
 
 @needs_deepspeed

@@ -1,6 +1,7 @@
 """DeepSpeed's ZeRO on two GPUs: the steps that one GPU makes of twice the batch, in fp32 and bf16."""
 
 import importlib.util
+import signal
 
 import pytest
 import stages
@@ -41,15 +42,15 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ran(teacher, tmp_path_factory):
-    """The folder of all runs, and what the two processes said."""
+    """The folder of all runs, and what the two processes said where those that were stopped went on."""
     folder = stages.corpus(tmp_path_factory.mktemp("zero"))
     run(folder, [entry(folder, teacher, name, precision, "one") for name in STAGES for precision in DTYPES])
     entries = [entry(folder, teacher, *case) for case in CASES]
     entries.append(entry(folder, teacher, *ONE_CASE, "fused", optimizer="dsfusedadamw"))
-    for called, settings in STOPPED.items():
-        resumed = entry(folder, teacher, *ONE_CASE, called, **settings)
-        entries += [resumed | {"stop": [1, 6], "goes_on": True}, resumed]
-    return folder, run(folder, entries)[0]
+    resumed = [entry(folder, teacher, *ONE_CASE, called, **settings) for called, settings in STOPPED.items()]
+    entries += [each | {"stop": [1, 6], "goes_on": each is not resumed[-1]} for each in resumed]
+    run(folder, entries, code=128 + signal.SIGTERM)
+    return folder, run(folder, resumed)[0]
 
 
 @pytest.fixture(scope="module")

@@ -192,9 +192,9 @@ class TrainConfig:
     compile: Literal["auto", "always", "never"] = "auto"
     """Run the blocks through torch.compile; auto = on CUDA with Triton."""
     cuda_graphs: Literal["auto", "always", "never"] = "auto"
-    """Record a batch's forward and backward pass as a CUDA graph, which takes the host nothing to run; auto = where our
-    own mixers are compiled, and the stage aligns or gradients take a tenth of the GPU's memory at most. Never where
-    labels are counted (mask_labels_at_eos, reset_state_at_eos), and under ddp alone."""
+    """Record a batch's forward and backward pass as a CUDA graph, which takes the host next to nothing to run; auto =
+    where our own mixers are compiled, and the stage aligns or gradients take a tenth of the GPU's memory at most. Never
+    where labels are counted (mask_labels_at_eos, reset_state_at_eos), and under ddp alone."""
     gradient_clip_val: float = 1.0
     """Largest gradient norm; longer gradients are scaled down to it. 0 = no clipping."""
     spike_factor: float = 0.0
