@@ -60,11 +60,12 @@ def test_train_runs_a_stage(teacher, corpus_folder, tmp_path, capsys):
     assert main([str(word) for word in [*second, *stage_3]]) == 0
 
 
-def test_what_is_wrong_is_said_before_models_are_read(teacher, corpus_folder, tmp_path, capsys, monkeypatch):
+def test_what_is_wrong_is_said_before_models_are_read(exported, teacher, corpus_folder, tmp_path, capsys, monkeypatch):
     def read(*arguments):
         raise AssertionError("models are read")
 
-    monkeypatch.setattr("radlads.recipes.single_stage.build_models", read)
+    for reader in ("build_models", "weights_hash"):
+        monkeypatch.setattr(f"radlads.recipes.single_stage.{reader}", read)
     monkeypatch.setattr("radlads.recipes.conversion.build_teacher", read)
     (tmp_path / "old").mkdir()
     keys = {
@@ -73,6 +74,7 @@ def test_what_is_wrong_is_said_before_models_are_read(teacher, corpus_folder, tm
         "data_file": corpus_folder / "train",
         "proj_dir": tmp_path,
         "proj_name": "old",
+        "load_model": exported,
     }
     argv = ["train", *(f"--train.{key}={value}" for key, value in keys.items())]
     assert "old exists already" in failing(capsys, *argv, "--train.accelerator", "cpu")

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -43,12 +43,13 @@ def train_stage(config: Config, console: Console, processes: Processes = ALONE) 
     teacher_path = train.teacher.path or train.teacher.hf_path
     torch.manual_seed(train.seed_everything)
     teacher = _teacher(config, teacher_path) if teacher_path else None
-    student, origin = _starting_student(config, teacher_path)
+    student, origin_of = _starting_student(config, teacher_path)
     check_student(config, student.config, None if teacher is None else teacher.config)
     folder = run_folder(config, student.config)
     processes.from_first(lambda: check_new(folder))
     check_hardware(train)
     models = build_models(config, student, teacher, processes)
+    origin = origin_of()
     parent = f"{origin} ({_listed(models.rows)})" if models.rows else origin
     console.line(f"{stage_of(train)}: from {parent} to {folder}")
     return run_stage(config, models.student, models.teacher, folder, console, parent=parent, processes=processes)
@@ -87,13 +88,13 @@ def run_folder(config: Config, student: RadladsConfig) -> Path:
     return Path(train.proj_dir) / re.sub(r"[^\w.-]", "_", "-".join(word for word in words if word))
 
 
-def _starting_student(config: Config, teacher_path: str) -> tuple[Blueprint, str]:
-    """The student to begin with, and where it comes from."""
+def _starting_student(config: Config, teacher_path: str) -> tuple[Blueprint, Callable[[], str]]:
+    """The student to begin with, and what says where it comes from, after hashing the weights it names."""
     train, path = config.train, starting_point(config.train.load_model)
     if path is not None:
         if path.is_file() or is_weights_file(path) or (path.is_dir() and not (path / "config.json").exists()):
             return _student_without_config(config, path, teacher_path)
-        return stored_blueprint(path), f"{path} sha256:{weights_hash(path)[:16]}"
+        return stored_blueprint(path), lambda: _with_hash(path)
     if stage_of(train) != "align":
         raise ValueError(
             f"the {stage_of(train)} stage starts from an earlier stage's model: "
@@ -105,18 +106,22 @@ def _starting_student(config: Config, teacher_path: str) -> tuple[Blueprint, str
     if is_weights_file(Path(origin)):
         return _student_without_config(config, Path(origin), teacher_path)
     source = open_teacher(origin)
-    return student_blueprint(source, config.model), f"setup of {source.folder}"
+    return student_blueprint(source, config.model), lambda: f"setup of {source.folder}"
 
 
-def _student_without_config(config: Config, path: Path, teacher_path: str) -> tuple[Blueprint, str]:
-    """The student of a weights file: an earlier stage's, or set up in the align stage if it is the teacher's."""
+def _student_without_config(config: Config, path: Path, teacher_path: str) -> tuple[Blueprint, Callable[[], str]]:
+    """As _starting_student, of a weights file: an earlier stage's, or set up to align if it is the teacher's."""
     weights = open_weights(path)
     described = [config.model.hf_path, teacher_path, config.train.teacher.hf_path]
     shape = _shape(weights, path, described, config.model)
-    origin = f"{path} sha256:{(weights_hash(path) if path.is_dir() else sha256(path))[:16]}"
     if stage_of(config.train) == "align" and is_teachers(weights):
-        return student_from_teacher(weights, shape, config.model, path), f"setup of {origin}"
-    return student_of(weights, shape, config.model, path), origin
+        return student_from_teacher(weights, shape, config.model, path), lambda: f"setup of {_with_hash(path)}"
+    return student_of(weights, shape, config.model, path), lambda: _with_hash(path)
+
+
+def _with_hash(path: Path) -> str:
+    """The path of weights, and the beginning of their hash, which takes a second for a gigabyte or two."""
+    return f"{path} sha256:{(weights_hash(path) if path.is_dir() else sha256(path))[:16]}"
 
 
 def _teacher(config: Config, path: str) -> Blueprint:
