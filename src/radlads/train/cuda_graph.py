@@ -123,9 +123,9 @@ class GraphedPasses:
                 raise error.__context__ from None
             if isinstance(error, torch.OutOfMemoryError):
                 raise
+            reason = str(error.__context__ or error).partition("\n")[0]  # CUDA goes on with advice for its programmers
             raise ValueError(
-                f"a step of this stage cannot be recorded as a CUDA graph ({error.__context__ or error}): set "
-                "train.cuda_graphs never"
+                f"a step of this stage cannot be recorded as a CUDA graph ({reason}): set train.cuda_graphs never"
             ) from error
         torch.clear_autocast_cache()
         # Another sequence length would make the models forget the tables that the graph reads
