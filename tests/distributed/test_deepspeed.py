@@ -191,6 +191,9 @@ GPUS = Processes(0, 2, torch.device("cuda", 0))
         ({"spike_factor": 3.0}, "spike_factor .*set ddp or fsdp"),
         ({"optimizer": "muon"}, "optimizer muon .*set ddp"),
         ({"strategy": "deepspeed_stage_3", "teacher_precision": "fp8"}, "fp8 .*set deepspeed_stage_2"),
+        ({"strategy": "deepspeed_stage_3", "compile": "always"}, "compile always .*set train.compile auto, or fsdp"),
+        ({"strategy": "deepspeed_stage_3", "grad_cp": 1}, "grad_cp 1.*set 0 and none, or train.strategy fsdp"),
+        ({"strategy": "deepspeed_stage_3", "activation_checkpointing": "full"}, "checkpointing full .*strategy fsdp"),
     ],
 )
 def test_what_the_engine_cannot_do_is_refused(tmp_path, settings, message):

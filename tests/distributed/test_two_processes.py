@@ -18,6 +18,7 @@ STAGES = {
     "distill-masked": {"mask_labels_at_eos": 1, "eos_token_id": stages.END},
 }
 IN_SHARDS = ("align", "align-accumulated", "align-rwkv6", "distill", "distill-accumulated", "extend")
+COMPILED = ("align", "distill")
 CASES = [(name, "ddp") for name in STAGES if name != "align-rwkv6"] + [(name, "fsdp") for name in IN_SHARDS]
 pytestmark = pytest.mark.timeout(1200)
 
@@ -34,21 +35,39 @@ def folder(teacher, tmp_path_factory):
     return folder
 
 
-def entry(folder, teacher, name, strategy):
-    stage, settings = name.partition("-")[0], dict(STAGES[name])
+@pytest.fixture(scope="module")
+def compiled(folder, teacher):
+    """The same folder, with runs in shards whose blocks are compiled, as they are on GPUs: `compiled-NAME`."""
+    run(folder, [entry(folder, teacher, name, "fsdp", f"compiled-{name}", compile="always") for name in COMPILED])
+    return folder
+
+
+def entry(folder, teacher, name, strategy, called=None, **more):
+    stage, settings = name.partition("-")[0], STAGES[name] | more
     if stage != "align":
         settings["load_model"] = str(folder / "one-align")
     if strategy == "one":
         settings |= {"devices": 1, "micro_bsz": 2 * settings.get("micro_bsz", 4)}
     else:
         settings["strategy"] = strategy
-    return {"keys": stages.keys(folder, teacher, stage, f"{strategy}-{name}", **settings)}
+    return {"keys": stages.keys(folder, teacher, stage, called or f"{strategy}-{name}", **settings)}
 
 
 @pytest.mark.parametrize(("name", "strategy"), CASES)
 def test_the_curves_are_one_processs(folder, name, strategy):
+    assert_alike(folder, f"one-{name}", f"{strategy}-{name}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_shards_make_the_same_curves(compiled, name):
+    assert_alike(compiled, f"one-{name}", f"compiled-{name}")
+    assert curve(compiled, f"compiled-{name}") != curve(compiled, f"fsdp-{name}"), "nothing was compiled"
+
+
+def assert_alike(folder, one, two):
     for column in ("loss", "grad_norm"):
-        expected, found = curve(folder, f"one-{name}", column), curve(folder, f"{strategy}-{name}", column)
+        expected, found = curve(folder, one, column), curve(folder, two, column)
         drift = [abs(a / b - 1) for a, b in zip(found, expected, strict=True)]
         assert len(drift) == STEPS
         assert max(drift) < TRAJECTORY_MAX

@@ -13,6 +13,7 @@ from radlads.distill.logits import build_stage
 from radlads.distill.stage import is_trainable
 from radlads.train.cuda_graph import records_graph
 from radlads.train.hardware import check_hardware, out_of_memory
+from radlads.train.processes import ALONE
 
 NUMBERS = {"align": 1, "distill": 2, "extend": -1}
 
@@ -93,5 +94,5 @@ def test_always_needs_a_gpu(monkeypatch):
 
 
 def test_a_graph_is_one_thing_to_lower_when_memory_is_short(memory):
-    said = [out_of_memory(Config(), torch.device("cuda"), graphed=graphed) for graphed in (True, False)]
+    said = [out_of_memory(Config(), torch.device("cuda"), ALONE, graphed=graphed) for graphed in (True, False)]
     assert ["cuda_graphs never" in sentence for sentence in said] == [True, False]

@@ -3,6 +3,7 @@
 import csv
 import json
 import signal
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +25,9 @@ from radlads.train import fit, hardware
 from radlads.train.fit import run_stage
 from radlads.train.hardware import resolve_precision
 from radlads.train.lightning_module import StageModule
+from radlads.train.processes import ALONE, Processes
+
+PAIR = Processes(0, 2)
 
 
 def run(teacher, data, folder, stage="distill", student=None, **overrides):
@@ -283,11 +287,25 @@ def test_compiling_always_compiles_while_the_stage_runs(teacher, corpus_folder, 
     assert (tmp_path / "never/model.safetensors").read_bytes() == (tmp_path / "always/model.safetensors").read_bytes()
 
 
-def test_auto_compiles_on_cuda_with_triton_alone(monkeypatch):
+def test_deepspeed_is_not_told_to_take_what_it_refuses(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=80e9))
+    said = []
+    for strategy in ("deepspeed_stage_2", "deepspeed_stage_3"):
+        config = tiny.stage_config(tmp_path, "distill", **{"train.strategy": strategy})
+        said.append(hardware.out_of_memory(config, torch.device("cuda"), PAIR, graphed=False))
+    assert ["activation_checkpointing full" in sentence for sentence in said] == [True, False]
+    assert all("set train.precision" not in each and "fsdp with train.precision bf16-true" in each for each in said)
+
+
+def test_auto_compiles_on_cuda_with_triton_alone(tmp_path, monkeypatch):
+    cuda, train = torch.device("cuda"), tiny.stage_config(tmp_path, "distill", **{"train.compile": "auto"}).train
     for triton in (True, False):
         monkeypatch.setattr(hardware, "has_triton", lambda device, triton=triton: triton)
-        assert hardware.compiles("auto", torch.device("cuda")) is triton
-        assert not hardware.compiles("auto", torch.device("cpu"))
+        assert hardware.compiles(train, cuda, ALONE) is triton
+        assert hardware.compiles(replace(train, strategy="deepspeed_stage_2"), cuda, PAIR) is triton
+        assert not hardware.compiles(replace(train, strategy="deepspeed_stage_3"), cuda, PAIR)
+        assert not hardware.compiles(replace(train, reset_state_at_eos=1), cuda, ALONE)
+        assert not hardware.compiles(train, torch.device("cpu"), ALONE)
 
 
 def test_a_gpu_without_bf16_is_refused_and_auto_goes_around_it(tmp_path, monkeypatch):

@@ -190,7 +190,8 @@ class TrainConfig:
     """What the backward pass recomputes to save memory: none; selective = time mixers; full = whole blocks, about a
     third more time; auto = as grad_cp says. No effect in the align stage."""
     compile: Literal["auto", "always", "never"] = "auto"
-    """Run the blocks through torch.compile; auto = on CUDA with Triton."""
+    """Run the blocks through torch.compile; auto = on CUDA with Triton, though not where sequences have many lengths
+    (reset_state_at_eos) or under deepspeed_stage_3, which both refuse always."""
     cuda_graphs: Literal["auto", "always", "never"] = "auto"
     """Record a batch's forward and backward pass as a CUDA graph, which takes the host next to nothing to run; auto =
     where our own mixers are compiled, and the stage aligns or gradients take a tenth of the GPU's memory at most. Never

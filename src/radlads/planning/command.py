@@ -194,7 +194,8 @@ def _paper_lines(size: str, models: "Models", measured: "Models", requests: "lis
 def _assumption_lines(arguments: argparse.Namespace, machine: Machine, planned: list[_Planned]) -> Iterator[str]:
     used = {each.plan.step.strategy for each in planned}
     yield "\nassumed (docs/planning.md)"
-    yield f"  memory: tensors may take {USABLE_SHARE:.0%} of a GPU's; blocks are compiled; AdamW"
+    yield f"  memory: tensors may take {USABLE_SHARE:.0%} of a GPU's; AdamW; blocks are compiled, though not under"
+    yield "  deepspeed_stage_3, which takes more memory and time than is counted"
     yield f"  {_PRECISION_NOTES[arguments.precision]}"
     if arguments.mixer not in ("rad_rwkv7", "qwerky7"):
         yield f"  {arguments.mixer}: activations counted from its equations; neither memory nor speed was ever measured"
@@ -212,8 +213,8 @@ def _speed_notes(machine: Machine) -> Iterator[str]:
         )
     yield f"  speed: {rate}, and the share of them that one {MEASURED_KIND} reached at 7B"
     if machine.num_gpus > 1:
-        yield f"  {machine.num_gpus} GPUs: {SEVERAL_GPUS:.0%} of their speed is assumed. Two H200s kept 96 % in stage"
-        yield "  1, 92 % in stage 2 of 0.5B under ddp, and 85 % in stage 2 under fsdp at 7B's width (docs/scaling.md)"
+        yield f"  {machine.num_gpus} GPUs: {SEVERAL_GPUS:.0%} of their speed is assumed. Two H200s kept, in stages 1"
+        yield "  and 2, 96 % and 92 % at 0.5B under ddp, 72 % and 87 % at 7B's width under fsdp (docs/scaling.md)"
     yield "  hours are of steps alone: no compilation, loading, held-out measurements or checkpoints"
 
 

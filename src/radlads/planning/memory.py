@@ -212,7 +212,7 @@ def _align_moments(models: Models, step: Step) -> Iterator[Moment]:
     own, held = graphs[-1], graphs[0] + collected if first is not None and last > 0 else 0.0
     done = sum(trained) - trained[last] - (trained[0] if held else 0)
     copies = _rounded_weights(trained[last] * (2 if held else 1), step)
-    gathered = 2 * models.teacher.largest_block + models.teacher.embedding + 2 * max(trained)
+    gathered = 2 * models.teacher.largest_block + 2 * max(trained)
     kept = step.tokens * (own + held + backward) + copies
     yield Moment("last layer backward", earlier or done, kept, gathered=gathered)
     if held:
@@ -220,7 +220,7 @@ def _align_moments(models: Models, step: Step) -> Iterator[Moment]:
         yield Moment("first layer backward", earlier or done, step.tokens * (held + backward), gathered=gathered)
     yield Moment("update", sum(trained), 0.0)
     kept = step.tokens * (held + activations.teacher_forward(models.shape.teacher))
-    yield Moment("teacher", earlier, kept, gathered=gathered)
+    yield Moment("teacher", earlier, kept, gathered=gathered + models.teacher.embedding)
 
 
 def _logit_moments(models: Models, step: Step) -> Iterator[Moment]:

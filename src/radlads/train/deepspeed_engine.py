@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from radlads.checkpoint.weights import PrefixedWeights, StoredWeights, TensorInfo
-from radlads.config.schema import TrainConfig
+from radlads.config.schema import TrainConfig, checkpointing_of, stage_of
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.whole_parameters import whole_shape
 from radlads.train.processes import Processes
@@ -32,16 +32,27 @@ def uses_engine(train: TrainConfig, processes: Processes) -> bool:
     return train.strategy.startswith("deepspeed_") and processes.size > 1
 
 
+def is_partitioned(train: TrainConfig, processes: Processes) -> bool:
+    """Whether ZeRO-3 has both models in parts."""
+    return uses_engine(train, processes) and train.strategy == "deepspeed_stage_3"
+
+
 def check_engine(train: TrainConfig, processes: Processes) -> None:
     """Raise ValueError for what DeepSpeed cannot do, and where it is not installed or there is no GPU."""
     assert processes.device is not None
     check_device(train, processes.device)
-    in_parts_and_fp8 = train.strategy == "deepspeed_stage_3" and train.teacher_precision == "fp8"
+    in_parts = is_partitioned(train, processes)
+    fp8, compiled = in_parts and train.teacher_precision == "fp8", in_parts and train.compile == "always"
+    # Compiled and recomputed on GPUs it gave other losses (docs/scaling.md); recomputed alone it has run on CPUs only
+    kept = stage_of(train) == "align" or checkpointing_of(train) == "none" or processes.device.type == "cpu"
+    recompute = f"train.grad_cp {train.grad_cp}, train.activation_checkpointing {train.activation_checkpointing}"
     refused = {
         "train.reset_state_at_eos 1": (train.reset_state_at_eos, "cuts rows into more sequences on some", "ddp"),
         "train.precision bf16-true": (train.precision == "bf16-true", "keeps bf16 weights alone", "fsdp"),
         "train.spike_factor": (train.spike_factor, "leaves steps out", "ddp or fsdp"),
-        "train.teacher_precision fp8": (in_parts_and_fp8, "needs whole matrices to round", "deepspeed_stage_2"),
+        "train.teacher_precision fp8": (fp8, "needs whole matrices to round", "deepspeed_stage_2"),
+        "train.compile always": (compiled, "compiles blocks", "train.compile auto, or fsdp"),
+        recompute: (in_parts and not kept, "computes blocks twice", "0 and none, or train.strategy fsdp"),
         f"train.optimizer {train.optimizer}": (train.optimizer not in OPTIMIZERS, "is none of AdamW's kind", "ddp"),
     }
     for setting, (is_set, why, instead) in refused.items():

@@ -182,8 +182,7 @@ def _train(trainer: L.Trainer, module: StageModule, batches: DataLoader, config:
     train, device = config.train, trainer.strategy.root_device
     teacher, models, in_shards = module.teacher, [module.student], is_sharded(module.student)
     by_engine = isinstance(trainer.strategy, ZeroStrategy)
-    # Documents are of so many lengths that graphs of theirs would never be used again
-    compile_setting = "never" if train.reset_state_at_eos else train.compile
+    compiled = compiles(train, device, module.processes)
     checkpointing = checkpointing_of(train)
     module.student.set_activation_checkpointing("none" if module.stage.name == "align" else checkpointing)
     module.student.train()
@@ -195,14 +194,13 @@ def _train(trainer: L.Trainer, module: StageModule, batches: DataLoader, config:
             models.append(teacher if in_shards else _working_teacher(teacher, trainer, train, dtype))
             module.learn_from(models[-1])
         for model in models:
-            model.compile_blocks(compiles(compile_setting, device))
+            model.compile_blocks(compiled)
         if device.type == "cuda" and not in_shards and not by_engine:
-            compiled = compiles(compile_setting, device)
             wanted = records_graph(train, module.stage, module.student, compiled=compiled)
             module.graphed = all(module.processes.gather(wanted))  # for the same collectives, in the same order
         _fit(trainer, module, batches)
     except torch.OutOfMemoryError as error:
-        raise ValueError(out_of_memory(config, device, graphed=module.graphed)) from error
+        raise ValueError(out_of_memory(config, device, module.processes, graphed=module.graphed)) from error
     finally:
         module.forget_graph()
         for model in models:

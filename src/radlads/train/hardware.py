@@ -4,6 +4,8 @@ import torch
 
 from radlads.config.schema import Config, TrainConfig, checkpointing_of, stage_of
 from radlads.model.modeling import has_triton
+from radlads.train.deepspeed_engine import is_partitioned, uses_engine
+from radlads.train.processes import Processes
 
 _OLDEST_BF16_CAPABILITY = (8, 0)
 
@@ -28,21 +30,27 @@ def check_hardware(train: TrainConfig) -> tuple[str, str]:
     return accelerator, precision
 
 
-def compiles(setting: str, device: torch.device) -> bool:
+def compiles(train: TrainConfig, device: torch.device, processes: Processes) -> bool:
     """Whether train.compile means to compile on `device`; "auto" is on CUDA where Triton runs."""
-    return setting == "always" or (setting == "auto" and device.type == "cuda" and has_triton(device))
+    # Documents are of so many lengths that graphs of theirs would never be used again; for ZeRO-3, see docs/scaling.md
+    if train.reset_state_at_eos or is_partitioned(train, processes):
+        return False
+    return train.compile == "always" or (train.compile == "auto" and device.type == "cuda" and has_triton(device))
 
 
-def out_of_memory(config: Config, device: torch.device, *, graphed: bool) -> str:
+def out_of_memory(config: Config, device: torch.device, processes: Processes, *, graphed: bool) -> str:
     """What to lower when a stage does not fit into the GPU's memory. graphed: whether its passes are a CUDA graph."""
     train, checkpointing = config.train, checkpointing_of(config.train)
     remedies = [f"train.micro_bsz (now {train.micro_bsz}, with train.accumulate_grad_batches to make up for it)"]
     remedies.append(f"model.ctx_len (now {config.model.ctx_len})")
-    settings = [] if stage_of(train) == "align" or checkpointing == "full" else ["train.activation_checkpointing full"]
+    settings = []
+    if stage_of(train) != "align" and checkpointing != "full" and not is_partitioned(train, processes):
+        settings.append("train.activation_checkpointing full")
     if graphed:
         settings.append("train.cuda_graphs never")
     if train.precision != "bf16-true":
-        settings.append("train.precision bf16-true")
+        with_fsdp = "train.strategy fsdp with " if uses_engine(train, processes) else ""
+        settings.append(f"{with_fsdp}train.precision bf16-true")
     size = torch.cuda.get_device_properties(device).total_memory / 1e9
     advice = f"lower {' or '.join(remedies)}" + (f", or set {' or '.join(settings)}" if settings else "")
     return f"the {stage_of(train)} stage does not fit into the GPU's {size:.0f} GB: {advice}"

@@ -11,7 +11,7 @@ from radlads.distill.stage import Stage, is_trainable
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.train import spike_guard
 from radlads.train.cuda_graph import GraphedPasses
-from radlads.train.deepspeed_engine import DeepSpeedUpdates, uses_engine
+from radlads.train.deepspeed_engine import DeepSpeedUpdates, is_partitioned, uses_engine
 from radlads.train.diagnosis import first_not_finite
 from radlads.train.optim import build_optimizers, set_learning_rates
 from radlads.train.partitions import PartitionedUpdates
@@ -73,7 +73,7 @@ class StageModule(L.LightningModule):
 
     def _build_updates(self) -> Updates:
         if uses_engine(self.settings, self.processes):
-            in_parts = self.settings.strategy == "deepspeed_stage_3"
+            in_parts = is_partitioned(self.settings, self.processes)
             return PartitionedUpdates(self.student) if in_parts else DeepSpeedUpdates(self.student)
         if is_sharded(self.student):
             return ShardedUpdates(self.student, self.processes)

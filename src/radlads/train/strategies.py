@@ -5,7 +5,7 @@ from typing import Any
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from radlads.config.schema import TrainConfig
-from radlads.train.deepspeed_engine import ZeroStrategy, uses_engine
+from radlads.train.deepspeed_engine import ZeroStrategy, is_partitioned, uses_engine
 from radlads.train.partitions import PartitionedStrategy
 from radlads.train.processes import Processes
 
@@ -38,5 +38,5 @@ def strategy_arguments(train: TrainConfig, processes: Processes) -> dict[str, An
 
 def _strategy(train: TrainConfig, processes: Processes) -> Strategy:
     if uses_engine(train, processes):
-        return PartitionedStrategy(train) if train.strategy == "deepspeed_stage_3" else ZeroStrategy(train)
+        return PartitionedStrategy(train) if is_partitioned(train, processes) else ZeroStrategy(train)
     return ShardedStrategy(processes.size) if train.strategy == "fsdp" else ReplicatedStrategy()
