@@ -191,15 +191,25 @@ GPUS = Processes(0, 2, torch.device("cuda", 0))
         ({"spike_factor": 3.0}, "spike_factor .*set ddp or fsdp"),
         ({"optimizer": "muon"}, "optimizer muon .*set ddp"),
         ({"strategy": "deepspeed_stage_3", "teacher_precision": "fp8"}, "fp8 .*set deepspeed_stage_2"),
-        ({"strategy": "deepspeed_stage_3", "compile": "always"}, "compile always .*set train.compile auto, or fsdp"),
-        ({"strategy": "deepspeed_stage_3", "grad_cp": 1}, "grad_cp 1.*set 0 and none, or train.strategy fsdp"),
-        ({"strategy": "deepspeed_stage_3", "activation_checkpointing": "full"}, "checkpointing full .*strategy fsdp"),
+        ({"strategy": "deepspeed_stage_3", "compile": "always"}, "compile always .*set train.compile auto, or train"),
+        ({"strategy": "deepspeed_stage_3", "grad_cp": 1}, "grad_cp 1 .*grad_cp 0 and .* none, or train.strategy"),
+        ({"strategy": "deepspeed_stage_3", "activation_checkpointing": "selective"}, "checkpointing selective "),
     ],
 )
 def test_what_the_engine_cannot_do_is_refused(tmp_path, settings, message):
     train = replace(stage_config(tmp_path, "distill").train, **{"strategy": "deepspeed_stage_2"} | settings)
     with pytest.raises(ValueError, match=message):
         check_engine(train, GPUS)
+
+
+def test_what_means_nothing_to_a_stage_is_not_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    train = stage_config(tmp_path, "align").train
+    for settings in (
+        {"strategy": "deepspeed_stage_3", "grad_cp": 1},
+        {"strategy": "deepspeed_stage_2", "compile": "always"},
+    ):
+        check_engine(replace(train, **settings), GPUS)
 
 
 def test_a_cpu_and_a_missing_package_are_refused(tmp_path, monkeypatch):

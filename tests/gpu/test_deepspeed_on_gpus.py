@@ -8,7 +8,7 @@ import stages
 import tiny
 import torch
 import two_gpus
-from launch import run
+from launch import curve, run
 from safetensors.torch import load_file
 from two_gpus import DTYPES, assert_alike, needs_two_gpus
 
@@ -19,6 +19,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
 ]
 STAGES = {"align": {}, "distill": {"micro_bsz": 2, "accumulate_grad_batches": 2}}
+ZERO_3 = "deepspeed_stage_3"  # whose blocks `auto` leaves alone
 # Every pair of two is there; a start takes most of a run's time
 CASES = [
     ("align", "fp32", "deepspeed_stage_1"),
@@ -26,9 +27,9 @@ CASES = [
     ("distill", "fp32", "deepspeed_stage_2"),
     ("distill", "bf16", "deepspeed_stage_1"),
     ("distill", "bf16", "deepspeed_stage_2"),
-    ("align", "bf16", "deepspeed_stage_3"),
-    ("distill", "fp32", "deepspeed_stage_3"),
-    ("distill", "bf16", "deepspeed_stage_3"),
+    ("align", "bf16", ZERO_3),
+    ("distill", "fp32", ZERO_3),
+    ("distill", "bf16", ZERO_3),
 ]
 ONE_CASE = ("distill", "bf16", "deepspeed_stage_2")
 STOPPED = {"stopped": {}, "fused-stopped": {"optimizer": "dsfusedadamw"}}
@@ -41,18 +42,11 @@ def teacher(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(teacher, tmp_path_factory):
-    """The folder of all runs, with those of a single GPU: NAME-PRECISION-one."""
+def ran(teacher, tmp_path_factory):
+    """The folder of all runs, and what the two processes said where those that were stopped went on."""
     folder = stages.corpus(tmp_path_factory.mktemp("zero"))
     run(folder, [entry(folder, teacher, name, precision, "one") for name in STAGES for precision in DTYPES])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def ran(teacher, alone):
-    """The same folder, with those of two, and what the processes said where those that were stopped went on."""
-    folder = alone
-    entries = [entry(folder, teacher, *case) for case in CASES]
+    entries = [entry(folder, teacher, *case, compile="auto" if case[-1] == ZERO_3 else "never") for case in CASES]
     entries.append(entry(folder, teacher, *ONE_CASE, "fused", optimizer="dsfusedadamw"))
     resumed = [entry(folder, teacher, *ONE_CASE, called, **settings) for called, settings in STOPPED.items()]
     entries += [each | {"stop": [1, 6], "goes_on": each is not resumed[-1]} for each in resumed]
@@ -62,7 +56,7 @@ def ran(teacher, alone):
 
 @pytest.fixture(scope="module")
 def folder(ran):
-    """Runs are NAME-PRECISION-STRATEGY, and those that `ran` names."""
+    """Runs are NAME-PRECISION-STRATEGY, with `one` for a single GPU, and those that `ran` names."""
     return ran[0]
 
 
@@ -94,8 +88,9 @@ def test_deepspeeds_adam_makes_adams_steps(folder):
     assert_alike(folder, "distill-bf16-one", "fused", torch.bfloat16)
 
 
-def test_blocks_are_compiled_and_recomputed(alone, teacher):
-    """But for stage 3's."""
+def test_blocks_are_compiled_and_recomputed(folder, teacher):
+    """Under stage 2; stage 3 does neither."""
     settings = {"compile": "always", "activation_checkpointing": "full"}
-    run(alone, [entry(alone, teacher, *ONE_CASE, "compiled", **settings)])
-    assert_alike(alone, "distill-bf16-one", "compiled", torch.bfloat16)
+    run(folder, [entry(folder, teacher, *ONE_CASE, "compiled", **settings)])
+    assert_alike(folder, "distill-bf16-one", "compiled", torch.bfloat16)
+    assert curve(folder, "compiled") != curve(folder, "-".join(ONE_CASE)), "nothing was compiled"

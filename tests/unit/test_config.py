@@ -316,6 +316,7 @@ def test_configuration_does_not_import_torch():
         ({"grad_cp": 1}, "full"),
         ({"activation_checkpointing": "selective"}, "selective"),
         ({"grad_cp": 1, "activation_checkpointing": "full"}, "full"),
+        ({"grad_cp": 1, "attention_distillation_stage": 1}, "none"),
     ],
 )
 def test_the_released_name_of_checkpointing_means_full(keys, meant):

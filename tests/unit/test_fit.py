@@ -287,14 +287,23 @@ def test_compiling_always_compiles_while_the_stage_runs(teacher, corpus_folder, 
     assert (tmp_path / "never/model.safetensors").read_bytes() == (tmp_path / "always/model.safetensors").read_bytes()
 
 
-def test_deepspeed_is_not_told_to_take_what_it_refuses(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("stage", "settings", "advice"),
+    [
+        ("deepspeed_stage_2", {}, "{full} or train.strategy fsdp and {bf16} and {full}"),
+        ("deepspeed_stage_3", {}, "train.strategy fsdp and {bf16} and {full}"),
+        ("deepspeed_stage_3", {"attention_distillation_stage": 1}, "train.strategy fsdp and {bf16}"),
+        ("deepspeed_stage_2", {"grad_cp": 1, "teacher_precision": "fp8"}, "train.strategy fsdp and {bf16} and {same}"),
+    ],
+)
+def test_deepspeed_is_told_what_it_or_fsdp_takes(tmp_path, monkeypatch, stage, settings, advice):
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=80e9))
-    said = []
-    for strategy in ("deepspeed_stage_2", "deepspeed_stage_3"):
-        config = tiny.stage_config(tmp_path, "distill", **{"train.strategy": strategy})
-        said.append(hardware.out_of_memory(config, torch.device("cuda"), PAIR, graphed=False))
-    assert ["activation_checkpointing full" in sentence for sentence in said] == [True, False]
-    assert all("set train.precision" not in each and "fsdp with train.precision bf16-true" in each for each in said)
+    keys = {f"train.{key}": value for key, value in {"strategy": stage, **settings}.items()}
+    said = hardware.out_of_memory(
+        tiny.stage_config(tmp_path, "distill", **keys), torch.device("cuda"), PAIR, graphed=False
+    )
+    words = {"full": "activation_checkpointing full", "bf16": "precision bf16-true", "same": "teacher_precision same"}
+    assert said.endswith(", or set " + advice.format(**{name: f"train.{text}" for name, text in words.items()}))
 
 
 def test_auto_compiles_on_cuda_with_triton_alone(tmp_path, monkeypatch):

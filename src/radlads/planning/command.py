@@ -194,8 +194,7 @@ def _paper_lines(size: str, models: "Models", measured: "Models", requests: "lis
 def _assumption_lines(arguments: argparse.Namespace, machine: Machine, planned: list[_Planned]) -> Iterator[str]:
     used = {each.plan.step.strategy for each in planned}
     yield "\nassumed (docs/planning.md)"
-    yield f"  memory: tensors may take {USABLE_SHARE:.0%} of a GPU's; AdamW; blocks are compiled, though not under"
-    yield "  deepspeed_stage_3, which takes more memory and time than is counted"
+    yield f"  memory: tensors may take {USABLE_SHARE:.0%} of a GPU's; blocks are compiled; AdamW"
     yield f"  {_PRECISION_NOTES[arguments.precision]}"
     if arguments.mixer not in ("rad_rwkv7", "qwerky7"):
         yield f"  {arguments.mixer}: activations counted from its equations; neither memory nor speed was ever measured"
@@ -225,8 +224,9 @@ _PRECISION_NOTES = {
 _NOTES_OF_DEEPSPEED = "bf16 weights and gradients, and fp32 weights and moments in its optimiser"
 _STRATEGY_NOTES = {
     "ddp": "ddp: all is replicated, as on one GPU",
-    "fsdp": "fsdp: all is sharded, the teacher too; blocks, embedding, heads are whole in turn; checked on two GPUs",
+    "fsdp": "fsdp: all is sharded, the teacher too; blocks, embedding, heads are whole in turn; two GPUs: within 6 %",
     "deepspeed_stage_1": f"deepspeed: {_NOTES_OF_DEEPSPEED}, which is sharded; not measured",
     "deepspeed_stage_2": f"deepspeed: {_NOTES_OF_DEEPSPEED}; optimiser and gradients are sharded; not measured",
-    "deepspeed_stage_3": f"deepspeed: {_NOTES_OF_DEEPSPEED}; all is sharded, the teacher too; not measured",
+    "deepspeed_stage_3": f"deepspeed: {_NOTES_OF_DEEPSPEED}; all is sharded, the teacher too; not measured\n"
+    "  deepspeed_stage_3: blocks are not compiled, which takes more memory and time than is counted",
 }

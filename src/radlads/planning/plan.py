@@ -64,6 +64,8 @@ class Request:
             )
         if self.strategy == "single" and self.machine.num_gpus > 1:
             raise ValueError(f"strategy single runs on one GPU, not {self.machine.num_gpus}: choose ddp or fsdp")
+        if self.strategy not in ("auto", "single") and self.machine.num_gpus == 1:
+            raise ValueError(f"one GPU has nothing to share out, as {self.strategy} would: leave out --strategy")
         if why := self.refused(self.strategy):
             raise ValueError(why)
         if self.teacher_precision == "fp8" and not self.machine.gpu.has_fp8:
@@ -75,7 +77,7 @@ class Request:
             return f"{strategy} has no fp8 teacher, whose matrices are rounded whole: leave out --teacher-precision"
         recomputes = self.stage != "align" and self.checkpointing in ("selective", "full")
         if strategy == "deepspeed_stage_3" and recomputes:
-            return "deepspeed_stage_3 recomputes nothing on GPUs: leave out --checkpointing, or choose fsdp"
+            return "deepspeed_stage_3 recomputes nothing: leave out --checkpointing, or choose fsdp"
         if strategy.startswith("deepspeed") and self.precision == "bf16-true":
             return f"{strategy} has no bf16-true, as it keeps fp32 weights: add --precision bf16"
         return ""
@@ -153,7 +155,7 @@ def largest_micro_batches(models: Models, request: Request, strategy: Strategy) 
 
 
 def _kinds(stage: Stage, strategy: Strategy) -> tuple[Checkpointing, ...]:
-    # Aligning holds one layer's graph at a time and recomputes nothing; nor does ZeRO-3 on GPUs (docs/scaling.md)
+    # Aligning holds one layer's graph at a time and recomputes nothing; nor does ZeRO-3 (docs/scaling.md)
     return ("none",) if stage == "align" or strategy == "deepspeed_stage_3" else get_args(Checkpointing)
 
 

@@ -120,7 +120,7 @@ def _student_without_config(config: Config, path: Path, teacher_path: str) -> tu
 
 
 def _with_hash(path: Path) -> str:
-    """The path of weights, and the beginning of their hash, which takes a second for a gigabyte or two."""
+    """The path of weights, and the beginning of their hash, which takes about two seconds a gigabyte."""
     return f"{path} sha256:{(weights_hash(path) if path.is_dir() else sha256(path))[:16]}"
 
 

@@ -19,18 +19,14 @@ def records_graph(train: TrainConfig, stage: Stage, student: RadladsForCausalLM,
     """What train.cuda_graphs means to a student that this GPU holds whole. compiled: whether its blocks are."""
     if train.cuda_graphs != "auto":
         return train.cuda_graphs == "always"
-    # A user's own mixer may wait for the device, which a graph cannot record, as documents of so many lengths do
-    if not compiled or not is_registered(student.config) or _waits(train, stage):
+    # A user's own mixer may wait for the device, which a graph cannot record; so does counting labels in every batch
+    counts_labels = train.mask_labels_at_eos and stage.name != "align"
+    if not compiled or not is_registered(student.config) or counts_labels:
         return False
     if stage.name == "align":
         return True
     gradients = sum(each.numel() * each.element_size() for each in student.parameters() if each.requires_grad)
     return gradients <= _SMALL_SHARE * torch.cuda.get_device_properties(student.device).total_memory
-
-
-def _waits(train: TrainConfig, stage: Stage) -> bool:
-    """Whether the stage counts labels in every batch, which the host has to be told of."""
-    return bool(train.reset_state_at_eos or (train.mask_labels_at_eos and stage.name != "align"))
 
 
 class GraphedPasses:

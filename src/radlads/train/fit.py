@@ -183,8 +183,7 @@ def _train(trainer: L.Trainer, module: StageModule, batches: DataLoader, config:
     teacher, models, in_shards = module.teacher, [module.student], is_sharded(module.student)
     by_engine = isinstance(trainer.strategy, ZeroStrategy)
     compiled = compiles(train, device, module.processes)
-    checkpointing = checkpointing_of(train)
-    module.student.set_activation_checkpointing("none" if module.stage.name == "align" else checkpointing)
+    module.student.set_activation_checkpointing(checkpointing_of(train))
     module.student.train()
     try:
         if not in_shards and not by_engine:

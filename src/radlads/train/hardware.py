@@ -43,14 +43,15 @@ def out_of_memory(config: Config, device: torch.device, processes: Processes, *,
     train, checkpointing = config.train, checkpointing_of(config.train)
     remedies = [f"train.micro_bsz (now {train.micro_bsz}, with train.accumulate_grad_batches to make up for it)"]
     remedies.append(f"model.ctx_len (now {config.model.ctx_len})")
-    settings = []
-    if stage_of(train) != "align" and checkpointing != "full" and not is_partitioned(train, processes):
-        settings.append("train.activation_checkpointing full")
+    recompute = [] if stage_of(train) == "align" or checkpointing == "full" else ["train.activation_checkpointing full"]
+    settings = [] if is_partitioned(train, processes) else list(recompute)
     if graphed:
         settings.append("train.cuda_graphs never")
-    if train.precision != "bf16-true":
-        with_fsdp = "train.strategy fsdp with " if uses_engine(train, processes) else ""
-        settings.append(f"{with_fsdp}train.precision bf16-true")
+    if uses_engine(train, processes):  # which refuses bf16-true, as fsdp does fp8
+        as_it_was = ["train.teacher_precision same"] if train.teacher_precision == "fp8" else []
+        settings.append(" and ".join(["train.strategy fsdp", "train.precision bf16-true", *recompute, *as_it_was]))
+    elif train.precision != "bf16-true":
+        settings.append("train.precision bf16-true")
     size = torch.cuda.get_device_properties(device).total_memory / 1e9
     advice = f"lower {' or '.join(remedies)}" + (f", or set {' or '.join(settings)}" if settings else "")
     return f"the {stage_of(train)} stage does not fit into the GPU's {size:.0f} GB: {advice}"

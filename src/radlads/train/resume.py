@@ -34,6 +34,7 @@ _MAY_CHANGE = frozenset(
         "gradient_clip_val",
         "log_every_n_steps",
         "spike_factor",
+        "compile",
     )
 )
 """What may be another value than the checkpoint's where the user names it: neither data nor schedule shift by it."""
