@@ -15,7 +15,7 @@ from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.planning.activations import channel_mixer_kept, mixer_kept
 from radlads.planning.machines import Machine
-from radlads.planning.memory import Models, Step, largest_micro_batch, peak
+from radlads.planning.memory import Models, Step, host_bytes, largest_micro_batch, peak
 from radlads.planning.models import QWEN25, count_parameters, open_shape
 from radlads.planning.plan import PAPER_HOURS, RECIPES, Recipe, Request, largest_micro_batches, plan_stage
 from radlads.planning.speed import MEASURED, SEVERAL_GPUS, share, stage_hours, step_of
@@ -308,6 +308,21 @@ def test_hours_are_shorter_than_the_papers_and_of_its_order(seven, seventy_two):
             assert 1.5 < paper / own < 7
 
 
+def test_a_host_holds_both_models_of_every_process(seven):
+    # 0.5B's was measured, docs/planning.md
+    small = Models.of(open_shape("0.5b", mixer="rad_rwkv7", variant="balanced"))
+    assert host_bytes(small, DISTILL) / 1e9 == pytest.approx(4.55, rel=0.005)
+    found = {
+        (stage, strategy): host_bytes(seven, replace(DISTILL, stage=stage, strategy=strategy, num_gpus=8))
+        for stage in ("distill", "extend")
+        for strategy in ("ddp", "fsdp", "deepspeed_stage_3")
+    }
+    assert found["distill", "ddp"] == 4 * (seven.student.total + seven.teacher.total)
+    assert found["extend", "ddp"] == 4 * seven.student.total
+    assert found["distill", "deepspeed_stage_3"] == 1.5 * found["distill", "ddp"]
+    assert found["distill", "fsdp"] == found["extend", "fsdp"] == 0
+
+
 def test_the_command_says_all_of_it(teacher, capsys):
     assert main(["plan", str(teacher), "--gpus", "2", "--price", "2", "--batch", "8", "--tokens", "1M"]) == 0
     said = capsys.readouterr().out
@@ -317,6 +332,7 @@ def test_the_command_says_all_of_it(teacher, capsys):
         "distill: 1M tokens",
         "fits:",
         "largest micro-batch",
+        "GB for each GPU's process",
         "costing",
         "fsdp",
         "assumed",

@@ -138,8 +138,15 @@ def _stage_lines(planned: _Planned, price: float | None) -> Iterator[str]:
     yield "    " + ", ".join(f"{part} {size / 1e9:.1f}" for part, size in plan.peak.parts.items() if size)
     most = ", ".join(_most(kind, number, request.share) for kind, number in plan.largest.items())
     yield f"  largest micro-batch: {most}"
+    if plan.host_bytes:
+        yield f"  host memory: {_host_memory(plan.host_bytes, request.machine.num_gpus)} until models are on their GPU"
     if plan.fits:
         yield f"  {_cost(plan.hours, request.machine, price)}"
+
+
+def _host_memory(size: float, processes: int) -> str:
+    one = f"{size / 1e9:.1f} GB"
+    return one if processes == 1 else f"{one} for each GPU's process, {processes * size / 1e9:.0f} GB in all,"
 
 
 def _most(kind: str, number: int, share: int) -> str:

@@ -142,6 +142,17 @@ def _at(moment: Moment, always: dict[str, float], models: Models, step: Step) ->
     return Peak(moment.name, always | beside)
 
 
+def host_bytes(models: Models, step: Step) -> float:
+    """What each process takes of its host's memory until the models are on its GPU: both, in fp32.
+
+    Under fsdp parameters go there one after another, which counts as nothing; DeepSpeed's stage 3 makes bf16 copies.
+    """
+    if step.strategy == "fsdp":
+        return 0.0
+    count = models.student.total + (0 if step.stage == "extend" else models.teacher.total)
+    return count * (6.0 if step.strategy == "deepspeed_stage_3" else 4.0)
+
+
 def largest_micro_batch(models: Models, step: Step, most: int, usable_bytes: float) -> int:
     """The most sequences at a time, up to `most` of one GPU's share of a batch, that fit; 0 if one does not.
 

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from radlads.config.schema import Checkpointing, Stage
 from radlads.planning.machines import Machine
-from radlads.planning.memory import Models, Peak, Precision, Step, Strategy, largest_micro_batch, peak
+from radlads.planning.memory import Models, Peak, Precision, Step, Strategy, host_bytes, largest_micro_batch, peak
 from radlads.planning.speed import stage_hours
 
 # Fewer at a time leave a GPU idle between kernels
@@ -104,12 +104,17 @@ class Request:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A stage on a machine. largest: the most sequences at a time by recomputation, 0 where one does not fit."""
+    """A stage on a machine.
+
+    largest: the most sequences at a time by recomputation, 0 where one does not fit. host_bytes: what each process
+    takes of the host's memory while models are built.
+    """
 
     step: Step
     peak: Peak
     fits: bool
     largest: dict[Checkpointing, int]
+    host_bytes: float
     hours: float
 
 
@@ -120,7 +125,7 @@ def plan_stage(models: Models, measured: Models, request: Request) -> StagePlan:
     fullest = peak(models, step)
     recipe, machine = request.recipe, request.machine
     hours = stage_hours(models, measured, step, machine, batch=recipe.batch, total_tokens=recipe.total_tokens)
-    return StagePlan(step, fullest, fullest.total <= machine.gpu.usable_bytes, largest, hours)
+    return StagePlan(step, fullest, fullest.total <= machine.gpu.usable_bytes, largest, host_bytes(models, step), hours)
 
 
 def _choose(models: Models, request: Request) -> tuple[Step, dict[Checkpointing, int]]:
