@@ -272,11 +272,14 @@ def test_a_checkpoint_that_was_renamed_is_not_thrown_away(stopped):
     assert (renamed / "manifest.json").is_file()
 
 
-def test_a_named_checkpoint_may_go_on_with_another_learning_rate(stopped):
+def test_a_named_checkpoint_may_go_on_with_another_rate_or_compiled_otherwise(stopped):
     named = held(stopped)[-1]
-    chosen, console = first(stopped, str(named), **{"train.lr_init": 5e-4})
+    chosen, console = first(stopped, str(named), **{"train.lr_init": 5e-4, "train.compile": "never"})
     assert chosen == named
-    assert console.lines == ["from step-000004 on: train.lr_init is 0.001 there and 0.0005 here"]
+    assert console.lines == [
+        "from step-000004 on: train.compile is 'auto' there and 'never' here",
+        "from step-000004 on: train.lr_init is 0.001 there and 0.0005 here",
+    ]
     with pytest.raises(ValueError, match=r"different run \(sequences in a step is 2 there and 4 here\)"):
         first(stopped, str(named), **{"sequences in a step": 4})
 
