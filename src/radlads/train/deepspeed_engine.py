@@ -65,7 +65,7 @@ def check_engine(train: TrainConfig, processes: Processes) -> None:
 
 
 def check_recomputation(train: TrainConfig) -> None:
-    """Raise ValueError where blocks would be computed twice, with what stage 3 has made of that (docs/scaling.md)."""
+    """Raise ValueError where stage 3 would compute blocks twice, which it must not on GPUs (docs/scaling.md)."""
     if checkpointing_of(train) != "none":
         setting = "grad_cp 1" if train.grad_cp else f"activation_checkpointing {train.activation_checkpointing}"
         raise ValueError(

@@ -48,8 +48,8 @@ def out_of_memory(config: Config, device: torch.device, processes: Processes, *,
     if graphed:
         settings.append("train.cuda_graphs never")
     if uses_engine(train, processes):  # which refuses bf16-true, as fsdp does fp8
-        as_it_was = ["train.teacher_precision same"] if train.teacher_precision == "fp8" else []
-        settings.append(" and ".join(["train.strategy fsdp", "train.precision bf16-true", *recompute, *as_it_was]))
+        teacher = ["train.teacher_precision same"] if train.teacher_precision == "fp8" else []
+        settings.append(" and ".join(["train.strategy fsdp", "train.precision bf16-true", *recompute, *teacher]))
     elif train.precision != "bf16-true":
         settings.append("train.precision bf16-true")
     size = torch.cuda.get_device_properties(device).total_memory / 1e9
