@@ -57,6 +57,7 @@ def test_gradients_of_a_tenth_of_the_memory_are_small(student, memory):
 def test_what_the_host_counts_is_not_recorded(student, memory):
     assert not records(student, "distill", mask_labels_at_eos=1)
     assert records(student, "align", mask_labels_at_eos=1)
+    assert not records(student, "align", reset_state_at_eos=1)
 
 
 def test_blocks_that_are_not_compiled_are_recorded_on_request(student, memory):

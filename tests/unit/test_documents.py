@@ -14,7 +14,8 @@ from radlads.convert.student import build_student, build_teacher
 from radlads.data.binidx import BinIdxReader, BinIdxWriter
 from radlads.distill.documents import UNCOUNTED, document_ends, documents, rows_without_first_tokens
 from radlads.distill.logits import build_stage
-from radlads.train import fit
+from radlads.model import modeling
+from radlads.train import fit, hardware
 
 END = 256
 MIX = {"train.teacher.hf_path": "named", "train.teacher.kl_weight": 0.25, "train.teacher.ce_weight": 0.75}
@@ -213,6 +214,18 @@ def test_accumulating_unequal_counts_is_one_large_batch(teacher, corpus, tmp_pat
     one, _ = run(teacher, corpus, tmp_path / "1x8", micro_bsz=1, accumulate_grad_batches=8, **keys)
     eight, _ = run(teacher, corpus, tmp_path / "8x1", micro_bsz=8, accumulate_grad_batches=1, **keys)
     assert one == pytest.approx(eight, rel=1e-5)
+
+
+def test_documents_are_never_compiled(teacher, corpus, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(modeling, "_compiled", lambda function, backend: asked.append(backend) or function)
+    monkeypatch.setattr(hardware, "has_triton", lambda device: True)
+    compiles = hardware.compiles
+    monkeypatch.setattr(fit, "compiles", lambda train, device, *rest: compiles(train, torch.device("cuda"), *rest))
+    run(teacher, corpus, tmp_path / "documents", reset_state_at_eos=1, my_exit_tokens=64)
+    assert not asked
+    run(teacher, corpus, tmp_path / "rows", mask_labels_at_eos=1, my_exit_tokens=64)
+    assert asked
 
 
 @pytest.mark.parametrize(

@@ -231,7 +231,7 @@ _PRECISION_NOTES = {
 _NOTES_OF_DEEPSPEED = "bf16 weights and gradients, and fp32 weights and moments in its optimiser"
 _STRATEGY_NOTES = {
     "ddp": "ddp: all is replicated, as on one GPU",
-    "fsdp": "fsdp: all is sharded, the teacher too; blocks, embedding, heads are whole in turn; two GPUs: within 6 %",
+    "fsdp": "fsdp: all is sharded, the teacher too; blocks, embedding, heads are whole in turn; two GPUs: within 8 %",
     "deepspeed_stage_1": f"deepspeed: {_NOTES_OF_DEEPSPEED}, which is sharded; not measured",
     "deepspeed_stage_2": f"deepspeed: {_NOTES_OF_DEEPSPEED}; optimiser and gradients are sharded; not measured",
     "deepspeed_stage_3": f"deepspeed: {_NOTES_OF_DEEPSPEED}; all is sharded, the teacher too; not measured\n"

@@ -224,11 +224,13 @@ def _align_moments(models: Models, step: Step) -> Iterator[Moment]:
     done = sum(trained) - trained[last] - (trained[0] if held else 0)
     copies = _rounded_weights(trained[last] * (2 if held else 1), step)
     gathered = 2 * models.teacher.largest_block + 2 * max(trained)
+    # An allowance, not a count: 0.5B's peak, gathered in fp32, had as much more (docs/planning.md)
+    backwards = gathered + (models.teacher.embedding if step.wide else 0)
     kept = step.tokens * (own + held + backward) + copies
-    yield Moment("last layer backward", earlier or done, kept, gathered=gathered)
+    yield Moment("last layer backward", earlier or done, kept, gathered=backwards)
     if held:
         done = sum(trained) - trained[0]
-        yield Moment("first layer backward", earlier or done, step.tokens * (held + backward), gathered=gathered)
+        yield Moment("first layer backward", earlier or done, step.tokens * (held + backward), gathered=backwards)
     yield Moment("update", sum(trained), 0.0)
     kept = step.tokens * (held + activations.teacher_forward(models.shape.teacher))
     yield Moment("teacher", earlier, kept, gathered=gathered + models.teacher.embedding)

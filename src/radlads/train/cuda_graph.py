@@ -20,7 +20,7 @@ def records_graph(train: TrainConfig, stage: Stage, student: RadladsForCausalLM,
     if train.cuda_graphs != "auto":
         return train.cuda_graphs == "always"
     # A user's own mixer may wait for the device, which a graph cannot record; so does counting labels in every batch
-    counts_labels = train.mask_labels_at_eos and stage.name != "align"
+    counts_labels = train.reset_state_at_eos or (train.mask_labels_at_eos and stage.name != "align")
     if not compiled or not is_registered(student.config) or counts_labels:
         return False
     if stage.name == "align":
