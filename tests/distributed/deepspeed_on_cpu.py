@@ -15,7 +15,6 @@ def allow_cpus() -> None:
     import deepspeed
 
     deepspeed_engine.check_device = lambda train, device: None
-    deepspeed_engine.check_recomputation = lambda train: None  # which follows one process's on CPUs
     deepspeed_engine.ZeroStrategy.setup_environment = DDPStrategy.setup_environment
     deepspeed_engine.ZeroStrategy.setup_distributed = setup_distributed
     initialize = deepspeed.initialize

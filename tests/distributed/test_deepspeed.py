@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tiny import stage_config
 from tolerances import TRAJECTORY_MAX, TRAJECTORY_MEAN
 
+from radlads.train import partitions
 from radlads.train.deepspeed_engine import check_engine, uses_engine
 from radlads.train.processes import ALONE, Processes
 
@@ -114,6 +115,33 @@ def test_the_curves_are_one_processs(folder, name, strategy):
 
 
 @needs_deepspeed
+@pytest.mark.slow
+def test_compiled_and_recomputed_parts_make_the_same_curve(folder, teacher):
+    settings = {"compile": "always", "activation_checkpointing": "full"}
+    by_zero(folder, [entry(folder, teacher, "distill", "deepspeed_stage_3", "compiled", **settings)])
+    assert max(drift(folder, "one-distill", "compiled")) < TRAJECTORY_MAX
+    assert curve(folder, "compiled") != curve(folder, "deepspeed_stage_3-distill"), "nothing was compiled"
+
+
+@needs_deepspeed
+def test_graphs_have_torchs_linear(monkeypatch):
+    """In those of torch 2.11 the gradients of DeepSpeed's are zero, which on this torch they may not be."""
+    monkeypatch.setattr(torch.nn.functional, "linear", partitions._linear)
+    layer, graphs = torch.nn.Linear(2, 2), []
+    x = torch.ones(3, 2)
+
+    def backend(graph, inputs):
+        graphs.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    eager = torch.autograd.grad(layer(x).sum(), layer.weight)
+    assert type(layer(x).grad_fn).__name__ == "LinearFunctionForZeroStage3Backward"
+    compiled = torch.autograd.grad(torch.compile(layer, backend=backend)(x).sum(), layer.weight)
+    assert graphs == [torch._C._nn.linear]
+    assert compiled[0].equal(eager[0])
+
+
+@needs_deepspeed
 def test_measurements_in_between_are_one_processs(folder):
     expected, found = (
         np.loadtxt(folder / f"{strategy}-distill-measured/heldout.csv", delimiter=",", skiprows=1)
@@ -191,25 +219,12 @@ GPUS = Processes(0, 2, torch.device("cuda", 0))
         ({"spike_factor": 3.0}, "spike_factor .*set ddp or fsdp"),
         ({"optimizer": "muon"}, "optimizer muon .*set ddp"),
         ({"strategy": "deepspeed_stage_3", "teacher_precision": "fp8"}, "fp8 .*set deepspeed_stage_2"),
-        ({"strategy": "deepspeed_stage_3", "compile": "always"}, "compile always .*set train.compile auto, or train"),
-        ({"strategy": "deepspeed_stage_3", "grad_cp": 1}, "grad_cp 1 .*grad_cp 0 and .* none, or train.strategy"),
-        ({"strategy": "deepspeed_stage_3", "activation_checkpointing": "selective"}, "checkpointing selective "),
     ],
 )
 def test_what_the_engine_cannot_do_is_refused(tmp_path, settings, message):
     train = replace(stage_config(tmp_path, "distill").train, **{"strategy": "deepspeed_stage_2"} | settings)
     with pytest.raises(ValueError, match=message):
         check_engine(train, GPUS)
-
-
-def test_what_means_nothing_to_a_stage_is_not_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    train = stage_config(tmp_path, "align").train
-    for settings in (
-        {"strategy": "deepspeed_stage_3", "grad_cp": 1},
-        {"strategy": "deepspeed_stage_2", "compile": "always"},
-    ):
-        check_engine(replace(train, **settings), GPUS)
 
 
 def test_a_cpu_and_a_missing_package_are_refused(tmp_path, monkeypatch):

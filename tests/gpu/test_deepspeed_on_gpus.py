@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
 ]
 STAGES = {"align": {}, "distill": {"micro_bsz": 2, "accumulate_grad_batches": 2}}
-ZERO_3 = "deepspeed_stage_3"  # whose blocks `auto` leaves alone
+ZERO_3 = "deepspeed_stage_3"
 # Every pair of two is there; a start takes most of a run's time
 CASES = [
     ("align", "fp32", "deepspeed_stage_1"),
@@ -32,6 +32,7 @@ CASES = [
     ("distill", "bf16", ZERO_3),
 ]
 ONE_CASE = ("distill", "bf16", "deepspeed_stage_2")
+COMPILED = [ONE_CASE, ("distill", "fp32", ZERO_3), ("distill", "bf16", ZERO_3)]
 STOPPED = {"stopped": {}, "fused-stopped": {"optimizer": "dsfusedadamw"}}
 
 
@@ -46,7 +47,7 @@ def ran(teacher, tmp_path_factory):
     """The folder of all runs, and what the two processes said where those that were stopped went on."""
     folder = stages.corpus(tmp_path_factory.mktemp("zero"))
     run(folder, [entry(folder, teacher, name, precision, "one") for name in STAGES for precision in DTYPES])
-    entries = [entry(folder, teacher, *case, compile="auto" if case[-1] == ZERO_3 else "never") for case in CASES]
+    entries = [entry(folder, teacher, *case) for case in CASES]
     entries.append(entry(folder, teacher, *ONE_CASE, "fused", optimizer="dsfusedadamw"))
     resumed = [entry(folder, teacher, *ONE_CASE, called, **settings) for called, settings in STOPPED.items()]
     entries += [each | {"stop": [1, 6], "goes_on": each is not resumed[-1]} for each in resumed]
@@ -88,9 +89,16 @@ def test_deepspeeds_adam_makes_adams_steps(folder):
     assert_alike(folder, "distill-bf16-one", "fused", torch.bfloat16)
 
 
-def test_blocks_are_compiled_and_recomputed(folder, teacher):
-    """Under stage 2; stage 3 does neither."""
+@pytest.fixture(scope="module")
+def compiled(folder, teacher):
+    """The same folder, with runs whose blocks are compiled and recomputed: compiled-NAME-PRECISION-STRATEGY."""
     settings = {"compile": "always", "activation_checkpointing": "full"}
-    run(folder, [entry(folder, teacher, *ONE_CASE, "compiled", **settings)])
-    assert_alike(folder, "distill-bf16-one", "compiled", torch.bfloat16)
-    assert curve(folder, "compiled") != curve(folder, "-".join(ONE_CASE)), "nothing was compiled"
+    run(folder, [entry(folder, teacher, *case, "-".join(("compiled", *case)), **settings) for case in COMPILED])
+    return folder
+
+
+@pytest.mark.parametrize(("name", "precision", "strategy"), COMPILED)
+def test_blocks_are_compiled_and_recomputed(compiled, name, precision, strategy):
+    found = f"compiled-{name}-{precision}-{strategy}"
+    assert_alike(compiled, f"{name}-{precision}-one", found, DTYPES[precision])
+    assert curve(compiled, found) != curve(compiled, f"{name}-{precision}-{strategy}"), "nothing was compiled"

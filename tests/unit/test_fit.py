@@ -25,7 +25,7 @@ from radlads.train import fit, hardware
 from radlads.train.fit import run_stage
 from radlads.train.hardware import resolve_precision
 from radlads.train.lightning_module import StageModule
-from radlads.train.processes import ALONE, Processes
+from radlads.train.processes import Processes
 
 PAIR = Processes(0, 2)
 
@@ -291,7 +291,6 @@ def test_compiling_always_compiles_while_the_stage_runs(teacher, corpus_folder, 
     ("stage", "settings", "advice"),
     [
         ("deepspeed_stage_2", {}, "{full} or train.strategy fsdp and {bf16} and {full}"),
-        ("deepspeed_stage_3", {}, "train.strategy fsdp and {bf16} and {full}"),
         ("deepspeed_stage_3", {"attention_distillation_stage": 1}, "train.strategy fsdp and {bf16}"),
         ("deepspeed_stage_2", {"grad_cp": 1, "teacher_precision": "fp8"}, "train.strategy fsdp and {bf16} and {same}"),
     ],
@@ -310,11 +309,9 @@ def test_auto_compiles_on_cuda_with_triton_alone(tmp_path, monkeypatch):
     cuda, train = torch.device("cuda"), tiny.stage_config(tmp_path, "distill", **{"train.compile": "auto"}).train
     for triton in (True, False):
         monkeypatch.setattr(hardware, "has_triton", lambda device, triton=triton: triton)
-        assert hardware.compiles(train, cuda, ALONE) is triton
-        assert hardware.compiles(replace(train, strategy="deepspeed_stage_2"), cuda, PAIR) is triton
-        assert not hardware.compiles(replace(train, strategy="deepspeed_stage_3"), cuda, PAIR)
-        assert not hardware.compiles(replace(train, reset_state_at_eos=1), cuda, ALONE)
-        assert not hardware.compiles(train, torch.device("cpu"), ALONE)
+        assert hardware.compiles(train, cuda) is triton
+        assert not hardware.compiles(replace(train, reset_state_at_eos=1), cuda)
+        assert not hardware.compiles(train, torch.device("cpu"))
 
 
 def test_a_gpu_without_bf16_is_refused_and_auto_goes_around_it(tmp_path, monkeypatch):

@@ -188,10 +188,10 @@ class TrainConfig:
     """1 = activation_checkpointing full, under the released system's name."""
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     """What the backward pass recomputes to save memory: none; selective = time mixers; full = whole blocks, about a
-    third more time; auto = as grad_cp says. No effect in the align stage; refused under deepspeed_stage_3."""
+    third more time; auto = as grad_cp says. No effect in the align stage."""
     compile: Literal["auto", "always", "never"] = "auto"
     """Run the blocks through torch.compile; auto = on CUDA with Triton, but never with reset_state_at_eos (too many
-    lengths) or under deepspeed_stage_3, which refuse the value always."""
+    lengths), which refuses the value always."""
     cuda_graphs: Literal["auto", "always", "never"] = "auto"
     """Record a batch's forward and backward pass as a CUDA graph, which takes the host next to nothing to run; auto =
     where our own mixers are compiled, and the stage aligns or gradients take a tenth of the GPU's memory at most. Never

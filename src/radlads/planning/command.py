@@ -234,6 +234,5 @@ _STRATEGY_NOTES = {
     "fsdp": "fsdp: all is sharded, the teacher too; blocks, embedding, heads are whole in turn; two GPUs: within 8 %",
     "deepspeed_stage_1": f"deepspeed: {_NOTES_OF_DEEPSPEED}, which is sharded; not measured",
     "deepspeed_stage_2": f"deepspeed: {_NOTES_OF_DEEPSPEED}; optimiser and gradients are sharded; not measured",
-    "deepspeed_stage_3": f"deepspeed: {_NOTES_OF_DEEPSPEED}; all is sharded, the teacher too; not measured\n"
-    "  deepspeed_stage_3: blocks are not compiled, which takes more memory and time than is counted",
+    "deepspeed_stage_3": f"deepspeed: {_NOTES_OF_DEEPSPEED}; all is sharded, the teacher too; not measured",
 }

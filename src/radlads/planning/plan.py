@@ -75,9 +75,6 @@ class Request:
         """Why training would not have the strategy with these settings; empty where it would."""
         if strategy in ("fsdp", "deepspeed_stage_3") and self.teacher_precision == "fp8" and self.stage != "extend":
             return f"{strategy} has no fp8 teacher, whose matrices are rounded whole: leave out --teacher-precision"
-        recomputes = self.stage != "align" and self.checkpointing in ("selective", "full")
-        if strategy == "deepspeed_stage_3" and recomputes:
-            return "deepspeed_stage_3 recomputes nothing: leave out --checkpointing, or choose fsdp"
         if strategy.startswith("deepspeed") and self.precision == "bf16-true":
             return f"{strategy} has no bf16-true, as it keeps fp32 weights: add --precision bf16"
         return ""
@@ -155,13 +152,13 @@ def largest_micro_batches(models: Models, request: Request, strategy: Strategy) 
     usable = request.machine.gpu.usable_bytes
     return {
         kind: largest_micro_batch(models, request.step(strategy, kind, 1), request.share, usable)
-        for kind in _kinds(request.stage, strategy)
+        for kind in _kinds(request.stage)
     }
 
 
-def _kinds(stage: Stage, strategy: Strategy) -> tuple[Checkpointing, ...]:
-    # Aligning holds one layer's graph at a time and recomputes nothing; nor does ZeRO-3 (docs/scaling.md)
-    return ("none",) if stage == "align" or strategy == "deepspeed_stage_3" else get_args(Checkpointing)
+def _kinds(stage: Stage) -> tuple[Checkpointing, ...]:
+    # Aligning holds one layer's graph at a time and recomputes nothing
+    return ("none",) if stage == "align" else get_args(Checkpointing)
 
 
 def _wanted_kinds(request: Request, largest: dict[Checkpointing, int]) -> list[Checkpointing]:

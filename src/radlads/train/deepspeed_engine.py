@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from radlads.checkpoint.weights import PrefixedWeights, StoredWeights, TensorInfo
-from radlads.config.schema import TrainConfig, checkpointing_of
+from radlads.config.schema import TrainConfig
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.whole_parameters import whole_shape
 from radlads.train.processes import Processes
@@ -41,36 +41,21 @@ def check_engine(train: TrainConfig, processes: Processes) -> None:
     """Raise ValueError for what DeepSpeed cannot do, and where it is not installed or there is no GPU."""
     assert processes.device is not None
     check_device(train, processes.device)
-    in_parts = is_partitioned(train, processes)
-    fp8 = in_parts and train.teacher_precision == "fp8"
-    compiled = in_parts and train.compile == "always"
+    fp8 = is_partitioned(train, processes) and train.teacher_precision == "fp8"
     refused = {
         "train.reset_state_at_eos 1": (train.reset_state_at_eos, "cuts rows into more sequences on some", "ddp"),
         "train.precision bf16-true": (train.precision == "bf16-true", "keeps bf16 weights alone", "fsdp"),
         "train.spike_factor": (train.spike_factor, "leaves steps out", "ddp or fsdp"),
         "train.teacher_precision fp8": (fp8, "needs whole matrices to round", "deepspeed_stage_2"),
-        "train.compile always": (compiled, "compiles blocks", "train.compile auto, or train.strategy fsdp"),
         f"train.optimizer {train.optimizer}": (train.optimizer not in OPTIMIZERS, "is none of AdamW's kind", "ddp"),
     }
     for setting, (is_set, why, instead) in refused.items():
         if is_set:
             raise ValueError(f"{setting} {why}, which train.strategy {train.strategy} does not: set {instead}")
-    if in_parts:
-        check_recomputation(train)
     if importlib.util.find_spec("deepspeed") is None:
         raise ValueError(
             f"train.strategy {train.strategy} needs DeepSpeed, which is not installed: pip install "
             "'radlads[deepspeed]', or set ddp or fsdp"
-        )
-
-
-def check_recomputation(train: TrainConfig) -> None:
-    """Raise ValueError where stage 3 would compute blocks twice, which it must not on GPUs (docs/scaling.md)."""
-    if checkpointing_of(train) != "none":
-        setting = "grad_cp 1" if train.grad_cp else f"activation_checkpointing {train.activation_checkpointing}"
-        raise ValueError(
-            f"train.{setting} computes blocks twice, which train.strategy {train.strategy} does not: set "
-            "train.grad_cp 0 and train.activation_checkpointing none, or train.strategy fsdp"
         )
 
 

@@ -182,7 +182,7 @@ def _train(trainer: L.Trainer, module: StageModule, batches: DataLoader, config:
     train, device = config.train, trainer.strategy.root_device
     teacher, models, in_shards = module.teacher, [module.student], is_sharded(module.student)
     by_engine = isinstance(trainer.strategy, ZeroStrategy)
-    compiled = compiles(train, device, module.processes)
+    compiled = compiles(train, device)
     module.student.set_activation_checkpointing(checkpointing_of(train))
     module.student.train()
     try:

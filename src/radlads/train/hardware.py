@@ -4,7 +4,7 @@ import torch
 
 from radlads.config.schema import Config, TrainConfig, checkpointing_of, stage_of
 from radlads.model.modeling import has_triton
-from radlads.train.deepspeed_engine import is_partitioned, uses_engine
+from radlads.train.deepspeed_engine import uses_engine
 from radlads.train.processes import Processes
 
 _OLDEST_BF16_CAPABILITY = (8, 0)
@@ -30,10 +30,10 @@ def check_hardware(train: TrainConfig) -> tuple[str, str]:
     return accelerator, precision
 
 
-def compiles(train: TrainConfig, device: torch.device, processes: Processes) -> bool:
+def compiles(train: TrainConfig, device: torch.device) -> bool:
     """Whether train.compile means to compile on `device`; "auto" is on CUDA where Triton runs."""
-    # Documents are of so many lengths that graphs of theirs would never be used again; for ZeRO-3, see docs/scaling.md
-    if train.reset_state_at_eos or is_partitioned(train, processes):
+    # Documents are of so many lengths that graphs of theirs would never be used again
+    if train.reset_state_at_eos:
         return False
     return train.compile == "always" or (train.compile == "auto" and device.type == "cuda" and has_triton(device))
 
@@ -44,7 +44,7 @@ def out_of_memory(config: Config, device: torch.device, processes: Processes, *,
     remedies = [f"train.micro_bsz (now {train.micro_bsz}, with train.accumulate_grad_batches to make up for it)"]
     remedies.append(f"model.ctx_len (now {config.model.ctx_len})")
     recompute = [] if stage_of(train) == "align" or checkpointing == "full" else ["train.activation_checkpointing full"]
-    settings = [] if is_partitioned(train, processes) else list(recompute)
+    settings = list(recompute)
     if graphed:
         settings.append("train.cuda_graphs never")
     if uses_engine(train, processes):  # which refuses bf16-true, as fsdp does fp8

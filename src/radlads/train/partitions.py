@@ -19,7 +19,7 @@ from radlads.model.whole_parameters import Turns, turns_of
 from radlads.train.deepspeed_engine import DeepSpeedUpdates, ZeroStrategy
 from radlads.train.step import GradientNorms
 
-_LINEAR = F.linear  # zero.Init replaces it for the whole process
+_LINEAR = F.linear  # _linear takes its place for the whole process
 
 
 class PartitionedStrategy(ZeroStrategy):
@@ -117,15 +117,27 @@ def partition(model: RadladsForCausalLM, config: Mapping[str, Any]) -> None:
     """Leave the process its part of each of the model's parameters, on its device, and gather them in turns.
 
     One parameter after another comes to the device whole. All processes have to call it. From now on linear layers of
-    this process keep the parameter itself for the backward pass, not a view that would stay whole.
+    this process are DeepSpeed's (`_linear`).
     """
     from deepspeed import zero
 
     (dtype,) = {parameter.dtype for parameter in model.parameters()}
     zero.Init(module=_parameters_alone(model), config_dict_or_path=config, dtype=dtype)
+    F.linear = _linear
     mixers = [block.self_attn for block in model.model.layers if isinstance(block, Block)]
     called = [model.model.embed_tokens, *model.model.layers, model.model.norm, model.lm_head]
     Turns(called, mixers, zero.GatheredParameters)
+
+
+def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """DeepSpeed's F.linear, which keeps the parameter itself for the backward pass, not a view that would stay whole.
+
+    torch.compile gets torch's own, since its graphs keep parameters anyway, and under torch 2.11 the gradients of
+    weights in graphs of DeepSpeed's are zero.
+    """
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    return _LINEAR(input, weight, bias) if torch.compiler.is_compiling() else zero3_linear_wrap(input, weight, bias)
 
 
 def _partitioned_copy(model: RadladsForCausalLM, dtype: torch.dtype, config: Mapping[str, Any]) -> RadladsForCausalLM:
