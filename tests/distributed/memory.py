@@ -1,7 +1,7 @@
-"""A program for tests: `memory.py FOLDER` builds the student of FOLDER/teacher in shards over two processes.
+"""A program for tests: `memory.py FOLDER STRATEGY` builds the student of FOLDER/teacher over two processes.
 
-It is saved as FOLDER/saved; FOLDER/memory-RANK.json says what each process held at most, in bytes over what it held
-before.
+It is saved as FOLDER/STRATEGY; FOLDER/STRATEGY-RANK.json says what each process held at most, in bytes over what it
+held before, and what a model in FSDP2's shards computes.
 """
 
 import json
@@ -22,7 +22,7 @@ from radlads.convert.hf_source import open_teacher
 from radlads.convert.student import student_blueprint
 from radlads.train.placement import build_models
 from radlads.train.processes import joined
-from radlads.train.sharding import settle
+from radlads.train.sharding import is_sharded, settle
 
 SHARD_BYTES = 50_000_000
 
@@ -68,26 +68,31 @@ class Most:
         self._thread.join()
 
 
-def main(folder: Path) -> None:
-    keys = stages.keys(folder, folder / "teacher", "distill", "unused", strategy="fsdp")
+def main(folder: Path, strategy: str) -> None:
+    keys = stages.keys(folder, folder / "teacher", "distill", "unused", strategy=strategy)
+    if strategy != "fsdp":
+        import deepspeed_on_cpu
+
+        deepspeed_on_cpu.allow_cpus()
     config = load_config([], keys)
     with joined(config.train) as processes:
         blueprint = student_blueprint(open_teacher(folder / "teacher"), config.model)
         with Most() as building:
             student = build_models(config, blueprint, None, processes).student
-        settle(student)
-        tokens = torch.arange(64).view(2, 32)
-        with torch.no_grad():
-            logits = student(tokens, use_cache=False).logits
+        logits = []
+        if is_sharded(student):
+            settle(student)
+            with torch.no_grad():
+                logits = student(torch.arange(64).view(2, 32), use_cache=False).logits[0, -1, :8].tolist()
         with Most() as saving:
             if processes.is_first:
-                (folder / "saved").mkdir()
-                save_model(student, folder / "saved", shard_bytes=SHARD_BYTES)
+                (folder / strategy).mkdir()
+                save_model(student, folder / strategy, shard_bytes=SHARD_BYTES)
             else:
                 take_part_in_saving(student, shard_bytes=SHARD_BYTES)
-        found = {"building": building.num_bytes, "saving": saving.num_bytes, "logits": logits[0, -1, :8].tolist()}
-        (folder / f"memory-{processes.rank}.json").write_text(json.dumps(found))
+        found = {"building": building.num_bytes, "saving": saving.num_bytes, "logits": logits}
+        (folder / f"{strategy}-{processes.rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

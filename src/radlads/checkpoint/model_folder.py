@@ -88,15 +88,24 @@ def open_checked(folder: Path) -> StoredModel:
     return open_model(folder)
 
 
-def unfilled_model(config: RadladsConfig, dtype: torch.dtype) -> RadladsForCausalLM:
-    """A model whose parameters are yet to be filled, all of them: initial values would take minutes, in fp32."""
-    if not is_registered(config):  # a user's own mixer may have more than parameters
+def unfilled_model(config: RadladsConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> RadladsForCausalLM:
+    """A model on `device` whose parameters are yet to be filled, all of them."""
+    model = unplaced_model(config, dtype)
+    if model.device.type != "meta":
+        return model.to(device)  # type: ignore[arg-type]
+    model.to_empty(device=device)
+    model.tie_weights()
+    return model
+
+
+def unplaced_model(config: RadladsConfig, dtype: torch.dtype) -> RadladsForCausalLM:
+    """A model on the meta device, as initial values would take minutes. One with a user's own mixer, which may have
+    buffers, is on the CPU and has them."""
+    if not is_registered(config):
         return RadladsForCausalLM(config).to(dtype)  # type: ignore[arg-type]
     with torch.device("meta"):
-        model = RadladsForCausalLM(config)
-    assert not list(model.buffers()), "to_empty would lose their values"
-    model.to(dtype).to_empty(device="cpu")  # type: ignore[arg-type]
-    model.tie_weights()
+        model = RadladsForCausalLM(config).to(dtype)  # type: ignore[arg-type]
+    assert not list(model.buffers()), "their values would be lost"
     return model
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from radlads.checkpoint.atomic import read_json
@@ -257,10 +258,12 @@ def own_part(parameter: torch.Tensor) -> torch.Tensor:
 
 def own_rows(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
     """The rows of `whole` that this process holds where `parameter` is sharded; all of them where it is not."""
-    if not isinstance(parameter, DTensor):
-        return whole
-    chunks = whole.chunk(parameter.device_mesh.size())
-    rank = parameter.device_mesh.get_local_rank()
+    return rows_of(whole, parameter.device_mesh) if isinstance(parameter, DTensor) else whole
+
+
+def rows_of(whole: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+    """This process's of as many groups of rows as the mesh has processes, as torch's Shard(0) cuts them."""
+    chunks, rank = whole.chunk(mesh.size()), mesh.get_local_rank()
     return chunks[rank] if rank < len(chunks) else whole[:0]
 
 

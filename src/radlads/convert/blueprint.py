@@ -24,9 +24,11 @@ class Blueprint:
     config: RadladsConfig
     fill: Callable[[RadladsForCausalLM], Counter]
 
-    def build(self, *, dtype: torch.dtype = torch.float32) -> tuple[RadladsForCausalLM, Counter]:
-        """The model on the CPU, and what fill returned."""
-        model = unfilled_model(self.config, dtype)
+    def build(
+        self, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> tuple[RadladsForCausalLM, Counter]:
+        """The model, whole, and what fill returned. On another device than the CPU, that has a tensor at a time."""
+        model = unfilled_model(self.config, dtype, device)
         return model, self.fill(model)
 
 

@@ -139,14 +139,14 @@ def _stage_lines(planned: _Planned, price: float | None) -> Iterator[str]:
     most = ", ".join(_most(kind, number, request.share) for kind, number in plan.largest.items())
     yield f"  largest micro-batch: {most}"
     if plan.host_bytes:
-        yield f"  host memory: {_host_memory(plan.host_bytes, request.machine.num_gpus)} until models are on their GPU"
+        yield f"  host memory for models: {_host_memory(plan.host_bytes, request.machine.num_gpus)}"
     if plan.fits:
         yield f"  {_cost(plan.hours, request.machine, price)}"
 
 
 def _host_memory(size: float, processes: int) -> str:
     one = f"{size / 1e9:.1f} GB"
-    return one if processes == 1 else f"{one} for each GPU's process, {processes * size / 1e9:.0f} GB in all,"
+    return one if processes == 1 else f"{one} for each GPU's process, {processes * size / 1e9:.0f} GB in all"
 
 
 def _most(kind: str, number: int, share: int) -> str:

@@ -143,14 +143,13 @@ def _at(moment: Moment, always: dict[str, float], models: Models, step: Step) ->
 
 
 def host_bytes(models: Models, step: Step) -> float:
-    """What each process takes of its host's memory until the models are on its GPU: both, in fp32.
-
-    Under fsdp parameters go there one after another, which counts as nothing; DeepSpeed's stage 3 makes bf16 copies.
-    """
-    if step.strategy == "fsdp":
-        return 0.0
-    count = models.student.total + (0 if step.stage == "extend" else models.teacher.total)
-    return count * (6.0 if step.strategy == "deepspeed_stage_3" else 4.0)
+    """What each process takes of its host's memory: a teacher in fp32 until it is rounded to 8 bits, and under
+    DeepSpeed its rows of what does not train, in fp32. Parameters on their way to the GPU count as nothing."""
+    rounds = step.teacher_precision == "fp8" and step.stage != "extend"
+    found = 4.0 * models.teacher.total if rounds else 0.0
+    if step.strategy.startswith("deepspeed") and step.stage == "align":
+        found += 4.0 * (models.student.total - sum(models.student.mixers)) / step.num_gpus
+    return found
 
 
 def largest_micro_batch(models: Models, step: Step, most: int, usable_bytes: float) -> int:

@@ -104,7 +104,7 @@ class StagePlan:
     """A stage on a machine.
 
     largest: the most sequences at a time by recomputation, 0 where one does not fit. host_bytes: what each process
-    takes of the host's memory while models are built.
+    takes of the host's memory for models.
     """
 
     step: Step

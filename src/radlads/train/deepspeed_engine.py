@@ -12,14 +12,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch.distributed.device_mesh import init_device_mesh
 
-from radlads.checkpoint.weights import PrefixedWeights, StoredWeights, TensorInfo
+from radlads.checkpoint.weights import PrefixedWeights, StoredWeights, TensorInfo, rows_of
 from radlads.config.schema import TrainConfig
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.whole_parameters import whole_shape
 from radlads.train.processes import Processes
+from radlads.train.rows import HostRows, gathered, in_rows, is_in_rows, replace_parameters
 from radlads.train.snapshots import Held
 from radlads.train.step import GradientNorms
 from radlads.train.updates import trained_parameters
@@ -102,19 +105,23 @@ class ZeroStrategy(DeepSpeedStrategy):
         )
 
     def init_deepspeed(self) -> None:
-        """Make the engine of a student in fp32 on the CPU, which is on the device from then on."""
+        """Make the engine of a student in rows, which is whole from then on, as its teacher is."""
         module = self.lightning_module
         assert module is not None
         student: RadladsForCausalLM = module.student  # type: ignore[assignment]
-        weights = {name: parameter.data for name, parameter in student.named_parameters()}
-        self.place(module, engine_dtype(self.precision_plugin.precision))
+        assert is_in_rows(student), "placement.build_models has not made it"
+        rows = dict(student.named_parameters())
+        for model in (student, module.teacher):
+            if model is not None and is_in_rows(model):  # type: ignore[arg-type]  # not a teacher in 8 bits
+                self.place(model, engine_dtype(self.precision_plugin.precision))  # type: ignore[arg-type]
         super().init_deepspeed()
         updates: DeepSpeedUpdates = module.updates  # type: ignore[assignment]
-        updates.begin(self.deepspeed_engine, weights)
+        updates.begin(self.deepspeed_engine, rows)
 
-    def place(self, module: LightningModule, dtype: torch.dtype) -> None:
-        """Bring the StageModule's student to the device, in `dtype`."""
-        module.student.to(self.root_device, dtype)
+    def place(self, model: RadladsForCausalLM, dtype: torch.dtype) -> None:
+        """Make the engine's parameters of a model's rows, on the device and in `dtype`."""
+        replace_parameters(model, lambda _, parameter: torch.nn.Parameter(gathered(parameter).to(dtype)))
+        model.to(self.root_device, dtype)  # type: ignore[arg-type]  # its buffers
 
     def training_step(self, *args: Any, **kwargs: Any) -> None:
         """The module's own: engine.forward would follow one output through one backward pass."""
@@ -124,7 +131,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             module.training_step(*args, **kwargs)
 
     def on_train_end(self) -> None:
-        """Leave the student in fp32 on the CPU, as it was."""
+        """Leave the student in rows, as it was."""
         module = self.lightning_module
         assert module is not None
         updates: DeepSpeedUpdates = module.updates  # type: ignore[assignment]
@@ -137,15 +144,16 @@ class DeepSpeedUpdates:
     def __init__(self, student: RadladsForCausalLM):
         self._student = student
         self.own_parts: Mapping[str, torch.nn.Parameter] = trained_parameters(student)
-        self._frozen: dict[str, torch.Tensor] = {}
+        self._frozen: dict[str, HostRows] = {}
         self._engine: Any = None
 
-    def begin(self, engine: Any, weights: dict[str, torch.Tensor]) -> None:
-        """Take the engine, which has made its fp32 weights of rounded ones, and give it `weights`, the student's."""
+    def begin(self, engine: Any, rows: dict[str, torch.nn.Parameter]) -> None:
+        """Take the engine, which has made its fp32 weights of rounded ones, and give it those of `rows`, the student's
+        before."""
         self._engine = engine
         for name, parameter in self.own_parts.items():
-            self.set_weight(parameter, weights.pop(name))
-        self._frozen = weights
+            self.set_weight(parameter, gathered(rows.pop(name)))
+        self._frozen = {name: HostRows(parameter) for name, parameter in rows.items()}
 
     def begin_last(self) -> None:
         """See Updates."""
@@ -168,10 +176,17 @@ class DeepSpeedUpdates:
         self._engine.optimizer.destroy()
 
     def give_back(self) -> None:
-        """Put the fp32 weights into the student, on the CPU, and let the engine go."""
+        """Put the fp32 weights into the student, in rows, and let the engine go."""
         weights = FullWeights(self._student, self.own_parts, self._frozen)
-        for name, parameter in self._student.named_parameters():
-            parameter.data = weights[name]
+        device = self._student.device
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+
+        def rows(name: str, parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+            whole = weights[name]
+            own = rows_of(whole, mesh) if whole.ndim else whole
+            return in_rows(own.to(device, copy=True), whole.shape, mesh)
+
+        replace_parameters(self._student, rows)
         self.let_go()
 
     def held(self) -> Held:
@@ -248,7 +263,7 @@ class FullWeights(StoredWeights):
     """A student's fp32 weights by name, on the CPU; all processes have to ask for each, in the same order."""
 
     def __init__(
-        self, student: RadladsForCausalLM, own: Mapping[str, torch.nn.Parameter], frozen: Mapping[str, torch.Tensor]
+        self, student: RadladsForCausalLM, own: Mapping[str, torch.nn.Parameter], frozen: Mapping[str, HostRows]
     ):
         self._names = [name for name, _ in student.named_parameters()]
         self._own, self._frozen = own, frozen
@@ -256,11 +271,12 @@ class FullWeights(StoredWeights):
     def __getitem__(self, name: str) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return self._frozen[name] if name in self._frozen else safe_get_full_fp32_param(self._own[name]).cpu()
+        found = self._frozen[name].gathered() if name in self._frozen else safe_get_full_fp32_param(self._own[name])
+        return found.cpu()
 
     def info(self, name: str) -> TensorInfo:
-        parameter = self._frozen[name] if name in self._frozen else self._own[name]
-        return TensorInfo(tuple(whole_shape(parameter)), torch.float32)
+        shape = self._frozen[name].shape if name in self._frozen else whole_shape(self._own[name])
+        return TensorInfo(tuple(shape), torch.float32)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

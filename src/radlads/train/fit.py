@@ -33,9 +33,9 @@ from radlads.train.hardware import check_hardware, compiles, out_of_memory
 from radlads.train.lightning_module import StageModule
 from radlads.train.loggers import build_loggers, carry, check_loggers
 from radlads.train.optim import weights_to_keep
-from radlads.train.partitions import PartitionedStrategy
 from radlads.train.processes import ALONE, Processes, check_processes
 from radlads.train.resume import describe_run, first_checkpoint
+from radlads.train.rows import is_in_rows
 from radlads.train.samples import (
     ends_of_documents,
     heldout_batches,
@@ -43,7 +43,7 @@ from radlads.train.samples import (
     sequences_per_step,
     training_samples,
 )
-from radlads.train.sharding import is_sharded, settle
+from radlads.train.sharding import settle
 from radlads.train.snapshots import CHECKPOINTS, Position, read_position, restore_student
 from radlads.train.spike_guard import SpikeGuard
 from radlads.train.stopping import StopRequests
@@ -167,34 +167,34 @@ def _heldout_callback(
 
 def _write_stage(student: RadladsForCausalLM, folder: Path, processes: Processes, **facts: Any) -> None:
     """The finished model and, last, its manifest."""
-    if not is_sharded(student):
-        student.to("cpu")  # type: ignore[arg-type]
     student.requires_grad_(False).eval()
+    in_rows = is_in_rows(student)
     if processes.is_first:
-        save_model(student, folder, shard_bytes=SHARD_BYTES if is_sharded(student) else None)
+        save_model(student, folder, shard_bytes=SHARD_BYTES if in_rows else None)
         write_manifest(folder, **facts)
-    elif is_sharded(student):
+    elif in_rows:
         take_part_in_saving(student)
 
 
 def _train(trainer: L.Trainer, module: StageModule, batches: DataLoader, config: Config) -> None:
     """Fit with both models where, in what type and in what mode the configuration asks for; then as they were."""
     train, device = config.train, trainer.strategy.root_device
-    teacher, models, in_shards = module.teacher, [module.student], is_sharded(module.student)
-    by_engine = isinstance(trainer.strategy, ZeroStrategy)
+    teacher, models = module.teacher, [module.student]
+    home, teachers_home = module.student.device, None if teacher is None else teacher.device
+    spread = is_in_rows(module.student)  # and placed by those who spread it
     compiled = compiles(train, device)
     module.student.set_activation_checkpointing(checkpointing_of(train))
     module.student.train()
     try:
-        if not in_shards and not by_engine:
+        if not spread:
             module.student.to(device, _parameter_dtype(trainer, train, module.student))  # type: ignore[arg-type]
         if teacher is not None:
             dtype = _parameter_dtype(trainer, train, teacher)
-            models.append(teacher if in_shards else _working_teacher(teacher, trainer, train, dtype))
+            models.append(_working_teacher(teacher, device, train, dtype))
             module.learn_from(models[-1])
         for model in models:
             model.compile_blocks(compiled)
-        if device.type == "cuda" and not in_shards and not by_engine:
+        if device.type == "cuda" and not spread:
             wanted = records_graph(train, module.stage, module.student, compiled=compiled)
             module.graphed = all(module.processes.gather(wanted))  # for the same collectives, in the same order
         _fit(trainer, module, batches)
@@ -206,20 +206,18 @@ def _train(trainer: L.Trainer, module: StageModule, batches: DataLoader, config:
             model.compile_blocks(False)
         module.student.set_activation_checkpointing("none")
         if teacher is not None:
-            module.learn_from(teacher if in_shards else teacher.to("cpu"))  # type: ignore[arg-type]
+            module.learn_from(teacher if spread else teacher.to(teachers_home))  # type: ignore[arg-type]
+    if not spread:
+        module.student.to(home)  # type: ignore[arg-type]
 
 
 def _working_teacher(
-    teacher: RadladsForCausalLM, trainer: L.Trainer, train: TrainConfig, dtype: torch.dtype
+    teacher: RadladsForCausalLM, device: torch.device, train: TrainConfig, dtype: torch.dtype
 ) -> RadladsForCausalLM:
-    """The teacher on the trainer's device, or the copy of it that train.teacher_precision asks for; where the strategy
-    makes a copy, the teacher as it is."""
-    strategy = trainer.strategy
+    """The teacher on the device, or its copy in 8 bits if train.teacher_precision asks for one; as it is if spread."""
     if train.teacher_precision == "fp8":
-        return fp8_copy(teacher, strategy.root_device, dtype)
-    if isinstance(strategy, PartitionedStrategy):
-        return teacher
-    return teacher.to(strategy.root_device, dtype)  # type: ignore[arg-type]
+        return fp8_copy(teacher, device, dtype)
+    return teacher if is_in_rows(teacher) else teacher.to(device, dtype)  # type: ignore[arg-type]
 
 
 def _parameter_dtype(trainer: L.Trainer, train: TrainConfig, model: RadladsForCausalLM) -> torch.dtype:

@@ -38,6 +38,21 @@ def compiles(train: TrainConfig, device: torch.device) -> bool:
     return train.compile == "always" or (train.compile == "auto" and device.type == "cuda" and has_triton(device))
 
 
+def only_device(train: TrainConfig) -> torch.device:
+    """Where the models of a process that is alone are built: on the first GPU if the stage runs on it, else the CPU."""
+    on_gpu = train.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+
+
+def models_out_of_memory(train: TrainConfig, device: torch.device, processes: Processes) -> str:
+    """What to set where a GPU's memory is too small for the models alone."""
+    remedies = [] if train.precision == "bf16-true" else ["set train.precision bf16-true (under ddp or fsdp)"]
+    in_shards = processes.size > 1 and train.strategy == "fsdp"
+    remedies.append("take more GPUs" if in_shards else "set train.strategy fsdp on several GPUs")
+    size = torch.cuda.get_device_properties(device).total_memory / 1e9
+    return f"the {stage_of(train)} stage's models do not fit into the GPU's {size:.0f} GB: {', or '.join(remedies)}"
+
+
 def out_of_memory(config: Config, device: torch.device, processes: Processes, *, graphed: bool) -> str:
     """What to lower when a stage does not fit into the GPU's memory. graphed: whether its passes are a CUDA graph."""
     train, checkpointing = config.train, checkpointing_of(config.train)

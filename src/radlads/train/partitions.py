@@ -6,17 +6,16 @@ has in common with stages 1 and 2 is train/deepspeed_engine.py's.
 """
 
 from collections.abc import Mapping
-from copy import deepcopy
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 
 from radlads.model.modeling import Block, RadladsForCausalLM
 from radlads.model.whole_parameters import Turns, turns_of
 from radlads.train.deepspeed_engine import DeepSpeedUpdates, ZeroStrategy
+from radlads.train.rows import gathered, replace_parameters
 from radlads.train.step import GradientNorms
 
 _LINEAR = F.linear  # _linear takes its place for the whole process
@@ -25,16 +24,11 @@ _LINEAR = F.linear  # _linear takes its place for the whole process
 class PartitionedStrategy(ZeroStrategy):
     """ZeroStrategy for stage 3."""
 
-    def place(self, module: LightningModule, dtype: torch.dtype) -> None:
-        """Bring this process's part of the student to the device, and of a copy of the teacher, which stays on the CPU
-        as it is, in `dtype`."""
+    def place(self, model: RadladsForCausalLM, dtype: torch.dtype) -> None:
+        """See ZeroStrategy. Here they are this process's part of each."""
         assert isinstance(self.config, dict)
-        student: RadladsForCausalLM = module.student  # type: ignore[assignment]
-        partition(student.to(dtype), self.config)  # type: ignore[arg-type]
-        student.to(self.root_device)  # type: ignore[arg-type]  # its buffers
-        teacher: RadladsForCausalLM | None = module.teacher  # type: ignore[assignment]
-        if teacher is not None:
-            module.learn_from(_partitioned_copy(teacher, dtype, self.config))  # type: ignore[operator]
+        partition(model, dtype, self.config)
+        model.to(self.root_device)  # type: ignore[arg-type]  # its buffers
 
     def training_step(self, *args: Any, **kwargs: Any) -> None:
         """See ZeroStrategy. No part of the teacher stays whole beyond it."""
@@ -64,9 +58,9 @@ class PartitionedStrategy(ZeroStrategy):
 class PartitionedUpdates(DeepSpeedUpdates):
     """DeepSpeedUpdates for stage 3."""
 
-    def begin(self, engine: Any, weights: dict[str, torch.Tensor]) -> None:
+    def begin(self, engine: Any, rows: dict[str, torch.nn.Parameter]) -> None:
         """See DeepSpeedUpdates."""
-        super().begin(engine, weights)
+        super().begin(engine, rows)
         self._begin_window()
 
     def step(self, optimizers, *, count, clip_val, sums, leave_out) -> GradientNorms:
@@ -113,16 +107,20 @@ class PartitionedUpdates(DeepSpeedUpdates):
         """See DeepSpeedUpdates. They are found as they are."""
 
 
-def partition(model: RadladsForCausalLM, config: Mapping[str, Any]) -> None:
-    """Leave the process its part of each of the model's parameters, on its device, and gather them in turns.
+def partition(model: RadladsForCausalLM, dtype: torch.dtype, config: Mapping[str, Any]) -> None:
+    """Make of a model in rows one whose parameters are DeepSpeed's partitioned ones, in `dtype`, gathered in turns.
 
-    One parameter after another comes to the device whole. All processes have to call it. From now on linear layers of
-    this process are DeepSpeed's (`_linear`).
+    One parameter after another is on the device whole. All processes have to call it. From now on linear layers of this
+    process are DeepSpeed's (`_linear`).
     """
     from deepspeed import zero
 
-    (dtype,) = {parameter.dtype for parameter in model.parameters()}
-    zero.Init(module=_parameters_alone(model), config_dict_or_path=config, dtype=dtype)
+    def part(_: str, rows: torch.nn.Parameter) -> torch.nn.Parameter:
+        whole = torch.nn.Parameter(gathered(rows).to(dtype), requires_grad=rows.requires_grad)
+        zero.Init(module=torch.nn.ParameterList([whole]), config_dict_or_path=config, dtype=dtype)
+        return whole
+
+    replace_parameters(model, part)
     F.linear = _linear
     mixers = [block.self_attn for block in model.model.layers if isinstance(block, Block)]
     called = [model.model.embed_tokens, *model.model.layers, model.model.norm, model.lm_head]
@@ -138,14 +136,6 @@ def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
     return _LINEAR(input, weight, bias) if torch.compiler.is_compiling() else zero3_linear_wrap(input, weight, bias)
-
-
-def _partitioned_copy(model: RadladsForCausalLM, dtype: torch.dtype, config: Mapping[str, Any]) -> RadladsForCausalLM:
-    """A frozen copy of a model that is on the CPU, in `dtype` and partitioned."""
-    shared = {id(each): torch.nn.Parameter(each.data.to(dtype), requires_grad=False) for each in model.parameters()}
-    copy = deepcopy(model, shared)
-    partition(copy, config)
-    return copy
 
 
 def _parameters_alone(model: torch.nn.Module) -> torch.nn.Module:

@@ -1,4 +1,4 @@
-"""Where the models of a stage are: whole in every process, or in shards over all of them."""
+"""Where the models of a stage are: whole in every process, or spread over all of them."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -10,7 +10,9 @@ from radlads.config.schema import Config, TrainConfig, stage_of
 from radlads.convert.blueprint import Blueprint
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.train.deepspeed_engine import check_engine, uses_engine
+from radlads.train.hardware import models_out_of_memory, only_device
 from radlads.train.processes import Processes
+from radlads.train.rows import build_in_rows
 from radlads.train.sharding import build_sharded
 
 
@@ -29,30 +31,39 @@ def shards(train: TrainConfig, processes: Processes) -> bool:
 
 
 def build_models(config: Config, student: Blueprint, teacher: Blueprint | None, processes: Processes) -> Models:
-    """Build both models as the stage wants them: on the CPU, or in shards on the devices.
+    """Build both models where the stage wants them: on the device they train on, whole, in shards, or in rows that
+    DeepSpeed makes whole. An fp8 teacher is on the CPU until it is rounded.
 
     The student begins in fp32 unless the stage keeps bf16 weights. Raises ValueError as the blueprints and
-    sharding.build_sharded do, and for settings that shards do not go with.
+    sharding.build_sharded do, for settings that the strategy does not go with, and where a GPU's memory is too small.
     """
-    if uses_engine(config.train, processes):
-        check_engine(config.train, processes)
-    if not shards(config.train, processes):
-        built, rows = student.build()
-        frozen = None if teacher is None else teacher.build()[0].eval().requires_grad_(False)
-        return Models(built.eval(), frozen, rows)
-    check_shardable(config.train)
-    if student.config.tie_word_embeddings:
-        raise ValueError("the student's head is its embedding, and train.strategy fsdp shards them apart: set ddp")
-    assert processes.device is not None
-    device = processes.device
-    mesh = init_device_mesh(device.type, (processes.size,))
-    dtype = torch.bfloat16 if config.train.precision == "bf16-true" else torch.float32
-    is_align = stage_of(config.train) == "align"
-    built, rows = build_sharded(student, mesh, device, dtype=dtype, mixers_run_alone=is_align)
-    frozen = None
-    if teacher is not None:
-        frozen, _ = build_sharded(teacher, mesh, device, dtype=dtype, mixers_run_alone=False)
-        frozen.eval().requires_grad_(False)
+    train = config.train
+    by_engine, in_shards = uses_engine(train, processes), shards(train, processes)
+    if by_engine:
+        check_engine(train, processes)
+    if in_shards:
+        check_shardable(train)
+        if student.config.tie_word_embeddings:
+            raise ValueError("the student's head is its embedding, and train.strategy fsdp shards them apart: set ddp")
+    device = processes.device or only_device(train)
+    dtype = torch.bfloat16 if train.precision == "bf16-true" else torch.float32
+
+    def build(blueprint: Blueprint, *, is_student: bool) -> tuple[RadladsForCausalLM, Counter]:
+        if not is_student and train.teacher_precision == "fp8":
+            return blueprint.build()
+        if not by_engine and not in_shards:
+            return blueprint.build(dtype=dtype, device=device)
+        mesh = init_device_mesh(device.type, (processes.size,))
+        if by_engine:
+            return build_in_rows(blueprint, mesh, device)
+        mixers_run_alone = is_student and stage_of(train) == "align"
+        return build_sharded(blueprint, mesh, device, dtype=dtype, mixers_run_alone=mixers_run_alone)
+
+    try:
+        built, rows = build(student, is_student=True)
+        frozen = None if teacher is None else build(teacher, is_student=False)[0].eval().requires_grad_(False)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(models_out_of_memory(train, device, processes)) from error
     return Models(built.eval(), frozen, rows)
 
 
