@@ -79,6 +79,7 @@ class Checkpointing(L.Callback):
                 f"{self._stop.agreed.name}: stopped after step {step} of {pl_module.num_steps}, with the checkpoint "
                 f"{path}; start the same command again to go on from there"
             )
+            trainer.strategy.optimizers = []  # whose state Lightning would first move to the CPU
             raise self._stop.stopped()
 
     def seconds(self) -> float:

@@ -130,13 +130,6 @@ class ZeroStrategy(DeepSpeedStrategy):
         with self.precision_plugin.train_step_context():
             module.training_step(*args, **kwargs)
 
-    def on_train_end(self) -> None:
-        """Leave the student in rows, as it was."""
-        module = self.lightning_module
-        assert module is not None
-        updates: DeepSpeedUpdates = module.updates  # type: ignore[assignment]
-        updates.give_back()
-
 
 class DeepSpeedUpdates:
     """The updates (see Updates) of a student that DeepSpeed holds."""
@@ -175,8 +168,8 @@ class DeepSpeedUpdates:
         """See Updates. Hooks of the engine, and its memory, would stay with the parameters."""
         self._engine.optimizer.destroy()
 
-    def give_back(self) -> None:
-        """Put the fp32 weights into the student, in rows, and let the engine go."""
+    def finish(self, optimizers) -> None:
+        """See Updates. The student is in rows again, of the fp32 weights, and the engine gone."""
         weights = FullWeights(self._student, self.own_parts, self._frozen)
         device = self._student.device
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -188,6 +181,7 @@ class DeepSpeedUpdates:
 
         replace_parameters(self._student, rows)
         self.let_go()
+        self._engine.optimizer.optimizer.state.clear()
 
     def held(self) -> Held:
         """What a checkpoint takes, the same as of a student that was updated without DeepSpeed."""

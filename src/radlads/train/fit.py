@@ -32,7 +32,6 @@ from radlads.train.deepspeed_engine import ZeroStrategy, engine_dtype
 from radlads.train.hardware import check_hardware, compiles, out_of_memory
 from radlads.train.lightning_module import StageModule
 from radlads.train.loggers import build_loggers, carry, check_loggers
-from radlads.train.optim import weights_to_keep
 from radlads.train.processes import ALONE, Processes, check_processes
 from radlads.train.resume import describe_run, first_checkpoint
 from radlads.train.rows import is_in_rows
@@ -239,9 +238,6 @@ def _fit(trainer: L.Trainer, module: StageModule, batches: DataLoader) -> None:
             raise KeyboardInterrupt from None
         raise
     assert module.steps_done == module.num_steps
-    with weights_to_keep(trainer.optimizers):
-        for optimizer in trainer.optimizers:
-            optimizer.param_groups.clear()  # or leaving the block would change the weights back
 
 
 def build_trainer(

@@ -142,6 +142,14 @@ class StageModule(L.LightningModule):
             self.updates.add_up()
         return parts
 
+    def on_train_end(self) -> None:
+        """After the callbacks' own, and so the last measurement."""
+        self.updates.finish(self.trainer.optimizers)
+
+    def cpu(self) -> "StageModule":
+        """Stay. Lightning moves what it has trained to the CPU, where student and teacher may have never been."""
+        return self
+
     def forget_graph(self) -> None:
         """Let the recorded graph and its memory go."""
         self._graphed_passes = None

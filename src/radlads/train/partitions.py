@@ -37,7 +37,7 @@ class PartitionedStrategy(ZeroStrategy):
             _turns(teacher).end()
 
     def on_train_end(self) -> None:
-        """See ZeroStrategy."""
+        """The teacher is not run any more."""
         super().on_train_end()
         if (teacher := self._teacher()) is not None:
             _turns(teacher).let_go()
@@ -77,10 +77,10 @@ class PartitionedUpdates(DeepSpeedUpdates):
         zero.grad_partitions_flat_buffer.zero_()
         zero.micro_step_id = 1
 
-    def give_back(self) -> None:
+    def finish(self, optimizers) -> None:
         """See DeepSpeedUpdates."""
         _turns(self._student).let_go()
-        super().give_back()
+        super().finish(optimizers)
 
     def gradients_are_divided_by(self) -> int:
         """See DeepSpeedUpdates. It knows no sums."""

@@ -11,6 +11,7 @@ import torch
 
 from radlads.config.schema import TrainConfig
 from radlads.model.modeling import RadladsForCausalLM
+from radlads.train.optim import weights_to_keep
 from radlads.train.own_parts import own_parts, take_gradients
 from radlads.train.processes import Processes
 from radlads.train.replicas import GradientSums
@@ -47,6 +48,10 @@ class Updates(Protocol):
         """There will be no further step: gradients stay where a backward pass puts them."""
         ...
 
+    def finish(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """The training is over: leave the student the weights to keep, and of the optimisers no state."""
+        ...
+
 
 class ReplicatedUpdates:
     """Of a student that is whole in every process, or in the only one."""
@@ -75,6 +80,10 @@ class ReplicatedUpdates:
 
     def let_go(self) -> None:
         """See Updates."""
+
+    def finish(self, optimizers) -> None:
+        """See Updates."""
+        _keep_weights(optimizers)
 
 
 class ShardedUpdates:
@@ -106,7 +115,18 @@ class ShardedUpdates:
     def let_go(self) -> None:
         """See Updates."""
 
+    def finish(self, optimizers) -> None:
+        """See Updates."""
+        _keep_weights(optimizers)
+
 
 def trained_parameters(student: RadladsForCausalLM) -> dict[str, torch.nn.Parameter]:
     """The parameters that train, by name."""
     return {name: each for name, each in student.named_parameters() if each.requires_grad}
+
+
+def _keep_weights(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    with weights_to_keep(optimizers):
+        for optimizer in optimizers:
+            optimizer.param_groups.clear()  # or leaving the block would change the weights back
+            optimizer.state.clear()
