@@ -141,6 +141,51 @@ def test_graphs_have_torchs_linear(monkeypatch):
     assert compiled[0].equal(eager[0])
 
 
+BUFFERED = """
+import torch
+from radlads.model.rad_rwkv6 import RadRwkv6
+
+class TMix_buffered(RadRwkv6):
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        self.register_buffer("scale", torch.full((1,), 0.5))
+        if SINGLE:
+            self.single = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x, *rest):
+        return super().forward(x * self.scale, *rest)
+"""
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("strategy", ZERO[1:])
+def test_a_users_mixer_may_have_buffers(teacher, tmp_path, monkeypatch, strategy):
+    plug_in(tmp_path, monkeypatch, single=False)
+    buffered = aligning(tmp_path, teacher, strategy, precision="bf16")
+    by_zero(tmp_path, [buffered])
+    run(tmp_path, [aligning(tmp_path, teacher, "one")])
+    assert max(drift(tmp_path, "one", strategy)) < 0.01
+
+
+@needs_deepspeed
+def test_a_single_number_has_no_parts(teacher, tmp_path, monkeypatch):
+    plug_in(tmp_path, monkeypatch, single=True)
+    _, err = by_zero(tmp_path, [aligning(tmp_path, teacher, ZERO[2])], code=2)
+    assert "single is a single number: set deepspeed_stage_2" in err
+
+
+def plug_in(folder, monkeypatch, *, single):
+    stages.corpus(folder)
+    (folder / "tmix").mkdir()
+    (folder / "tmix/tmix_buffered.py").write_text(BUFFERED.replace("SINGLE", str(single)))
+    monkeypatch.syspath_prepend(folder)
+
+
+def aligning(folder, teacher, strategy, **settings):
+    spread = {"devices": 1, "micro_bsz": 8} if strategy == "one" else {"strategy": strategy, "ds_bucket_mb": 1}
+    return {"keys": stages.keys(folder, teacher, "align", strategy, mixer="buffered", **spread, **settings)}
+
+
 @needs_deepspeed
 def test_measurements_in_between_are_one_processs(folder):
     expected, found = (

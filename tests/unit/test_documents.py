@@ -221,7 +221,7 @@ def test_documents_are_never_compiled(teacher, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(modeling, "_compiled", lambda function, backend: asked.append(backend) or function)
     monkeypatch.setattr(hardware, "has_triton", lambda device: True)
     compiles = hardware.compiles
-    monkeypatch.setattr(fit, "compiles", lambda train, device, *rest: compiles(train, torch.device("cuda"), *rest))
+    monkeypatch.setattr(fit, "compiles", lambda train, device: compiles(train, torch.device("cuda")))
     run(teacher, corpus, tmp_path / "documents", reset_state_at_eos=1, my_exit_tokens=64)
     assert not asked
     run(teacher, corpus, tmp_path / "rows", mask_labels_at_eos=1, my_exit_tokens=64)

@@ -49,11 +49,18 @@ def test_they_are_built_on_the_processs_device(teacher, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Blueprint, "build", build)
     gpu = torch.device("cuda", 1)
-    for teacher_precision in ("same", "fp8"):
-        config = tiny.stage_config(tmp_path, "distill", **{"train.teacher_precision": teacher_precision})
+    for stage, settings in (
+        ("distill", {}),
+        ("distill", {"teacher_precision": "fp8"}),
+        ("extend", {"teacher.kl_weight": 0.0}),
+        ("extend", {"teacher.kl_weight": 0.0, "heldout_tail_tokens": 16}),
+    ):
+        config = tiny.stage_config(tmp_path, stage, **{f"train.{key}": value for key, value in settings.items()})
         build_models(config, *blueprints(teacher, config), Processes(1, 2, gpu))
     there = {"dtype": torch.float32, "device": gpu}
-    assert asked == [there, there, there, {}], "a teacher that is to be rounded is on the CPU"
+    students, teachers = asked[::2], asked[1::2]
+    assert students == [there] * 4
+    assert teachers == [there, {}, there | {"device": "cpu"}, there], "one to be rounded, or not run, is on the CPU"
 
 
 @pytest.mark.parametrize(
@@ -65,6 +72,11 @@ def test_they_are_built_on_the_processs_device(teacher, tmp_path, monkeypatch):
             r"set train.precision bf16-true \(under ddp or fsdp\), or set train.strategy fsdp on several GPUs$",
         ),
         ({"precision": "bf16-true"}, ALONE, "set train.strategy fsdp on several GPUs$"),
+        (
+            {"precision": "bf16-true", "teacher_precision": "fp8"},
+            ALONE,
+            "set train.strategy fsdp and train.teacher_precision same on several GPUs$",
+        ),
         (
             {"precision": "bf16-true", "strategy": "fsdp"},
             Processes(0, 2, torch.device("cuda", 0)),

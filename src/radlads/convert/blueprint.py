@@ -27,7 +27,7 @@ class Blueprint:
     def build(
         self, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> tuple[RadladsForCausalLM, Counter]:
-        """The model, whole, and what fill returned. On another device than the CPU, that has a tensor at a time."""
+        """The model, whole, and what fill returned. Elsewhere than on the CPU, that has a tensor at a time."""
         model = unfilled_model(self.config, dtype, device)
         return model, self.fill(model)
 

@@ -143,8 +143,8 @@ def _at(moment: Moment, always: dict[str, float], models: Models, step: Step) ->
 
 
 def host_bytes(models: Models, step: Step) -> float:
-    """What each process takes of its host's memory: a teacher in fp32 until it is rounded to 8 bits, and under
-    DeepSpeed its rows of what does not train, in fp32. Parameters on their way to the GPU count as nothing."""
+    """What each process takes of its host's memory: in fp32, the teacher of which the GPU has a copy in 8 bits,
+    and under DeepSpeed the process's rows of what is frozen. Parameters on their way to the GPU count as nothing."""
     rounds = step.teacher_precision == "fp8" and step.stage != "extend"
     found = 4.0 * models.teacher.total if rounds else 0.0
     if step.strategy.startswith("deepspeed") and step.stage == "align":

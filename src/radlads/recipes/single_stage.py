@@ -50,7 +50,7 @@ def train_stage(config: Config, console: Console, processes: Processes = ALONE) 
     check_hardware(train)
     models = build_models(config, student, teacher, processes)
     origin = origin_of()
-    parent = f"{origin} ({_listed(models.rows)})" if models.rows else origin
+    parent = f"{origin} ({_listed(models.ways)})" if models.ways else origin
     console.line(f"{stage_of(train)}: from {parent} to {folder}")
     return run_stage(config, models.student, models.teacher, folder, console, parent=parent, processes=processes)
 
@@ -141,5 +141,5 @@ def _shape(weights: StoredWeights, path: Path, described: list[str], model: Mode
     return shape_of(weights, model, path)
 
 
-def _listed(rows: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {action}" for action, count in rows.items())
+def _listed(ways: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {action}" for action, count in ways.items())

@@ -79,8 +79,10 @@ class Checkpointing(L.Callback):
                 f"{self._stop.agreed.name}: stopped after step {step} of {pl_module.num_steps}, with the checkpoint "
                 f"{path}; start the same command again to go on from there"
             )
-            trainer.strategy.optimizers = []  # whose state Lightning would first move to the CPU
             raise self._stop.stopped()
+
+    def on_exception(self, trainer, pl_module, exception) -> None:
+        trainer.strategy.optimizers = []  # whose state Lightning would move to the CPU before the run ends
 
     def seconds(self) -> float:
         """Wall time of the stage, all runs before this one included."""

@@ -175,7 +175,7 @@ class DeepSpeedUpdates:
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
 
         def rows(name: str, parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-            whole = weights[name]
+            whole = weights.gathered(name)
             own = rows_of(whole, mesh) if whole.ndim else whole
             return in_rows(own.to(device, copy=True), whole.shape, mesh)
 
@@ -262,11 +262,14 @@ class FullWeights(StoredWeights):
         self._names = [name for name, _ in student.named_parameters()]
         self._own, self._frozen = own, frozen
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def gathered(self, name: str) -> torch.Tensor:
+        """The weight where the engine has it, or on the device."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        found = self._frozen[name].gathered() if name in self._frozen else safe_get_full_fp32_param(self._own[name])
-        return found.cpu()
+        return self._frozen[name].gathered() if name in self._frozen else safe_get_full_fp32_param(self._own[name])
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.gathered(name).cpu()
 
     def info(self, name: str) -> TensorInfo:
         shape = self._frozen[name].shape if name in self._frozen else whole_shape(self._own[name])

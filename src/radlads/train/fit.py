@@ -87,7 +87,8 @@ def run_stage(
     `parent` says what the student started from, `recipe` fingerprints all that decides the result; both go into the
     manifest. An unfinished run of the same stage is gone on with, exactly, at its newest checkpoint (train.resume).
     Under bf16-true both models are in bf16 from then on, and so is the folder. Of several `processes` all have to call
-    this, with models that build_models made for them; the first writes. Raises ValueError if the folder exists,
+    this, with models that build_models made for them; the first writes, and DeepSpeed leaves the teacher of no further
+    use. Raises ValueError if the folder exists,
     holds another unfinished run, or is in use, the data does not fit, the stage lacks its teacher, the loss is not
     finite, or the GPU's memory is too small; the folder then stays `NAME.partial`. Raises Stopped, a SystemExit, after
     a checkpoint if a signal asks for it.
@@ -176,7 +177,7 @@ def _write_stage(student: RadladsForCausalLM, folder: Path, processes: Processes
 
 
 def _train(trainer: L.Trainer, module: StageModule, batches: DataLoader, config: Config) -> None:
-    """Fit with both models where, in what type and in what mode the configuration asks for; then as they were."""
+    """Fit with both models where, in what type and in what mode the configuration asks for; then where they were."""
     train, device = config.train, trainer.strategy.root_device
     teacher, models = module.teacher, [module.student]
     home, teachers_home = module.student.device, None if teacher is None else teacher.device

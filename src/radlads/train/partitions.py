@@ -28,7 +28,7 @@ class PartitionedStrategy(ZeroStrategy):
         """See ZeroStrategy. Here they are this process's part of each."""
         assert isinstance(self.config, dict)
         partition(model, dtype, self.config)
-        model.to(self.root_device)  # type: ignore[arg-type]  # its buffers
+        model.to(self.root_device, dtype)  # type: ignore[arg-type]  # its buffers
 
     def training_step(self, *args: Any, **kwargs: Any) -> None:
         """See ZeroStrategy. No part of the teacher stays whole beyond it."""
@@ -111,11 +111,16 @@ def partition(model: RadladsForCausalLM, dtype: torch.dtype, config: Mapping[str
     """Make of a model in rows one whose parameters are DeepSpeed's partitioned ones, in `dtype`, gathered in turns.
 
     One parameter after another is on the device whole. All processes have to call it. From now on linear layers of this
-    process are DeepSpeed's (`_linear`).
+    process are DeepSpeed's (`_linear`). Raises ValueError for a parameter that is a single number.
     """
     from deepspeed import zero
 
-    def part(_: str, rows: torch.nn.Parameter) -> torch.nn.Parameter:
+    def part(name: str, rows: torch.nn.Parameter) -> torch.nn.Parameter:
+        if not rows.ndim:
+            raise ValueError(
+                f"train.strategy deepspeed_stage_3 parts every parameter, and {name} is a single number: set "
+                "deepspeed_stage_2, or give it a dimension"
+            )
         whole = torch.nn.Parameter(gathered(rows).to(dtype), requires_grad=rows.requires_grad)
         zero.Init(module=torch.nn.ParameterList([whole]), config_dict_or_path=config, dtype=dtype)
         return whole

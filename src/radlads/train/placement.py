@@ -13,16 +13,17 @@ from radlads.train.deepspeed_engine import check_engine, uses_engine
 from radlads.train.hardware import models_out_of_memory, only_device
 from radlads.train.processes import Processes
 from radlads.train.rows import build_in_rows
+from radlads.train.samples import runs_teacher
 from radlads.train.sharding import build_sharded
 
 
 @dataclass(frozen=True)
 class Models:
-    """The student, its frozen teacher if there is one, and what filling the student returned (see Blueprint.fill)."""
+    """The student, its frozen teacher if there is one, and how many weights came which way (see Blueprint.fill)."""
 
     student: RadladsForCausalLM
     teacher: RadladsForCausalLM | None
-    rows: Counter
+    ways: Counter
 
 
 def shards(train: TrainConfig, processes: Processes) -> bool:
@@ -32,7 +33,8 @@ def shards(train: TrainConfig, processes: Processes) -> bool:
 
 def build_models(config: Config, student: Blueprint, teacher: Blueprint | None, processes: Processes) -> Models:
     """Build both models where the stage wants them: on the device they train on, whole, in shards, or in rows that
-    DeepSpeed makes whole. An fp8 teacher is on the CPU until it is rounded.
+    DeepSpeed makes whole. A teacher that is to be copied in 8 bits, or that the
+    stage does not run, is on the CPU.
 
     The student begins in fp32 unless the stage keeps bf16 weights. Raises ValueError as the blueprints and
     sharding.build_sharded do, for settings that the strategy does not go with, and where a GPU's memory is too small.
@@ -52,7 +54,7 @@ def build_models(config: Config, student: Blueprint, teacher: Blueprint | None, 
         if not is_student and train.teacher_precision == "fp8":
             return blueprint.build()
         if not by_engine and not in_shards:
-            return blueprint.build(dtype=dtype, device=device)
+            return blueprint.build(dtype=dtype, device=device if is_student or runs_teacher(config) else "cpu")
         mesh = init_device_mesh(device.type, (processes.size,))
         if by_engine:
             return build_in_rows(blueprint, mesh, device)
@@ -60,11 +62,11 @@ def build_models(config: Config, student: Blueprint, teacher: Blueprint | None, 
         return build_sharded(blueprint, mesh, device, dtype=dtype, mixers_run_alone=mixers_run_alone)
 
     try:
-        built, rows = build(student, is_student=True)
+        built, ways = build(student, is_student=True)
         frozen = None if teacher is None else build(teacher, is_student=False)[0].eval().requires_grad_(False)
     except torch.OutOfMemoryError as error:
         raise ValueError(models_out_of_memory(train, device, processes)) from error
-    return Models(built.eval(), frozen, rows)
+    return Models(built.eval(), frozen, ways)
 
 
 def check_shardable(train: TrainConfig) -> None:

@@ -1,7 +1,7 @@
 """Models of which every process holds its rows, in fp32: what a stage on DeepSpeed begins and ends with.
 
-They cannot run. train/deepspeed_engine.py makes whole parameters of them, one after another, and rows again at the end,
-so that no process ever has a whole model in fp32, nor any of it in its host's memory but a tensor at a time.
+They cannot run. train/deepspeed_engine.py makes the engine's parameters of them, one after another, and rows again at
+the end, so that no process has a whole model in its host's memory, but for one with a user's own mixer as it is built.
 """
 
 from collections import Counter

@@ -6,7 +6,7 @@ from fractions import Fraction
 import torch
 from torch.utils.data import DataLoader
 
-from radlads.config.schema import Config, TrainConfig
+from radlads.config.schema import Config, TrainConfig, stage_of
 from radlads.data.binidx import BinIdxReader, TokenSpan
 from radlads.data.loader import HeldoutWindows, MixedSamples, TokenSamples, check_vocabulary
 from radlads.data.mixture import parse_mixture
@@ -63,7 +63,7 @@ def open_corpora(train: TrainConfig) -> list[tuple[BinIdxReader, Fraction]]:
 def heldout_batches(config: Config, vocab_size: int) -> Iterable[torch.Tensor] | None:
     """Batches of held-out windows, or None if the configuration names no held-out tokens."""
     train, context = config.train, config.model.ctx_len
-    if not train.validation_data_file and not train.heldout_tail_tokens:
+    if not _holds_out(train):
         return None
     corpora = parse_mixture(train.validation_data_file or train.data_file)
     if len(corpora) > 1:
@@ -74,6 +74,16 @@ def heldout_batches(config: Config, vocab_size: int) -> Iterable[torch.Tensor] |
     heldout = TokenSpan(reader, first, reader.num_tokens)
     windows = HeldoutWindows(heldout, context, max(train.heldout_tokens, context))
     return DataLoader(WatchedCorpora(windows, [reader]), batch_size=train.micro_bsz)
+
+
+def runs_teacher(config: Config) -> bool:
+    """Whether the stage runs a teacher that it is given: to learn from, or for its held-out measurements."""
+    train = config.train
+    return stage_of(train) != "extend" or train.teacher.kl_weight > 0 or _holds_out(train)
+
+
+def _holds_out(train: TrainConfig) -> bool:
+    return bool(train.validation_data_file or train.heldout_tail_tokens)
 
 
 def _tail_start(reader: BinIdxReader, tail_tokens: int) -> int:
