@@ -64,7 +64,8 @@ def test_no_process_holds_more_than_its_rows_and_a_tensor(folder, strategy, whol
     all_bytes = sum(parameter.nbytes for parameter in whole.parameters())
     for held in found_by(folder, strategy):
         assert all_bytes * 0.4 < held["building"] < all_bytes / 2 + LARGEST_TENSOR + SLACK < 0.75 * all_bytes
-        assert held["saving"] < 2 * LARGEST_TENSOR + SLACK
+        # A model in shards has run before, and what that left free is used again
+        assert held["saving"] < (2 if strategy == "fsdp" else 3) * LARGEST_TENSOR + SLACK < all_bytes / 3
 
 
 def test_what_was_saved_is_the_model(folder, strategy, whole):

@@ -32,7 +32,7 @@ CASES = [
     ("distill", "bf16", ZERO_3),
 ]
 ONE_CASE = ("distill", "bf16", "deepspeed_stage_2")
-COMPILED = [ONE_CASE, ("distill", "fp32", ZERO_3), ("distill", "bf16", ZERO_3)]
+COMPILED = [ONE_CASE, ("distill", "fp32", ZERO_3), ("distill", "bf16", ZERO_3), ("align", "bf16", ZERO_3)]
 STOPPED = {"stopped": {}, "fused-stopped": {"optimizer": "dsfusedadamw"}}
 
 

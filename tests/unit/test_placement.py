@@ -60,7 +60,25 @@ def test_they_are_built_on_the_processs_device(teacher, tmp_path, monkeypatch):
     there = {"dtype": torch.float32, "device": gpu}
     students, teachers = asked[::2], asked[1::2]
     assert students == [there] * 4
-    assert teachers == [there, {}, there | {"device": "cpu"}, there], "one to be rounded, or not run, is on the CPU"
+    assert teachers == [there, {}, {}, there], "one to be rounded, or not run, is on the CPU"
+
+
+def test_deepspeeds_are_in_rows_but_for_a_teacher_that_is_not_run(teacher, tmp_path, monkeypatch):
+    asked = []
+
+    def record(kind):
+        model = SimpleNamespace(eval=lambda: SimpleNamespace(requires_grad_=lambda wanted: None))
+        return lambda *arguments, **keywords: (asked.append(kind) or model, None)
+
+    monkeypatch.setattr(Blueprint, "build", record("whole"))
+    monkeypatch.setattr(placement, "build_in_rows", record("rows"))
+    monkeypatch.setattr(placement, "check_engine", lambda *arguments: None)
+    monkeypatch.setattr(placement, "init_device_mesh", lambda *arguments: None)
+    for kl_weight in (0.5, 0.0):
+        keys = {"train.strategy": "deepspeed_stage_3", "train.teacher.kl_weight": kl_weight}
+        config = tiny.stage_config(tmp_path, "extend", **keys)
+        build_models(config, *blueprints(teacher, config), Processes(0, 2, torch.device("cuda", 0)))
+    assert asked == ["rows", "rows", "rows", "whole"]
 
 
 @pytest.mark.parametrize(

@@ -110,13 +110,16 @@ class ZeroStrategy(DeepSpeedStrategy):
         assert module is not None
         student: RadladsForCausalLM = module.student  # type: ignore[assignment]
         assert is_in_rows(student), "placement.build_models has not made it"
-        rows = dict(student.named_parameters())
+        parameters = dict(student.named_parameters())
+        rows = {name: each for name, each in parameters.items() if each.requires_grad}
+        frozen = {name: HostRows(each) for name, each in parameters.items() if not each.requires_grad}
+        del parameters
         for model in (student, module.teacher):
             if model is not None and is_in_rows(model):  # type: ignore[arg-type]  # not a teacher in 8 bits
                 self.place(model, engine_dtype(self.precision_plugin.precision))  # type: ignore[arg-type]
         super().init_deepspeed()
         updates: DeepSpeedUpdates = module.updates  # type: ignore[assignment]
-        updates.begin(self.deepspeed_engine, rows)
+        updates.begin(self.deepspeed_engine, rows, frozen)
 
     def place(self, model: RadladsForCausalLM, dtype: torch.dtype) -> None:
         """Make the engine's parameters of a model's rows, on the device and in `dtype`."""
@@ -140,13 +143,12 @@ class DeepSpeedUpdates:
         self._frozen: dict[str, HostRows] = {}
         self._engine: Any = None
 
-    def begin(self, engine: Any, rows: dict[str, torch.nn.Parameter]) -> None:
+    def begin(self, engine: Any, rows: dict[str, torch.nn.Parameter], frozen: dict[str, HostRows]) -> None:
         """Take the engine, which has made its fp32 weights of rounded ones, and give it those of `rows`, the student's
-        before."""
-        self._engine = engine
+        before; and keep those that do not train."""
+        self._engine, self._frozen = engine, frozen
         for name, parameter in self.own_parts.items():
             self.set_weight(parameter, gathered(rows.pop(name)))
-        self._frozen = {name: HostRows(parameter) for name, parameter in rows.items()}
 
     def begin_last(self) -> None:
         """See Updates."""

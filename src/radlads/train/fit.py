@@ -88,10 +88,9 @@ def run_stage(
     manifest. An unfinished run of the same stage is gone on with, exactly, at its newest checkpoint (train.resume).
     Under bf16-true both models are in bf16 from then on, and so is the folder. Of several `processes` all have to call
     this, with models that build_models made for them; the first writes, and DeepSpeed leaves the teacher of no further
-    use. Raises ValueError if the folder exists,
-    holds another unfinished run, or is in use, the data does not fit, the stage lacks its teacher, the loss is not
-    finite, or the GPU's memory is too small; the folder then stays `NAME.partial`. Raises Stopped, a SystemExit, after
-    a checkpoint if a signal asks for it.
+    use. Raises ValueError if the folder exists, holds another unfinished run, or is in use, the data does not fit, the
+    stage lacks its teacher, the loss is not finite, or the GPU's memory is too small; the folder then stays
+    `NAME.partial`. Raises Stopped, a SystemExit, after a checkpoint if a signal asks for it.
     """
     train = config.train
     check_available(config)
@@ -207,8 +206,8 @@ def _train(trainer: L.Trainer, module: StageModule, batches: DataLoader, config:
         module.student.set_activation_checkpointing("none")
         if teacher is not None:
             module.learn_from(teacher if spread else teacher.to(teachers_home))  # type: ignore[arg-type]
-    if not spread:
-        module.student.to(home)  # type: ignore[arg-type]
+        if not spread:
+            module.student.to(home)  # type: ignore[arg-type]
 
 
 def _working_teacher(

@@ -47,7 +47,7 @@ def only_device(train: TrainConfig) -> torch.device:
 def models_out_of_memory(train: TrainConfig, device: torch.device, processes: Processes) -> str:
     """What to set where a GPU's memory is too small for the models alone."""
     remedies = [] if train.precision == "bf16-true" else ["set train.precision bf16-true (under ddp or fsdp)"]
-    in_shards = processes.size > 1 and train.strategy == "fsdp"
+    in_shards = processes.size > 1 and train.strategy in ("fsdp", "deepspeed_stage_3")
     as_it_is = " and train.teacher_precision same" if train.teacher_precision == "fp8" else ""
     remedies.append("take more GPUs" if in_shards else f"set train.strategy fsdp{as_it_is} on several GPUs")
     size = torch.cuda.get_device_properties(device).total_memory / 1e9

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from radlads.model.modeling import Block, RadladsForCausalLM
 from radlads.model.whole_parameters import Turns, turns_of
 from radlads.train.deepspeed_engine import DeepSpeedUpdates, ZeroStrategy
-from radlads.train.rows import gathered, replace_parameters
+from radlads.train.rows import HostRows, gathered, replace_parameters
 from radlads.train.step import GradientNorms
 
 _LINEAR = F.linear  # _linear takes its place for the whole process
@@ -58,9 +58,9 @@ class PartitionedStrategy(ZeroStrategy):
 class PartitionedUpdates(DeepSpeedUpdates):
     """DeepSpeedUpdates for stage 3."""
 
-    def begin(self, engine: Any, rows: dict[str, torch.nn.Parameter]) -> None:
+    def begin(self, engine: Any, rows: dict[str, torch.nn.Parameter], frozen: dict[str, HostRows]) -> None:
         """See DeepSpeedUpdates."""
-        super().begin(engine, rows)
+        super().begin(engine, rows, frozen)
         self._begin_window()
 
     def step(self, optimizers, *, count, clip_val, sums, leave_out) -> GradientNorms:
@@ -80,6 +80,7 @@ class PartitionedUpdates(DeepSpeedUpdates):
     def finish(self, optimizers) -> None:
         """See DeepSpeedUpdates."""
         _turns(self._student).let_go()
+        self._engine.optimizer.optimizer.state.clear()  # to have room for the rows
         super().finish(optimizers)
 
     def gradients_are_divided_by(self) -> int:

@@ -33,8 +33,8 @@ def shards(train: TrainConfig, processes: Processes) -> bool:
 
 def build_models(config: Config, student: Blueprint, teacher: Blueprint | None, processes: Processes) -> Models:
     """Build both models where the stage wants them: on the device they train on, whole, in shards, or in rows that
-    DeepSpeed makes whole. A teacher that is to be copied in 8 bits, or that the
-    stage does not run, is on the CPU.
+    DeepSpeed makes whole. A teacher that is to be copied in 8 bits, or that the stage does not run, is on the CPU; in
+    shards it is where all are.
 
     The student begins in fp32 unless the stage keeps bf16 weights. Raises ValueError as the blueprints and
     sharding.build_sharded do, for settings that the strategy does not go with, and where a GPU's memory is too small.
@@ -51,10 +51,10 @@ def build_models(config: Config, student: Blueprint, teacher: Blueprint | None, 
     dtype = torch.bfloat16 if train.precision == "bf16-true" else torch.float32
 
     def build(blueprint: Blueprint, *, is_student: bool) -> tuple[RadladsForCausalLM, Counter]:
-        if not is_student and train.teacher_precision == "fp8":
+        if not is_student and not in_shards and (train.teacher_precision == "fp8" or not runs_teacher(config)):
             return blueprint.build()
         if not by_engine and not in_shards:
-            return blueprint.build(dtype=dtype, device=device if is_student or runs_teacher(config) else "cpu")
+            return blueprint.build(dtype=dtype, device=device)
         mesh = init_device_mesh(device.type, (processes.size,))
         if by_engine:
             return build_in_rows(blueprint, mesh, device)
