@@ -280,6 +280,13 @@ def test_what_the_engine_cannot_do_is_refused(tmp_path, settings, message):
         check_engine(train, GPUS)
 
 
+@pytest.mark.parametrize("strategy", ZERO)
+def test_compiling_and_recomputing_are_not_refused(tmp_path, monkeypatch, strategy):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    train = stage_config(tmp_path, "distill").train
+    check_engine(replace(train, strategy=strategy, compile="always", grad_cp=1), GPUS)
+
+
 def test_a_cpu_and_a_missing_package_are_refused(tmp_path, monkeypatch):
     train = replace(stage_config(tmp_path, "distill").train, strategy="deepspeed_stage_1")
     with pytest.raises(ValueError, match="needs CUDA GPUs: set ddp or fsdp"):

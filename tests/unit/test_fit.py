@@ -291,6 +291,7 @@ def test_compiling_always_compiles_while_the_stage_runs(teacher, corpus_folder, 
     ("stage", "settings", "advice"),
     [
         ("deepspeed_stage_2", {}, "{full} or train.strategy fsdp and {bf16} and {full}"),
+        ("deepspeed_stage_3", {}, "{full} or train.strategy fsdp and {bf16} and {full}"),
         ("deepspeed_stage_3", {"attention_distillation_stage": 1}, "train.strategy fsdp and {bf16}"),
         ("deepspeed_stage_2", {"grad_cp": 1, "teacher_precision": "fp8"}, "train.strategy fsdp and {bf16} and {same}"),
     ],

@@ -225,6 +225,9 @@ def test_what_training_refuses_is_not_planned(seven):
             replace(request("distill", "h200", 8), strategy=strategy, teacher_precision="fp8", precision="bf16")
     with pytest.raises(ValueError, match=r"has no bf16-true.*add --precision bf16"):
         replace(request("distill", "h200", 8), strategy="deepspeed_stage_2")
+    for strategy in ("deepspeed_stage_2", "deepspeed_stage_3"):
+        wanted = replace(request("distill", "h200", 8), strategy=strategy, precision="bf16", checkpointing="full")
+        assert plan_stage(seven, seven, wanted).largest.keys() == {"none", "selective", "full"}
     with pytest.raises(ValueError, match="one GPU has nothing to share out, as ddp would"):
         replace(request("distill", "h200", 1), strategy="ddp")
     auto = replace(request("distill", "h200", 8), strategy="auto", teacher_precision="fp8")

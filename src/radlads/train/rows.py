@@ -23,7 +23,7 @@ def build_in_rows(blueprint: Blueprint, mesh: DeviceMesh, device: torch.device) 
     model = unplaced_model(blueprint.config, torch.float32)
     model.tie_weights()
 
-    def unfilled(name: str, parameter: nn.Parameter) -> nn.Parameter:
+    def unfilled(_: str, parameter: nn.Parameter) -> nn.Parameter:
         own = rows_of(parameter, mesh) if parameter.ndim else parameter
         return in_rows(torch.empty_like(own, device=device), parameter.shape, mesh)
 
