@@ -92,7 +92,7 @@ def test_what_is_wrong_is_said_before_models_are_read(exported, teacher, corpus_
         (["train", "--train.attention_distillation_stage", "1"], "needs a teacher"),
         (["train", "--train.lr_int", "1"], "did you mean 'train.lr_init'"),
         (["train", "-c", "/no/such.yaml"], "/no/such.yaml"),
-        (["demo", "--teacher", "./nowhere"], "neither a folder nor a hub name"),
+        (["demo", "--teacher", "./nowhere"], "is no folder, GGUF file, named model"),
         (["demo", "--mixer", "mamba"], "rad_rwkv6, rad_rwkv7, not 'mamba'"),
         (["demo", "--mixer", "rad_rwkv6", "--variant", "group_norm"], "belongs to --mixer rad_rwkv7"),
         (["demo", "--set", "train.micro_bsz"], "KEY=VALUE"),

@@ -316,7 +316,7 @@ def test_an_unknown_teacher_is_asked_for(teacher, tmp_path, capsys):
     moved = stage(teacher, tmp_path / "moved")
     text = (moved / "config.yaml").read_text().replace(str(teacher), str(tmp_path / "gone"))
     (moved / "config.yaml").write_text(text)
-    assert "gone is neither a folder nor a hub name" in refused(capsys, moved, tmp_path / "out")
+    assert "gone is no folder, GGUF file, named model" in refused(capsys, moved, tmp_path / "out")
     assert export(moved, tmp_path / "out", "--teacher", teacher) == 0
 
 
