@@ -52,7 +52,9 @@ def find_gguf(path: Path) -> Path | None:
         return None
     files = sorted(file for file in path.glob(f"*{SUFFIX}") if not is_later_part(file))
     if len(files) > 1:
-        raise ValueError(f"{path} holds several GGUF files ({', '.join(file.name for file in files)}): name one of them")
+        raise ValueError(
+            f"{path} holds several GGUF files ({', '.join(file.name for file in files)}): name one of them"
+        )
     return files[0] if files else None
 
 
@@ -126,7 +128,9 @@ def _read_model(file: Path, reader: "GGUFReader") -> PreTrainedModel:
             **names, config=config, dtype=torch.float32, output_loading_info=True
         )
     except NotImplementedError as error:
-        raise ValueError(f"{file} has tensors of a type that cannot be dequantised ({error}): take another file") from error
+        raise ValueError(
+            f"{file} has tensors of a type that cannot be dequantised ({error}): take another file"
+        ) from error
     if missing := sorted(info["missing_keys"]) or sorted(map(str, info["mismatched_keys"])):
         raise ValueError(f"{file} lacks {missing[0]} ({len(missing)} such): it is incomplete, or of another model")
     return model

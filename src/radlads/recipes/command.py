@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 def add_demo_options(parser: argparse.ArgumentParser) -> None:
     """The options of `radlads demo`."""
-    parser.add_argument("--teacher", help="a Hugging Face folder or hub name such as Qwen/Qwen2.5-0.5B-Instruct")
+    parser.add_argument(
+        "--teacher",
+        help="a Hugging Face folder, a hub name such as Qwen/Qwen2.5-0.5B-Instruct, a GGUF file, or smollm2, which is fetched",
+    )
     parser.add_argument("--mixer", default="rad_rwkv7", help="rad_rwkv7 (default) or rad_rwkv6")
     parser.add_argument(
         "--variant",
@@ -107,7 +110,8 @@ def summary_lines(summary: Mapping[str, Any], out: Path) -> Iterator[str]:
         cost = f"{values['tokens']:12,}{values['seconds']:9.0f}" if "tokens" in values else ""
         yield f"{row:12}{values['loss']:9.4f}{values['kl']:9.4f}{values['top1']:8.1%}{cost}"
     yield f"\n{summary['gap_closed']:.1%} of the gap between setup and teacher is closed"
-    yield f"\n{'':12}{'state in kB at 1k, 8k, 64k tokens':>36}{'ms per token at position 100, 8000':>40}"
+    positions = ", ".join(summary["decode_ms"]["student"])
+    yield f"\n{'':12}{'state in kB at 1k, 8k, 64k tokens':>36}{f'ms per token at position {positions}':>40}"
     for name in ("teacher", "student"):
         state = " ".join(f"{value / 1000:10,.0f}" for value in summary["bytes"][name].values())
         decode = " ".join(f"{value:8.2f}" for value in summary["decode_ms"][name].values())

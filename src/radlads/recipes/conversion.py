@@ -18,9 +18,11 @@ from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
 
 from radlads.checkpoint.atomic import partial_name, read_json, write_text
+from radlads.checkpoint.gguf_file import origin_note
 from radlads.checkpoint.hf_export import export
 from radlads.checkpoint.manifest import MANIFEST, read_manifest, sha256, versions, weights_hash
 from radlads.checkpoint.model_folder import load_model
+from radlads.checkpoint.named_models import NAMED_MODELS, is_fetched
 from radlads.config.compare import deciding, differences
 from radlads.config.load import load_config
 from radlads.config.schema import Config
@@ -35,11 +37,12 @@ from radlads.distill.heldout import Heldout, measure
 from radlads.inference.generate import Sampling, decode_ms, stream_text
 from radlads.model.configuration import state_bytes
 from radlads.model.modeling import RadladsForCausalLM
+from radlads.recipes.demo_recipes import DemoRecipe, recipe_file, recipe_for
 from radlads.recipes.reload_check import reload_max_abs_diff
 from radlads.recipes.report import write_report
 from radlads.report.page import write_page
 from radlads.train.fit import recipe_hash, run_stage
-from radlads.train.hardware import check_hardware
+from radlads.train.hardware import check_hardware, only_device
 from radlads.train.processes import ALONE, check_processes
 
 Variant = Literal["balanced", "group_norm"]
@@ -47,14 +50,11 @@ Variant = Literal["balanced", "group_norm"]
 STAGES = ("align", "distill", "extend")
 SUMMARY, MARKER = "summary.json", "conversion.json"
 RELOAD_TOLERANCE = 1e-4
-HELDOUT_TOKENS = 65536
 HELDOUT_CONTEXT = 512
 MEMORY_CONTEXTS = (1024, 8192, 65536)
-DECODE_POSITIONS = (100, 8000)
 PROMPT = "def main(argv=None):"
 _SPLITS: tuple[Split, Split] = ("train", "heldout")
-_ASSETS = files("radlads") / "assets"
-BUNDLED_TEACHER = Path(str(_ASSETS / "teacher"))
+BUNDLED_TEACHER = Path(str(files("radlads") / "assets" / "teacher"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,12 @@ def run_conversion(conversion: Conversion, console: Console) -> dict[str, Any]:
     its newest checkpoint. Raises ValueError if `out` holds another conversion or another process works in it, and for a
     teacher or data that do not fit.
     """
+    if (name := str(conversion.teacher)) in NAMED_MODELS and not is_fetched(name):
+        model = NAMED_MODELS[name]
+        console.line(f"fetching {model.title} ({model.num_bytes / 1e6:.0f} MB, {model.licence}), once")
     source = open_teacher(conversion.teacher)
+    if (note := origin_note(source.folder)) is not None:
+        console.line(note)
     if conversion.retie and not source.config.tie_word_embeddings:
         raise ValueError(f"{source.folder} has a head of its own, not its embedding: convert it without --retie")
     tokenizer = load_tokenizer(source.folder, source.config.vocab_size)
@@ -116,11 +121,14 @@ def _convert(
     if conversion.data is None:
         build_corpus(source, tokenizer, out, console)
     torch.manual_seed(configs["align"].train.seed_everything)
+    device, recipe = only_device(configs["align"].train), _recipe(conversion, configs)
     teacher = build_teacher(source)
     student, rows = build_student(source, configs["align"].model)
+    for model in (teacher, student):
+        model.to(device)  # type: ignore[arg-type]
     console.line("setup   " + ", ".join(f"{count} weights {_PAST[action]}" for action, count in sorted(rows.items())))
     heldout_reader = BinIdxReader(conversion.corpus("heldout"))
-    heldout = heldout_batches(heldout_reader)
+    heldout = heldout_batches(heldout_reader, recipe.heldout_tokens)
     console.progress("measuring teacher and setup ...")
     summary: dict[str, Any] = {
         "teacher": _measured(measure(teacher, teacher, heldout)),
@@ -144,9 +152,10 @@ def _convert(
     if conversion.retie:
         retie(student, source)
         summary["retied"] = _measured(measure(student, teacher, heldout))
+    prompt_ids = torch.from_numpy(heldout_reader.tokens[: max(recipe.decode_positions)].astype("int64"))
+    summary |= _measure_use(student, teacher, source, tokenizer, prompt_ids, recipe)
+    student.cpu()  # as the process that reloads the export runs it
     export(student, source.folder, out / "hf")
-    prompt_ids = torch.from_numpy(heldout_reader.tokens[: max(DECODE_POSITIONS)].astype("int64"))
-    summary |= _measure_use(student, teacher, source, tokenizer, prompt_ids)
     summary["reload_max_abs_diff"] = reload_max_abs_diff(student, (out / "hf").resolve(), prompt_ids[:64].tolist())
     if summary["reload_max_abs_diff"] > RELOAD_TOLERANCE:
         raise ValueError(f"{out / 'hf'} gives other logits than the student: please report this")
@@ -177,13 +186,23 @@ def stage_configs(conversion: Conversion) -> dict[str, Config]:
     data = {"train.data_file": str(conversion.corpus("train"))}
     data |= {"train.validation_data_file": str(conversion.corpus("heldout"))}
     data |= {"train.teacher.hf_path": str(conversion.teacher), "train.proj_dir": str(conversion.out)}
+    recipe = recipe_for(conversion.teacher, _device_type(overrides))
     return {
         stage: load_config(
-            [str(_ASSETS / "recipe" / f"{name}.yaml") for name in (*names, stage)],
+            [*map(recipe_file, names), *recipe.stage_files(stage)],
             {**data, **_STAGE_KEYS.get(stage, {}), **overrides},
         )
         for stage in STAGES
     }
+
+
+def _device_type(overrides: Mapping[str, object]) -> str:
+    """`cuda` or `cpu`: where stages run, by train.accelerator or by what is there."""
+    return only_device(load_config([recipe_file("align")], dict(overrides)).train).type
+
+
+def _recipe(conversion: Conversion, configs: Mapping[str, Config]) -> DemoRecipe:
+    return recipe_for(conversion.teacher, only_device(configs["align"].train).type)
 
 
 # Stage 3 has the teacher for its held-out KL alone; its loss is the labels'.
@@ -250,9 +269,9 @@ def build_corpus(source: TeacherSource, tokenizer: Tokenizer, out: Path, console
         )
 
 
-def heldout_batches(reader: BinIdxReader) -> DataLoader:
+def heldout_batches(reader: BinIdxReader, num_tokens: int) -> DataLoader:
     """The held-out windows that every row of the summary is measured on."""
-    windows = HeldoutWindows(reader, HELDOUT_CONTEXT, HELDOUT_TOKENS)
+    windows = HeldoutWindows(reader, HELDOUT_CONTEXT, num_tokens)
     return DataLoader(windows, batch_size=8)
 
 
@@ -273,7 +292,7 @@ def _run_or_reuse(
                 f"{folder} was made by another recipe or from another parent: remove it to run the stage again"
             )
         console.line(f"{folder.name}: finished earlier, kept")
-        return load_model(folder), True
+        return load_model(folder).to(teacher.device), True  # type: ignore[arg-type]
     torch.manual_seed(config.train.seed_everything)
     own = with_own_checkpoint(config, folder)
     result = run_stage(own, student, teacher, folder, console, parent=parent, recipe=recipe)
@@ -296,6 +315,7 @@ def _measure_use(
     source: TeacherSource,
     tokenizer: Tokenizer,
     prompt: torch.Tensor,
+    recipe: DemoRecipe,
 ) -> dict[str, Any]:
     """Decode times, state sizes (in bf16, as one would serve them) and one continuation, for both models."""
     models = {"student": student, "teacher": teacher}
@@ -303,7 +323,10 @@ def _measure_use(
     sampling = Sampling(temperature=0.7, top_p=0.9, max_tokens=80, seed=1)
     return {
         "decode_ms": {
-            name: {str(position): decode_ms(model, prompt[None, :position]) for position in DECODE_POSITIONS}
+            name: {
+                str(position): decode_ms(model, prompt[None, :position].to(model.device))
+                for position in recipe.decode_positions
+            }
             for name, model in models.items()
         },
         "bytes": {
