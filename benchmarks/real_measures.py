@@ -101,7 +101,7 @@ def ruler(
     """The share of right answers of each task at each length, by lm-eval's own scoring."""
     first = [place * _RULER_QUESTIONS for place in range(len(lengths))]
     numbers = [start + number for start in first for number in range(samples)]
-    settings = Settings(batch_rows=samples, questions=dict.fromkeys(tasks.names, numbers))
+    settings = Settings(batch_rows=samples * len(tasks.names), questions=dict.fromkeys(tasks.names, numbers))
     results = run_tasks(model, open_tokenizer(folder, model.config.vocab_size), tasks, settings)
     assert results is not None
     return {task: _by_length(results["samples"][task], lengths) for task in tasks.names}
