@@ -129,7 +129,7 @@ class TeacherConfig:
     path: str = ""
     """The teacher, a Hugging Face folder or hub name; '' = hf_path; both '' = no teacher."""
     hf_path: str = ""
-    """As path, which comes first where both are set."""
+    """As path, which comes first where both are set. Released files say train.teacher.model.hf_path."""
     kl_weight: float = 0.5
     """Weight of KL(teacher || student) on logits. Extend stage only; naming a teacher there switches it on."""
     ce_weight: float = 0.5
