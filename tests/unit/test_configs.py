@@ -1,7 +1,6 @@
 """The committed configuration files, their sizes and order; and files as the released system has them."""
 
 import json
-import shlex
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +11,7 @@ from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 from radlads.cli import main
 from radlads.config import Config, load_config, parse_config
 from radlads.config.schema import SIZE_KEYS, without_effect
-from radlads.config.sizes import check_sizes, sizes_from_hf, sizes_of
+from radlads.config.sizes import check_sizes, sizes_from_hf
 from radlads.model.configuration import RadladsConfig
 from radlads.recipes.single_stage import run_folder
 
@@ -158,24 +157,6 @@ def test_an_ablation_differs_from_its_base_in_its_switches_and_its_run_folder(wh
     assert {key: value for key, value in vars(ablated.model).items() if value != before[key]} == changes
     student = SimpleNamespace(num_hidden_layers=28, hidden_size=3584)
     assert str(run_folder(ablated, student)) == f"out/L28-D3584-qwerky6_qwen2-{what}-0"
-
-
-def documented_stages():
-    """The configurations of the `train.py` commands in docs/paper_commands.md, in order."""
-    text = (ROOT / "docs" / "paper_commands.md").read_text().replace("\\\n", " ")
-    commands = [shlex.split(line) for line in text.splitlines() if line.startswith("python3 train.py ")]
-    return [parse_config(command[2:], write=pytest.fail) for command in commands]
-
-
-def test_the_documented_stages_of_the_7b_example_follow_each_other(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    stages = documented_stages()
-    student = SimpleNamespace(num_hidden_layers=28, hidden_size=3584)
-    folders = [str(run_folder(config, student)) for config in stages]
-    assert folders == [f"out/L28-D3584-qwerky7_qwen2-{number}" for number in (1, 2, 3)]
-    assert [config.train.load_model for config in stages[1:]] == [f"{folder}/rwkv-final.pth" for folder in folders[:2]]
-    assert [config.train.attention_distillation_stage for config in stages] == [1, 2, -1]
-    assert [config.train.teacher.path for config in stages] == ["", *["out/Qwen2.5-7B-Instruct.pth"] * 2]
 
 
 RELEASED = """\
