@@ -99,6 +99,7 @@ def test_what_is_wrong_is_said_before_models_are_read(exported, teacher, corpus_
         (["demo", "--set", "train.micro_bz=1"], "did you mean 'train.micro_bsz'"),
         (["demo", "--data", "x"], "go together"),
         (["demo", "--set", "train.data_file=x"], "the conversion sets it itself"),
+        (["demo", "--set", "train.teacher.model.hf_path=x"], "the conversion sets it itself"),
         (["generate", "/no/such/folder", "--prompt", "a"], "no config.json"),
     ],
 )

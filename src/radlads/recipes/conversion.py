@@ -214,6 +214,7 @@ _OWNED_KEYS = {
     "train.load_model",
     "train.teacher.path",
     "train.teacher.hf_path",
+    "train.teacher.model.hf_path",
     "model.tmix",
 }
 _PAST = {"copy": "copied", "transform": "transformed", "fresh": "fresh", "drop": "dropped"}
