@@ -84,6 +84,17 @@ def unfinished_folder(target: Path, *, keep_failed: bool = True, keep_earlier: b
     _sync(target.parent)
 
 
+def discard(folder: Path) -> None:
+    """Remove a folder, all of it. It loses its name first, to one that unfinished_folder would empty: so a run that is
+    killed meanwhile leaves none that looks whole."""
+    partial = partial_name(folder)
+    if partial.exists():
+        remove_marked(partial)
+    mark(folder)
+    folder.rename(partial)
+    remove_marked(partial)
+
+
 @contextmanager
 def _only_process_in(path: Path) -> Iterator[None]:
     """Hold a lock on a folder or file, which ends with the process. Raises ValueError while another one holds it."""

@@ -16,6 +16,8 @@ from typing import Any, BinaryIO, NamedTuple, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from radlads.checksums import corpus_record
+
 _MAGIC = b"MMIDIDX\0\0"
 _VERSION = 1
 # magic, version, dtype code, number of sizes, number of document indices
@@ -165,6 +167,7 @@ class BinIdxWriter:
         bin_path, idx_path = _pair(self.path_stem)
         # Without its index an old corpus cannot be read, so no reader ever sees the new .bin with the old .idx.
         idx_path.unlink(missing_ok=True)
+        corpus_record(self.path_stem).unlink(missing_ok=True)
         os.replace(self._bin_temporary, bin_path)
         os.replace(self._idx_temporary, idx_path)
 

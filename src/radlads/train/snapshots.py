@@ -21,7 +21,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from radlads.checkpoint.atomic import read_json, unfinished_folder, write_text
-from radlads.checkpoint.manifest import MANIFEST, sha256, versions
+from radlads.checkpoint.manifest import MANIFEST, versions
 from radlads.checkpoint.model_folder import save_model
 from radlads.checkpoint.own_files import MARK, check_names, refuse_links, remove_folder
 from radlads.checkpoint.safetensors_writer import file_order, write_safetensors
@@ -37,6 +37,7 @@ from radlads.checkpoint.weights import (
     own_part,
     own_rows,
 )
+from radlads.checksums import sha256
 from radlads.distill.heldout import Heldout
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.train.loggers import CARRIED, carry
