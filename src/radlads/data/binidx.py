@@ -94,7 +94,7 @@ class BinIdxWriter:
 
     Ids are stored as uint16 if every id below `vocab_size` fits, else as int32. The files grow under temporary names in
     the folder of `path_stem` (created if missing), which an exception removes. A corpus of that name is replaced.
-    Raises ValueError on leaving the block if no token was added.
+    Raises ValueError if what bears the corpus's name is none, and on leaving the block if no token was added.
     """
 
     def __init__(self, path_stem: str | Path, vocab_size: int) -> None:
@@ -113,6 +113,7 @@ class BinIdxWriter:
 
     def __enter__(self) -> Self:
         self._bin_temporary.parent.mkdir(parents=True, exist_ok=True)
+        _check_replaceable(_pair(self.path_stem)[1])
         with ExitStack() as stack:
             stack.callback(self._bin_temporary.unlink, missing_ok=True)
             stack.callback(self._idx_temporary.unlink, missing_ok=True)
@@ -194,6 +195,15 @@ def _path_stem(path: str | Path) -> Path:
 
 def _pair(stem: Path) -> tuple[Path, Path]:
     return stem.parent / f"{stem.name}.bin", stem.parent / f"{stem.name}.idx"
+
+
+def _check_replaceable(idx_path: Path) -> None:
+    """Raise ValueError if what bears the name of a corpus's index is something else."""
+    if not idx_path.exists():
+        return
+    with open(idx_path, "rb") as file:
+        if file.read(len(_MAGIC)) != _MAGIC:
+            raise ValueError(f"{idx_path} is no corpus that a new one could replace: remove it, or choose another name")
 
 
 def _require_files(given: Path, bin_path: Path, idx_path: Path) -> None:
