@@ -77,7 +77,7 @@ def unfinished_folder(target: Path, *, keep_failed: bool = True, keep_earlier: b
                 os.replace(partial, target)
         except BaseException:
             if not keep_failed:
-                with suppress(OSError):
+                with suppress(OSError, ValueError):
                     remove_marked(partial)
             raise
     (target / MARK).unlink(missing_ok=True)  # not before: a folder that a killed run has left bears either
