@@ -63,7 +63,7 @@ STAGE_FILES = (
     ),
     *(f"{CHECKPOINTS}/step-*/{name}" for name in CHECKPOINT_FILES),
 )
-"""What a run leaves in its unfinished folder, beside what else only a user can have put there."""
+"""What a run leaves in its unfinished folder; anything else there is its user's."""
 
 _SPREAD = frozenset(
     f"train.{name}"
@@ -140,10 +140,10 @@ def first_checkpoint(setting: str, stage_folder: Path, run: dict[str, Any], cons
 def _empty(stage_folder: Path, held: list[Path], console: Console) -> None:
     check_marked(stage_folder)
     check_names(stage_folder, STAGE_FILES)
-    if left := [path for path in stage_folder.iterdir() if path.name != MARK]:
+    if written := [path for path in stage_folder.iterdir() if path.name != MARK]:
         what = f"{len(held)} checkpoints" if held else "no checkpoint"
         console.line(f"{stage_folder}: an unfinished run ({what}) is thrown away and started over")
-        remove_each(left)
+        remove_each(written)
 
 
 def _named(path: Path, stage_folder: Path, held: list[Path]) -> Path:
