@@ -74,7 +74,34 @@ _PAGES = (".html", ".htm", ".xhtml")
 _TEXTS = (".txt", ".pod", ".md")
 _BLOCKS = {"p", "div", "li", "dt", "dd", "tr", "pre", "br", "h1", "h2", "h3", "h4", "h5", "h6", "section", "blockquote"}
 _FURNITURE = re.compile(r"sidebar|related|nav|footer|header$|headerlink|toctree|breadcrumb|menu|search")
-_COMMON = frozenset("the of to and a in is that for it be as are with this or not can on by from an if which".split())
+_COMMON = frozenset(
+    [
+        "the",
+        "of",
+        "to",
+        "and",
+        "a",
+        "in",
+        "is",
+        "that",
+        "for",
+        "it",
+        "be",
+        "as",
+        "are",
+        "with",
+        "this",
+        "or",
+        "not",
+        "can",
+        "on",
+        "by",
+        "from",
+        "an",
+        "if",
+        "which",
+    ]
+)
 _COMMON_SHARE, _DICTIONARY_CHUNK = 0.16, 8000
 _BATCH = 64
 _Ids = NDArray[np.int32]
@@ -125,9 +152,12 @@ def _page_text(raw: bytes) -> str:
     except (lxml.etree.ParserError, ValueError):
         return ""
     for element in list(page.iter()):
-        if not isinstance(element.tag, str) or element.tag in ("script", "style", "head", "nav", "footer"):
-            _remove(element)
-        elif _FURNITURE.search(element.get("class") or "") or element.get("role") in ("navigation", "search"):
+        if (
+            not isinstance(element.tag, str)
+            or element.tag in ("script", "style", "head", "nav", "footer")
+            or _FURNITURE.search(element.get("class") or "")
+            or element.get("role") in ("navigation", "search")
+        ):
             _remove(element)
         elif element.tag in _BLOCKS:
             element.tail = "\n" + (element.tail or "")

@@ -493,6 +493,16 @@ def test_what_is_no_export_is_not_uploaded(run, hub, capsys):
     assert hub.asked == {}
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_damaged_export_is_neither_uploaded_nor_blessed_by_another(exported, tmp_path, hub, capsys, name):
+    content = (exported / name).read_bytes()
+    (exported / name).write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+    assert f"{name} is not the file its checksums.json" in refused(capsys, exported, "--push-to-hub", "me/model")
+    assert hub.asked == {}
+    if name == "model.safetensors":
+        assert "its SHA-256 is another one" in refused(capsys, exported, tmp_path / "again")
+
+
 @pytest.mark.parametrize("reachable", [True, False])
 def test_a_hub_that_refuses_is_told_in_a_sentence(exported, hub, capsys, reachable):
     hub.status = 403

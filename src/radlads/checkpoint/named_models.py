@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from radlads.checkpoint.manifest import sha256
 from radlads.checkpoint.user_cache import cache_folder, made_once
+from radlads.checksums import sha256
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""`radlads demo` and `radlads export`: their options, and the conversion or export that these ask for.
+"""`radlads demo`, `export` and `verify`: their options, and the conversion or export that these ask for.
 
 Imports no torch before it has to.
 """
@@ -53,6 +53,12 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload to the Hugging Face hub")
     parser.add_argument("--private", action="store_true", help="make the repository a private one, if it is new")
     parser.add_argument("--dry-run", action="store_true", help="list what would be uploaded instead")
+
+
+def add_verify_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `radlads verify`."""
+    what = "a conversion's folder, a stage's, a checkpoint's or an export's, or a corpus by its .bin file"
+    parser.add_argument("path", type=Path, metavar="DIR_OR_CORPUS", help=what)
 
 
 def overrides_of(arguments: argparse.Namespace) -> dict[str, str]:

@@ -3,7 +3,6 @@
 import fcntl
 import json
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -19,10 +18,11 @@ from torch.utils.data import DataLoader
 
 from radlads.checkpoint.atomic import partial_name, read_json, write_text
 from radlads.checkpoint.gguf_file import origin_note
-from radlads.checkpoint.hf_export import export
-from radlads.checkpoint.manifest import MANIFEST, read_manifest, sha256, versions, weights_hash
+from radlads.checkpoint.hf_export import export, remove_export
+from radlads.checkpoint.manifest import MANIFEST, joint_hash, read_manifest, versions, weights_hash
 from radlads.checkpoint.model_folder import load_model
 from radlads.checkpoint.named_models import NAMED_MODELS, is_fetched
+from radlads.checksums import sha256
 from radlads.config.compare import deciding, differences
 from radlads.config.load import load_config
 from radlads.config.schema import Config
@@ -40,6 +40,7 @@ from radlads.model.modeling import RadladsForCausalLM
 from radlads.recipes.demo_recipes import DemoRecipe, recipe_file, recipe_for
 from radlads.recipes.reload_check import reload_max_abs_diff
 from radlads.recipes.report import write_report
+from radlads.recipes.teacher_record import check_teacher, record_teacher, teacher_changes, teacher_checksums
 from radlads.report.page import write_page
 from radlads.train.fit import recipe_hash, run_stage
 from radlads.train.hardware import check_hardware, only_device
@@ -106,11 +107,13 @@ def run_conversion(conversion: Conversion, console: Console) -> dict[str, Any]:
         for config in configs.values():
             check_processes(config.train, ALONE)
             check_hardware(config.train)
-    claim_folder(conversion.out, _identity(conversion, source, configs), _settings(configs), console)
+    teacher_files = teacher_checksums(source.folder)
+    claim_folder(conversion.out, _identity(conversion, teacher_files["sha256"], configs), _settings(configs), console)
     with only_process_in(conversion.out):
         if (conversion.out / SUMMARY).is_file():
             console.line(f"{conversion.out} holds this conversion already; remove the folder to run it again")
             return read_json(conversion.out / SUMMARY)
+        record_teacher(conversion.out, teacher_files)
         return _convert(conversion, source, tokenizer, configs, console)
 
 
@@ -147,8 +150,8 @@ def _convert(
     setup, end = summary["setup"]["loss"], summary["extend"]["loss"]
     summary["gap_closed"] = (setup - end) / (setup - summary["teacher"]["loss"])
     console.progress("measuring decoding and the export ...")
-    if (out / "hf").exists():
-        shutil.rmtree(out / "hf")  # whatever it holds may be older than the last stage
+    check_teacher(out)
+    remove_export(out / "hf")  # it may be older than the last stage
     if conversion.retie:
         retie(student, source)
         summary["retied"] = _measured(measure(student, teacher, heldout))
@@ -228,6 +231,7 @@ def claim_folder(out: Path, identity: dict[str, str], settings: dict[str, Any], 
         held = read_json(marker)
         if different := [key for key in identity if held.get(key) != identity[key]]:
             changes = differences(held["settings"], settings) if "settings" in held else []
+            changes += teacher_changes(out) if "teacher" in different else []
             raise ValueError(
                 f"{out} holds another conversion (different: {', '.join(different)}): "
                 f"{'; '.join([*changes, 'remove it'])}, or choose another --out"
@@ -339,16 +343,16 @@ def _measure_use(
     }
 
 
-def _identity(conversion: Conversion, source: TeacherSource, configs: dict[str, Config]) -> dict[str, str]:
-    """What a folder's conversion is told apart by: each entry names one thing that decides the result."""
+def _identity(conversion: Conversion, teacher: Mapping[str, str], configs: dict[str, Config]) -> dict[str, str]:
+    """What a folder's conversion is told apart by: each entry names one thing that decides the result. `teacher`:
+    its files' hashes."""
     data = f"Python {versions()['python']}"
     if conversion.data is not None:
         stems = (BinIdxReader(conversion.corpus(split)).path_stem for split in _SPLITS)
         data = recipe_hash(*(sha256(Path(f"{stem}.{kind}")) for stem in stems for kind in ("idx", "bin")))
-    described = [source.folder / name for name in ("config.json", "tokenizer.json")]
     return {
         "radlads": versions().get("radlads", ""),
-        "teacher": recipe_hash(weights_hash(source.folder), *(sha256(path) for path in described)),
+        "teacher": recipe_hash(joint_hash(teacher), *(teacher[name] for name in ("config.json", "tokenizer.json"))),
         "data": data,
         "mixer": recipe_hash(configs["align"].model),
         "stages": recipe_hash(*(deciding(config) for config in configs.values())),
