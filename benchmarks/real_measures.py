@@ -29,8 +29,8 @@ PROMPTS = (
     "What is 17 plus 25?",
     "Translate to Spanish: Good morning, my friend.",
     "Write a Python function that returns the largest number in a list.",
-    "Summarise in one sentence: The meeting began at nine. Sales were up, but costs had risen faster, so the team agreed "
-    "to delay the new office until next year.",
+    "Summarise in one sentence: The meeting began at nine. Sales were up, but costs had risen faster, so the team "
+    "agreed to delay the new office until next year.",
     "List the first five planets of the solar system, one per line.",
     "My name is Ada and I live in Oslo. What is my name, and where do I live?",
 )

@@ -3,8 +3,8 @@
     python benchmarks/real_text.py --out data/real [--tokenizer smollm2] [--train-tokens 30000000]
 
 Fetches the Debian packages of DEBIAN with apt-get (no root needed), takes the English pages out of them, and reads the
-.py files of the packages that this interpreter has. One document in forty is held out, by a hash of its name, and training
-documents that share most of their lines with one that was read before, held out or not, are left out. Writes
+.py files of the packages that this interpreter has. One document in forty is held out, by a hash of its name. A
+document for training that shares most of its lines with one read before, held out or not, is left out. Writes
 {english,python}-{train,heldout}.{bin,idx} and sources.json, which names every package with version, licence and tokens.
 """
 
@@ -74,34 +74,7 @@ _PAGES = (".html", ".htm", ".xhtml")
 _TEXTS = (".txt", ".pod", ".md")
 _BLOCKS = {"p", "div", "li", "dt", "dd", "tr", "pre", "br", "h1", "h2", "h3", "h4", "h5", "h6", "section", "blockquote"}
 _FURNITURE = re.compile(r"sidebar|related|nav|footer|header$|headerlink|toctree|breadcrumb|menu|search")
-_COMMON = frozenset(
-    [
-        "the",
-        "of",
-        "to",
-        "and",
-        "a",
-        "in",
-        "is",
-        "that",
-        "for",
-        "it",
-        "be",
-        "as",
-        "are",
-        "with",
-        "this",
-        "or",
-        "not",
-        "can",
-        "on",
-        "by",
-        "from",
-        "an",
-        "if",
-        "which",
-    ]
-)
+_COMMON = frozenset("the of to and a in is that for it be as are with this or not can on by from an if which".split())  # noqa: SIM905
 _COMMON_SHARE, _DICTIONARY_CHUNK = 0.16, 8000
 _BATCH = 64
 _Ids = NDArray[np.int32]
@@ -163,6 +136,13 @@ def _page_text(raw: bytes) -> str:
             element.tail = "\n" + (element.tail or "")
     lines = (re.sub(r"[ \t\xa0]+", " ", line).rstrip() for line in page.text_content().splitlines())
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip() + "\n"
+
+
+def _is_furniture(element: lxml.html.HtmlElement) -> bool:
+    """Whether an element is none of the page's text: a comment, a script, a menu."""
+    if not isinstance(element.tag, str) or element.tag in ("script", "style", "head", "nav", "footer"):
+        return True
+    return bool(_FURNITURE.search(element.get("class") or "")) or element.get("role") in ("navigation", "search")
 
 
 def _remove(element: lxml.html.HtmlElement) -> None:

@@ -77,6 +77,11 @@ def test_tokenizer_template_ends_and_licence_come_from_the_file(tmp_path):
     assert locate_tokenizer(tmp_path) == folder
 
 
+def test_a_tokenizer_has_no_tokens_beyond_the_files(tmp_path):
+    folder = open_teacher(gguf_files.write(tmp_path / "m.gguf", gguf_files.model("llama"))).folder
+    assert max(AutoTokenizer.from_pretrained(folder).get_vocab().values()) == tiny.VOCAB - 1
+
+
 def test_a_file_is_read_once(tmp_path, monkeypatch):
     file = gguf_files.write(tmp_path / "m.gguf", gguf_files.model("llama"))
     first = open_teacher(file).folder

@@ -108,7 +108,7 @@ def _check_supported(readers: "list[GGUFReader]", file: Path) -> None:
         lost.append("a RoPE scaling")
     if lost:
         raise ValueError(
-            f"{file} has {lost[0]}, which transformers does not read from GGUF files: take the model's Hugging Face folder"
+            f"{file} has {lost[0]}, which transformers does not read from GGUF: take the model's Hugging Face folder"
         )
 
 
@@ -148,9 +148,24 @@ def _write_model(model: PreTrainedModel, folder: Path) -> None:
 def _write_tokenizer(file: Path, folder: Path) -> None:
     """The tokenizer's files and its chat template, under a class name that every transformers knows."""
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    invented = _drop_invented_tokens(folder / "tokenizer.json")
     path = folder / "tokenizer_config.json"
-    values = {key: value for key, value in read_json(path).items() if key not in _TOKENIZER_KEYS_OF_THIS_MACHINE}
+    values = {
+        key: value
+        for key, value in read_json(path).items()
+        if key not in _TOKENIZER_KEYS_OF_THIS_MACHINE and not (key.endswith("_token") and value in invented)
+    }
     write_text(path, json.dumps(values | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
+
+
+def _drop_invented_tokens(path: Path) -> set[str]:
+    """Take out of tokenizer.json what the file's vocabulary lacks: a default <|endoftext|>, say. Returns these tokens."""
+    tokenizer = read_json(path)
+    known = tokenizer["model"]["vocab"]
+    invented = {token["content"] for token in tokenizer["added_tokens"] if token["content"] not in known}
+    tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["content"] not in invented]
+    write_text(path, json.dumps(tokenizer, ensure_ascii=False))
+    return invented
 
 
 def _write_generation(model: PreTrainedModel, reader: "GGUFReader", folder: Path) -> None:

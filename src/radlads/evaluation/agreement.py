@@ -49,8 +49,8 @@ def agreement_by_position(
     """The model beside its teacher in each bin [edges[i], edges[i + 1]) of positions, both in evaluation mode.
 
     Reads windows of `context_tokens` that lie evenly over the whole corpus, at most `max_tokens` in sum (None: all).
-    Both models are on the same device. Raises ValueError for edges that do not rise or lie outside the window, and for a
-    corpus shorter than one window.
+    Both models are on the same device. Raises ValueError for edges that do not rise or lie outside the window, and for
+    a corpus shorter than one window.
     """
     check_edges(edges, context_tokens)
     windows = spread_windows(corpus, context_tokens, max_tokens)

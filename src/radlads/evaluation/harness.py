@@ -68,7 +68,8 @@ def open_tasks(
 ) -> Tasks:
     """The tasks of these names or patterns (`mmlu_*`), from a folder of task files first, then lm-eval's own.
 
-    metadata: what tasks that make their own questions are told, such as RULER's `max_seq_lengths` and `tokenizer`. Raises ValueError for a missing lm-eval or folder, and for names that nothing answers to.
+    metadata: what tasks that make their own questions are told, such as RULER's `max_seq_lengths` and `tokenizer`.
+    Raises ValueError for a missing lm-eval or folder, and for names that nothing answers to.
     """
     _check_lm_eval()
     from lm_eval.tasks import TaskManager

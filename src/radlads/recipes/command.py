@@ -17,7 +17,7 @@ def add_demo_options(parser: argparse.ArgumentParser) -> None:
     """The options of `radlads demo`."""
     parser.add_argument(
         "--teacher",
-        help="a Hugging Face folder, a hub name such as Qwen/Qwen2.5-0.5B-Instruct, a GGUF file, or smollm2, which is fetched",
+        help="a Hugging Face folder, a hub name such as Qwen/Qwen2.5-0.5B-Instruct, a GGUF file, or smollm2 (fetched)",
     )
     parser.add_argument("--mixer", default="rad_rwkv7", help="rad_rwkv7 (default) or rad_rwkv6")
     parser.add_argument(
