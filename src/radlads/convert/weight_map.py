@@ -63,8 +63,8 @@ def transfer(
     tied: bool,
     reinit_att: bool = False,
 ) -> Counter[Action]:
-    """Fill the student by the table: the teacher's weights, and for what is fresh its mixers' own initial values, drawn
-    layer by layer. Return how many rows there were of each action.
+    """Fill the student by the table: the teacher's weights, and for what is fresh the values that a mixer has when it is
+    built, layer by layer. Return how many rows there were of each action.
 
     Raises ValueError for a tensor that is missing, left over, of another shape, or not finite.
     """
@@ -75,18 +75,11 @@ def transfer(
             copy_checked(parameters[row.student], weights[row.teacher], row.teacher, str(origin))
     fresh = [row.student for row in rows if row.action == "fresh" and row.student is not None]
     for layer, names in itertools.groupby(sorted(fresh, key=_layer_of), key=_layer_of):
-        own = dict(_fresh_mixer(student, layer).named_parameters())
+        # Built anew, on the CPU: the student's own parameters may be spread over processes
+        own = dict(build_time_mixer(student.config, layer).named_parameters())
         for name in names:
             copy_checked(parameters[name], own[_split_mixer_name(name)[1]].detach(), name, "the mixer's initial values")
     return Counter(row.action for row in rows)
-
-
-def _fresh_mixer(student: RadladsForCausalLM, layer: int) -> torch.nn.Module:
-    """A layer's time mixer on the CPU with its initial values: those of the student may be spread over processes."""
-    mixer = build_time_mixer(student.config, layer)
-    for module in mixer.modules():
-        student._init_weights(module)
-    return mixer
 
 
 def _layer_of(name: str) -> int:
