@@ -63,8 +63,8 @@ def transfer(
     tied: bool,
     reinit_att: bool = False,
 ) -> Counter[Action]:
-    """Fill the student by the table: the teacher's weights, and for what is fresh the values that a mixer has when it is
-    built, layer by layer. Return how many rows there were of each action.
+    """Fill the student by the table: the teacher's weights, and for what is fresh the values that a mixer's constructor
+    sets, layer by layer. Return how many rows there were of each action.
 
     Raises ValueError for a tensor that is missing, left over, of another shape, or not finite.
     """
