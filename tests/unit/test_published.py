@@ -105,6 +105,18 @@ def test_a_published_export_comes_back_with_the_same_logits(teacher, tmp_path, k
     assert loaded.config.time_mixers == student.config.time_mixers
 
 
+@pytest.mark.parametrize("kind", ["6", "7 balanced", "7 with softmax"])
+def test_from_pretrained_of_a_published_folder_is_refused_in_one_sentence(teacher, tmp_path, kind):
+    export_published(random_student(teacher, STUDENTS[kind]), tmp_path / "out")
+    with pytest.raises(ValueError, match=rf"model type 'rwkv{kind[0]}qwen2', not 'radlads': .*load_model"):
+        RadladsForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_from_pretrained_of_a_teacher_is_refused(teacher):
+    with pytest.raises(ValueError, match="model type 'qwen2', not 'radlads'"):
+        RadladsForCausalLM.from_pretrained(teacher)
+
+
 def mixer_shapes(folder, layer):
     prefix = f"model.layers.{layer}.self_attn."
     weights = open_weights(folder)
