@@ -160,6 +160,63 @@ def test_an_export_holds_every_tensor_of_the_format_in_every_layer(teacher, tmp_
     assert "lm_head.weight" in open_weights(tmp_path / "out")
 
 
+GATES = {0: {}, 1: {"gate.weight": (64, 64)}, 2: {"g1": (64, 32), "g2": (32, 64)}}
+NO_TOKEN_SHIFT = {name: shape for name, shape in RWKV6_TENSORS.items() if "time_maa" not in name}
+NO_GATE_7 = {name: shape for name, shape in RWKV7_TENSORS.items() if name not in ("g1", "g2")}
+LAYER_NORMS = ("input", "post_attention")
+OUTSIDE = {
+    **{"model.embed_tokens.weight": (260, 64), "lm_head.weight": (260, 64), "model.norm.weight": (64,)},
+    **{f"model.layers.{layer}.mlp.{name}_proj.weight": (96, 64) for layer in range(3) for name in ("gate", "up")},
+    **{f"model.layers.{layer}.mlp.down_proj.weight": (64, 96) for layer in range(3)},
+    **{f"model.layers.{layer}.{name}_layernorm.weight": (64,) for layer in range(3) for name in LAYER_NORMS},
+}
+# What the released training code builds a student with, by its keys
+RELEASED_MIXERS = {
+    "6": ({"groupnorm_att": 0}, RWKV6_TENSORS | GATES[1]),
+    "6 normed": ({"balance_state": 0, "gate_rank_type": 2}, RWKV6_TENSORS | GROUP_NORM | GATES[2]),
+    "6 without token shift": ({"use_tokenshift": 0, "groupnorm_att": 0}, NO_TOKEN_SHIFT | GATES[1]),
+    "6 without a gate": ({"gate_rank_type": 0, "groupnorm_att": 0}, RWKV6_TENSORS),
+    "7 balanced": ({"gate_rank_type": 2, "groupnorm_att": 0}, NO_GATE_7 | GATES[2]),
+    "7 normed": ({"gate_rank_type": 2, "balance_state": 0}, NO_GATE_7 | GROUP_NORM | GATES[2]),
+    "7 with a full gate": ({"gate_rank_type": 1, "groupnorm_att": 0}, NO_GATE_7 | GATES[1]),
+    "7 with softmax": ({"gate_rank_type": 2, "preserve_last_n_layers": 1}, NO_GATE_7 | GROUP_NORM | GATES[2]),
+}
+
+
+@pytest.mark.parametrize("source", ["stage", "published"])
+@pytest.mark.parametrize("kind", RELEASED_MIXERS)
+def test_a_pth_file_has_the_tensors_of_the_released_code(teacher, tmp_path, kind, source):
+    keys, mixer = RELEASED_MIXERS[kind]
+    student = random_student(teacher, ModelConfig(tmix=f"rad_rwkv{kind[0]}", **keys))
+    (tmp_path / "stage").mkdir()
+    save_model(student, tmp_path / "stage")
+    export_published(student, tmp_path / "published")
+    convert_to_pth(tmp_path / source, tmp_path / "x.pth")
+    layers = [mixer, mixer, PROJECTIONS if "softmax" in kind else mixer]
+    expected = OUTSIDE | {
+        f"model.layers.{layer}.self_attn.{name}": shape
+        for layer, tensors in enumerate(layers)
+        for name, shape in tensors.items()
+    }
+    found = torch.load(tmp_path / "x.pth", weights_only=True)
+    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == expected
+    parameters = dict(student.named_parameters())
+    assert all(torch.equal(found[name], parameter) for name, parameter in parameters.items())
+
+
+def test_a_pth_file_of_a_student_whose_head_is_its_embedding_has_a_head(teacher, tmp_path):
+    student = random_student(teacher, STUDENTS["6"])
+    student.lm_head.weight, student.config.tie_word_embeddings = student.model.embed_tokens.weight, True
+    save_model(student, tmp_path)
+    convert_to_pth(tmp_path, tmp_path / "x.pth")
+    assert torch.equal(PthFile(tmp_path / "x.pth")["lm_head.weight"], student.model.embed_tokens.weight)
+
+
+def test_a_pth_file_of_a_teacher_is_its_weights(teacher, tmp_path):
+    convert_to_pth(teacher, tmp_path / "x.pth")
+    assert set(PthFile(tmp_path / "x.pth")) == set(open_weights(teacher))
+
+
 def test_an_exported_configuration_speaks_the_formats_words(teacher, tmp_path):
     export_published(random_student(teacher, STUDENTS["7 with softmax"]), tmp_path / "out", dtype=torch.bfloat16)
     values = json.loads((tmp_path / "out" / "config.json").read_text())

@@ -136,6 +136,11 @@ def stored_only(config: RadladsConfig, layer: int, mixer: str) -> dict[str, tupl
     return {f"model.layers.{layer}.self_attn.{name}": tensor for name, tensor in tensors.items()}
 
 
+def stored_in_pth(config: RadladsConfig, layer: int, mixer: str) -> dict[str, tuple[tuple[int, ...], float]]:
+    """Those of stored_only that the released training code builds too: all but the token shift that is switched off."""
+    return {} if mixer == "rad_rwkv6" else stored_only(config, layer, mixer)
+
+
 def _is_stored_only(name: str, config: RadladsConfig) -> bool:
     if name == HEAD:
         return config.tie_word_embeddings
