@@ -270,6 +270,10 @@ def test_ranks_and_switches_that_are_named_count(tmp_path):
     assert config.time_mixers == ["rad_rwkv7", "qwen2", "qwen2"]
 
 
+def test_rwkv7_has_no_token_shift_whatever_the_configuration_says(tmp_path):
+    assert not published_config(QRWKV7 | {"use_tokenshift": True}, tmp_path).use_tokenshift
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_transformers_4_folder_with_foreign_code_loads(tmp_path, kind):
     model = RadladsForCausalLM(published_config(KINDS[kind], tmp_path)).eval()
@@ -327,7 +331,6 @@ def test_tied_heads(teacher, tmp_path, head, tied):
         ("7", {"hidden_size": None}, "lacks hidden_size"),
         ("7", {"hidden_act": "gelu"}, "activation 'gelu'"),
         ("7", {"attention_output_bias": True}, "bias on its attention output"),
-        ("7", {"use_tokenshift": True}, "asks for token shift"),
         ("7", {"num_attention_layers": 4}, "4 softmax layers among 3"),
         ("7", {"num_attention_layers": 1, "use_sliding_window": True}, "sliding-window"),
         ("6", {"rope_scaling": {"type": "longrope"}}, "longrope"),
@@ -354,6 +357,11 @@ SIZES = {
         ({"time_mixers": ["rad_rwkv6", "rad_rwkv7", "rad_rwkv7"]}, "not of rad_rwkv6 and rad_rwkv7"),
         ({"time_mixers": ["qwen2", "rad_rwkv7", "rad_rwkv7"]}, "at the end of the stack only"),
         ({"time_mixers": ["rad_rwkv6", "rad_rwkv6", "qwen2"]}, "no softmax layers beside RAD-RWKV6"),
+        ({"gate_rank_type": 0}, "does not run without a gate"),
+        (
+            {"time_mixers": ["rad_rwkv7", "rad_rwkv7", "qwen2"], "use_rope": False},
+            "does not run softmax layers in a model without RoPE",
+        ),
         ({"head_dim": 32}, "share the hidden size evenly"),
         ({"qk_norm": True}, "no norms of queries and keys"),
     ],

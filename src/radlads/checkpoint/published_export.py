@@ -136,6 +136,16 @@ def _kind_of(config: RadladsConfig) -> str:
         raise ValueError(
             "the published format has no softmax layers beside RAD-RWKV6: export the model with its code instead"
         )
+    if kind == "rwkv7qwen2" and config.gate_rank_type == 0:
+        raise ValueError(
+            "the published code of RAD-RWKV7 does not run without a gate (gate_rank_type 0): export the model with its "
+            "code instead"
+        )
+    if softmax and not config.use_rope:
+        raise ValueError(
+            "the published code does not run softmax layers in a model without RoPE (use_rope false): "
+            "export the model with its code instead"
+        )
     if set(config.channel_mixers) - {"swiglu", "qwen2"}:
         raise ValueError("the published format has gated MLPs only: export the model with its code instead")
     if config.head_dim * config.num_attention_heads != config.hidden_size:
