@@ -117,6 +117,18 @@ def test_reinit_att_leaves_the_teachers_projections_behind(teacher):
     assert not torch.equal(dict(student.named_parameters())[name], source.weights[name])
 
 
+@pytest.mark.parametrize("mixer", ["rad_rwkv6", "rad_rwkv7"])
+def test_reinit_att_draws_the_released_codes_values(teacher, mixer):
+    student, _ = build_student(open_teacher(teacher), model_keys(tmix=mixer, reinit_att=1))
+    for block in student.model.layers:
+        attention = block.self_attn
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+            assert 0.99 * 0.5 / 8 < projection.weight.abs().max() <= 0.5 / 8  # 64 channels
+            assert projection.weight.std().item() == pytest.approx(0.5 / 8 / 3**0.5, rel=0.05)
+            assert not projection.bias.any()
+        assert not attention.o_proj.weight.any()
+
+
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [

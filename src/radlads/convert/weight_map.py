@@ -12,6 +12,7 @@ import torch
 from radlads.checkpoint.weights import copy_checked
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
+from radlads.model.recurrent_mixer import RecurrentMixer
 from radlads.model.registry import build_time_mixer
 
 Action = Literal["copy", "transform", "fresh", "drop"]
@@ -76,7 +77,10 @@ def transfer(
     fresh = [row.student for row in rows if row.action == "fresh" and row.student is not None]
     for layer, names in itertools.groupby(sorted(fresh, key=_layer_of), key=_layer_of):
         # Built anew, on the CPU: the student's own parameters may be spread over processes
-        own = dict(build_time_mixer(student.config, layer).named_parameters())
+        mixer = build_time_mixer(student.config, layer)
+        if reinit_att and isinstance(mixer, RecurrentMixer):
+            mixer.reset_projections()
+        own = dict(mixer.named_parameters())
         for name in names:
             copy_checked(parameters[name], own[_split_mixer_name(name)[1]].detach(), name, "the mixer's initial values")
     return Counter(row.action for row in rows)
