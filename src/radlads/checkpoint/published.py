@@ -72,7 +72,7 @@ def published_config(values: Mapping[str, Any], origin: Path) -> RadladsConfig:
     layers, softmax = values["num_hidden_layers"], values.get("num_attention_layers") or 0
     if not 0 <= softmax <= layers:
         raise ValueError(f"{origin}/config.json asks for {softmax} softmax layers among {layers}: copy it anew")
-    switches = {"use_tokenshift": False}  # of RAD-RWKV7, whose released code does not look at the key
+    switches: dict[str, Any] = {"use_tokenshift": False}  # of RAD-RWKV7, whose released code does not look at the key
     for name, default in SWITCHES[kind].items():
         switches[name] = default if values.get(name) is None else values[name]
     sizes: dict[str, Any] = {name: values[name] for name in (*SIZES, *OPTIONAL) if values.get(name) is not None}
