@@ -247,6 +247,7 @@ def test_another_student_teacher_or_corpus_is_another_run(teacher, corpus_folder
         (960, {}, {"magic primes"}),  # 60 contexts: 59, and 53 by the older rule
         (960, {"train.magic_prime": 53}, set()),
         (20_000, {"model.preserve_last_n_layers": 1}, {"softmax layers"}),
+        (20_000, {"model.balance_state": 1, "model.groupnorm_att": 1}, {"scale of RAD-RWKV7"}),
     ],
 )
 def test_what_earlier_versions_decided_otherwise_marks_a_run(teacher, tmp_path, num_tokens, keys, expected):
@@ -254,7 +255,7 @@ def test_what_earlier_versions_decided_otherwise_marks_a_run(teacher, tmp_path, 
     config = tiny.stage_config(tmp_path, "distill", **{"train.my_exit_tokens": 6 * 64, **keys})
     student = build_student(open_teacher(teacher), config.model)[0]
     run = describe_run(config, student, None, [(BinIdxReader(corpus), Fraction(1))])
-    assert run.keys() & {"optimizer steps", "magic primes", "softmax layers"} == expected
+    assert run.keys() & {"optimizer steps", "magic primes", "softmax layers", "scale of RAD-RWKV7"} == expected
 
 
 def test_never_starts_over_and_says_so(stopped):

@@ -76,7 +76,7 @@ def _decided_anew(config: Config, student: RadladsForCausalLM, lengths: list[int
 
     lengths: tokens of each corpus. rows: sequences in a step.
     """
-    train, context = config.train, config.model.ctx_len
+    train, model, context = config.train, student.config, config.model.ctx_len
     budget = train.my_exit_tokens or sum(lengths)
     steps = steps_of(budget, rows * context)
     multiples = [n for n in lengths if n % context == 0 and n > 3 * context]
@@ -86,8 +86,10 @@ def _decided_anew(config: Config, student: RadladsForCausalLM, lengths: list[int
         anew["optimizer steps"] = steps
     if primes and train.magic_prime in (0, "auto"):
         anew["magic primes"] = primes
-    if "full_attention" in student.config.layer_types:
+    if "full_attention" in model.layer_types:
         anew["softmax layers"] = "count in the loss of align, have the mixers' rate"
+    if "rad_rwkv7" in model.time_mixers and model.balance_state == model.groupnorm_att:
+        anew["scale of RAD-RWKV7"] = "by groupnorm_att"
     return anew
 
 
