@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Write a Hugging Face folder's weights as one .pth file: a plain state dict, as the training commands take it."""
+"""Write a Hugging Face folder's weights as one .pth file: a plain state dict, as the training commands take it.
+
+Of a stage, an export or a published checkpoint the file is one that the released training code loads strictly.
+"""
 
 import argparse
 import sys

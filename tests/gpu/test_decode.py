@@ -20,6 +20,8 @@ GREEDY = Sampling(temperature=0, max_tokens=40)
 VARIANTS = {
     "balanced": {"balance_state": True, "groupnorm_att": False},
     "group-normed": {"balance_state": False, "groupnorm_att": True},
+    "both": {"balance_state": True, "groupnorm_att": True},
+    "neither": {"balance_state": False, "groupnorm_att": False},
     "full-gate": {"gate_rank_type": 1, "use_rope": False},
     "no-gate": {"gate_rank_type": 0, "head_dim": 64},
 }

@@ -18,6 +18,8 @@ VARIANTS = {
     "group-normed": GROUP_NORMED,
     "no-rope-full-gate": {**BALANCED, "use_rope": False, "gate_rank_type": 1},
     "no-gate-no-bias": {**GROUP_NORMED, "gate_rank_type": 0, "attention_bias": False},
+    "balanced-and-normed": {**BALANCED, "groupnorm_att": True},
+    "neither": {**GROUP_NORMED, "groupnorm_att": False},
     "head-size-128-tied": {**BALANCED, "head_dim": 128, "tie_word_embeddings": True},
 }
 

@@ -82,6 +82,16 @@ def test_document_of_several_sequences(tmp_path):
     assert [reader.document(i).tolist() for i in range(reader.num_documents)] == [[0, 1, 2], [3, 4, 5]]
 
 
+@pytest.mark.parametrize("documents", [DOCUMENTS, DOCUMENTS[:1]], ids=len)
+def test_an_index_without_its_closing_entry_is_one_document_per_sequence(tmp_path, documents):
+    stem, n = write(tmp_path / "x", documents), len(documents)
+    index_of(stem).write_bytes(index_of(stem).read_bytes()[:-8])
+    patch_index(stem, 26, "<Q", n)
+    reader = BinIdxReader(stem)
+    assert [reader.document(i).tolist() for i in range(reader.num_documents)] == documents
+    assert reader.document_starts().tolist() == [0, *np.cumsum([len(ids) for ids in documents])]
+
+
 @pytest.mark.parametrize("suffix", ["", ".bin", ".idx"])
 def test_either_file_names_the_corpus(stem, suffix):
     assert BinIdxReader(f"{stem}{suffix}").path_stem == stem

@@ -15,6 +15,7 @@ from radlads.config.load import load_config
 from radlads.convert.hf_source import end_of_text_id, load_tokenizer, open_teacher
 from radlads.convert.student import build_student, build_teacher, student_config
 from radlads.convert.weight_map import table
+from radlads.model.registry import build_time_mixer
 
 
 def model_keys(**keys):
@@ -67,12 +68,65 @@ def test_copied_weights_are_the_teachers_and_fresh_ones_are_not_from_it(teacher)
     assert (parameters["model.layers.1.self_attn.a0"] == 0).all()
 
 
+FRESH_VARIANTS = [
+    {"tmix": mixer, "gate_rank_type": gate, "groupnorm_att": norm, "balance_state": 1 - norm, "use_tokenshift": shift}
+    for mixer, shift in (("rad_rwkv6", 0), ("rad_rwkv6", 1), ("rad_rwkv7", 0))
+    for gate in (0, 1, 2)
+    for norm in (0, 1)
+]
+
+
+@pytest.mark.parametrize("keys", FRESH_VARIANTS, ids=lambda keys: "-".join(map(str, keys.values())))
+def test_fresh_values_are_those_of_a_mixer_that_is_built_directly(teacher, keys):
+    torch.manual_seed(3)
+    student, _ = build_student(open_teacher(teacher), model_keys(**keys))
+    torch.manual_seed(3)
+    for layer, block in enumerate(student.model.layers):
+        direct = dict(build_time_mixer(student.config, layer).named_parameters())
+        for name, parameter in block.self_attn.named_parameters():
+            assert torch.equal(parameter, direct[name]) or "_proj" in name, name
+
+
+def test_a_full_rank_gate_is_one_half_after_setup(teacher):
+    for mixer in ("rad_rwkv6", "rad_rwkv7"):
+        student, _ = build_student(open_teacher(teacher), model_keys(tmix=mixer, gate_rank_type=1))
+        assert not any(block.self_attn.gate.weight.any() for block in student.model.layers)
+
+
+def test_a_users_mixer_keeps_the_values_that_its_constructor_sets(teacher, tmp_path, monkeypatch):
+    (tmp_path / "tmix").mkdir()
+    (tmp_path / "tmix" / "tmix_half.py").write_text(
+        "import torch\n"
+        "from radlads.model.rad_rwkv6 import RadRwkv6\n"
+        "class TMix_half(RadRwkv6):\n"
+        "    def __init__(self, config, layer_idx):\n"
+        "        super().__init__(config, layer_idx)\n"
+        "        self.own = torch.nn.Linear(2, 3)\n"
+        "        torch.nn.init.constant_(self.own.weight, 7.0)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    student, _ = build_student(open_teacher(teacher), model_keys(tmix="half"))
+    assert all((block.self_attn.own.weight == 7.0).all() for block in student.model.layers)
+
+
 def test_reinit_att_leaves_the_teachers_projections_behind(teacher):
     source = open_teacher(teacher)
     student, counts = build_student(source, model_keys(tmix="rad_rwkv7", reinit_att=1))
     name = "model.layers.1.self_attn.q_proj.weight"
     assert counts["drop"] == 3 * 7
     assert not torch.equal(dict(student.named_parameters())[name], source.weights[name])
+
+
+@pytest.mark.parametrize("mixer", ["rad_rwkv6", "rad_rwkv7"])
+def test_reinit_att_draws_the_released_codes_values(teacher, mixer):
+    student, _ = build_student(open_teacher(teacher), model_keys(tmix=mixer, reinit_att=1))
+    for block in student.model.layers:
+        attention = block.self_attn
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+            assert 0.99 * 0.5 / 8 < projection.weight.abs().max() <= 0.5 / 8  # 64 channels
+            assert projection.weight.std().item() == pytest.approx(0.5 / 8 / 3**0.5, rel=0.05)
+            assert not projection.bias.any()
+        assert not attention.o_proj.weight.any()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tolerances import BFLOAT16, MIXER, SPLIT, relative_error
 
 from radlads.model.cache import RadladsCache
@@ -27,6 +28,8 @@ for variant, switches in (("balanced", BALANCED), ("normed", NORMED)):
         for rope in (True, False):
             name = f"rwkv7-{variant}-gate{gate}-{'rope' if rope else 'nope'}"
             VARIANTS[name] = ("rad_rwkv7", {"gate_rank_type": gate, "use_rope": rope, **switches})
+for name, on in (("both", True), ("neither", False)):
+    VARIANTS[f"rwkv7-{name}-gate2-rope"] = ("rad_rwkv7", {"balance_state": on, "groupnorm_att": on})
 VARIANTS["rwkv6"] = ("rad_rwkv6", RWKV6)
 for change in (
     {"use_tokenshift": False},
@@ -139,7 +142,7 @@ def published(config, p, x, v_first):
                 S = torch.diag(w[t, h]) @ S + torch.outer(k[t, h], v[t, h])
                 o[t, h] = r[t, h] @ S
         states.append(S)
-    if config.balance_state or not rwkv7:
+    if not (rwkv7 and config.groupnorm_att):
         o = o * N**-0.5
     if config.groupnorm_att:
         o = (o - o.mean(-1, keepdim=True)) / (o.var(-1, correction=0, keepdim=True) + N * 1e-5).sqrt()
@@ -176,6 +179,26 @@ def test_mixer_is_the_published_equations(variant):
         expected, last = published(run.config, weights, run.x[row].double(), run.v_first[row].double())
         assert relative_error(y[row], expected) < MIXER
         assert relative_error(state.wkv[row], last) < MIXER
+
+
+@pytest.mark.parametrize("balance_state", [False, True])
+@pytest.mark.parametrize("groupnorm_att", [False, True])
+def test_rwkv7_output_is_scaled_unless_it_is_normed(balance_state, groupnorm_att):
+    """A first token alone, by hand: its state is v k^T, so that its output is v (k . r)."""
+    config = tiny_config("rad_rwkv7", gate_rank_type=0, balance_state=balance_state, groupnorm_att=groupnorm_att)
+    mixer, x = perturbed(build_time_mixer(config, 0)), torch.randn(2, 1, 64)
+    heads = {name: getattr(mixer, f"{name}_proj")(x).view(2, -1, 16).double() for name in "qkv"}
+    r, k, v = heads["q"], heads["k"].repeat_interleave(2, 1), heads["v"].repeat_interleave(2, 1)
+    a = torch.sigmoid(mixer.a0 + x @ mixer.a1 @ mixer.a2).view(2, 4, 16)
+    w = torch.exp(-math.exp(-0.5) * torch.sigmoid(mixer.w0 + torch.tanh(x @ mixer.w1) @ mixer.w2)).view(2, 4, 16)
+    k = k * (1 - w + a) if balance_state else k * (1 + (a - 1) * mixer.k_a.view(4, 16))
+    out = v * (k * r).sum(-1, keepdim=True)
+    if groupnorm_att:
+        out = F.group_norm(out.flatten(1), 4, mixer.ln_x.weight.double(), mixer.ln_x.bias.double(), eps=16e-5)
+    else:
+        out = out / 4
+    y, _, _ = mixer(x, None, None, SharedInputs(*rope_tables(config, torch.arange(1)[None])))
+    assert relative_error(y[:, 0], out.flatten(1) @ mixer.o_proj.weight.T.double()) < MIXER
 
 
 @variants

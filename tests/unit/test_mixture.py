@@ -90,6 +90,22 @@ def test_training_reads_a_mixture(tmp_path):
     assert Counter(int(samples[i][0]) for i in range(16)) == {1: 12, 2: 4}
 
 
+@pytest.mark.parametrize(
+    ("budget", "rows", "context", "steps"),
+    [
+        (250_000_000, 96, 512, 5087),  # 5086.3: the released code stops at the first step past the budget
+        (100_000_000, 32, 512, 6104),
+        (96 * 512 * 7, 96, 512, 7),
+        (1, 96, 512, 1),
+    ],
+)
+def test_steps_go_on_until_the_budget_is_spent(tmp_path, budget, rows, context, steps):
+    corpus_of(tmp_path / "a", 1, num_tokens=2000)
+    keys = {"model.ctx_len": context, "train.my_exit_tokens": budget, "train.micro_bsz": rows}
+    config = tiny.stage_config(tmp_path, "align", **keys, **{"train.data_file": f"{tmp_path}/a"})
+    assert training_samples(config, 260)[1] == steps
+
+
 def test_a_prime_for_several_corpora_is_refused(tmp_path):
     corpus_of(tmp_path / "a", 1), corpus_of(tmp_path / "b", 2)
     config = configured(tmp_path, data_file=f"{tmp_path}/a:1,{tmp_path}/b:1", magic_prime=5)

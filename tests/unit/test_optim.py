@@ -75,6 +75,23 @@ def test_mixers_and_the_rest_are_different_groups(teacher, tmp_path, optimizer):
     assert sizes == {"mixer": mixers, "rest": sum(p.numel() for p in student.parameters()) - mixers}
 
 
+def test_softmax_layers_that_are_kept_have_the_mixers_rate(teacher, tmp_path):
+    config = tiny.stage_config(tmp_path, "distill", **{"model.preserve_last_n_layers": 1})
+    student, _ = build_student(open_teacher(teacher), config.model)
+    (optimizer,) = build_optimizers(student, config.train)
+    found = {id(p) for group in optimizer.param_groups if group["role"] == "mixer" for p in group["params"]}
+    assert found == {id(p) for name, p in student.named_parameters() if ".self_attn." in name}
+
+
+def test_weight_decay_is_on_mixers_and_matrices(teacher, tmp_path):
+    config = tiny.stage_config(tmp_path, "distill", **{"train.weight_decay": 0.1})
+    student, _ = build_student(open_teacher(teacher), config.model)
+    (optimizer,) = build_optimizers(student, config.train)
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0.1 for p in group["params"]}
+    others = {name for name, p in student.named_parameters() if id(p) not in decayed}
+    assert others == {name for name, _ in student.named_parameters() if "norm" in name}
+
+
 def test_muon_gets_the_blocks_matrices_and_nothing_else(teacher, tmp_path):
     config = tiny.stage_config(tmp_path, "distill", **{"train.optimizer": "muon"})
     student, _ = build_student(open_teacher(teacher), config.model)

@@ -105,6 +105,18 @@ def test_a_published_export_comes_back_with_the_same_logits(teacher, tmp_path, k
     assert loaded.config.time_mixers == student.config.time_mixers
 
 
+@pytest.mark.parametrize("kind", ["6", "7 balanced", "7 with softmax"])
+def test_from_pretrained_of_a_published_folder_is_refused_in_one_sentence(teacher, tmp_path, kind):
+    export_published(random_student(teacher, STUDENTS[kind]), tmp_path / "out")
+    with pytest.raises(ValueError, match=rf"model type 'rwkv{kind[0]}qwen2', not 'radlads': .*load_model"):
+        RadladsForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_from_pretrained_of_a_teacher_is_refused(teacher):
+    with pytest.raises(ValueError, match="model type 'qwen2', not 'radlads'"):
+        RadladsForCausalLM.from_pretrained(teacher)
+
+
 def mixer_shapes(folder, layer):
     prefix = f"model.layers.{layer}.self_attn."
     weights = open_weights(folder)
@@ -146,6 +158,63 @@ def test_an_export_holds_every_tensor_of_the_format_in_every_layer(teacher, tmp_
     for layer in range(3):
         assert mixer_shapes(tmp_path / "out", layer) == expected
     assert "lm_head.weight" in open_weights(tmp_path / "out")
+
+
+GATES = {0: {}, 1: {"gate.weight": (64, 64)}, 2: {"g1": (64, 32), "g2": (32, 64)}}
+NO_TOKEN_SHIFT = {name: shape for name, shape in RWKV6_TENSORS.items() if "time_maa" not in name}
+NO_GATE_7 = {name: shape for name, shape in RWKV7_TENSORS.items() if name not in ("g1", "g2")}
+LAYER_NORMS = ("input", "post_attention")
+OUTSIDE = {
+    **{"model.embed_tokens.weight": (260, 64), "lm_head.weight": (260, 64), "model.norm.weight": (64,)},
+    **{f"model.layers.{layer}.mlp.{name}_proj.weight": (96, 64) for layer in range(3) for name in ("gate", "up")},
+    **{f"model.layers.{layer}.mlp.down_proj.weight": (64, 96) for layer in range(3)},
+    **{f"model.layers.{layer}.{name}_layernorm.weight": (64,) for layer in range(3) for name in LAYER_NORMS},
+}
+# What the released training code builds a student with, by its keys
+RELEASED_MIXERS = {
+    "6": ({"groupnorm_att": 0}, RWKV6_TENSORS | GATES[1]),
+    "6 normed": ({"balance_state": 0, "gate_rank_type": 2}, RWKV6_TENSORS | GROUP_NORM | GATES[2]),
+    "6 without token shift": ({"use_tokenshift": 0, "groupnorm_att": 0}, NO_TOKEN_SHIFT | GATES[1]),
+    "6 without a gate": ({"gate_rank_type": 0, "groupnorm_att": 0}, RWKV6_TENSORS),
+    "7 balanced": ({"gate_rank_type": 2, "groupnorm_att": 0}, NO_GATE_7 | GATES[2]),
+    "7 normed": ({"gate_rank_type": 2, "balance_state": 0}, NO_GATE_7 | GROUP_NORM | GATES[2]),
+    "7 with a full gate": ({"gate_rank_type": 1, "groupnorm_att": 0}, NO_GATE_7 | GATES[1]),
+    "7 with softmax": ({"gate_rank_type": 2, "preserve_last_n_layers": 1}, NO_GATE_7 | GROUP_NORM | GATES[2]),
+}
+
+
+@pytest.mark.parametrize("source", ["stage", "published"])
+@pytest.mark.parametrize("kind", RELEASED_MIXERS)
+def test_a_pth_file_has_the_tensors_of_the_released_code(teacher, tmp_path, kind, source):
+    keys, mixer = RELEASED_MIXERS[kind]
+    student = random_student(teacher, ModelConfig(tmix=f"rad_rwkv{kind[0]}", **keys))
+    (tmp_path / "stage").mkdir()
+    save_model(student, tmp_path / "stage")
+    export_published(student, tmp_path / "published")
+    convert_to_pth(tmp_path / source, tmp_path / "x.pth")
+    layers = [mixer, mixer, PROJECTIONS if "softmax" in kind else mixer]
+    expected = OUTSIDE | {
+        f"model.layers.{layer}.self_attn.{name}": shape
+        for layer, tensors in enumerate(layers)
+        for name, shape in tensors.items()
+    }
+    found = torch.load(tmp_path / "x.pth", weights_only=True)
+    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == expected
+    parameters = dict(student.named_parameters())
+    assert all(torch.equal(found[name], parameter) for name, parameter in parameters.items())
+
+
+def test_a_pth_file_of_a_student_whose_head_is_its_embedding_has_a_head(teacher, tmp_path):
+    student = random_student(teacher, STUDENTS["6"])
+    student.lm_head.weight, student.config.tie_word_embeddings = student.model.embed_tokens.weight, True
+    save_model(student, tmp_path)
+    convert_to_pth(tmp_path, tmp_path / "x.pth")
+    assert torch.equal(PthFile(tmp_path / "x.pth")["lm_head.weight"], student.model.embed_tokens.weight)
+
+
+def test_a_pth_file_of_a_teacher_is_its_weights(teacher, tmp_path):
+    convert_to_pth(teacher, tmp_path / "x.pth")
+    assert set(PthFile(tmp_path / "x.pth")) == set(open_weights(teacher))
 
 
 def test_an_exported_configuration_speaks_the_formats_words(teacher, tmp_path):
@@ -199,6 +268,10 @@ def test_ranks_and_switches_that_are_named_count(tmp_path):
     config = published_config(QRWKV7 | named, tmp_path)
     assert (config.lora_rank_decay, config.lora_rank_gate, config.use_rope) == (96, 416, True)
     assert config.time_mixers == ["rad_rwkv7", "qwen2", "qwen2"]
+
+
+def test_rwkv7_has_no_token_shift_whatever_the_configuration_says(tmp_path):
+    assert not published_config(QRWKV7 | {"use_tokenshift": True}, tmp_path).use_tokenshift
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -258,7 +331,6 @@ def test_tied_heads(teacher, tmp_path, head, tied):
         ("7", {"hidden_size": None}, "lacks hidden_size"),
         ("7", {"hidden_act": "gelu"}, "activation 'gelu'"),
         ("7", {"attention_output_bias": True}, "bias on its attention output"),
-        ("7", {"use_tokenshift": True}, "asks for token shift"),
         ("7", {"num_attention_layers": 4}, "4 softmax layers among 3"),
         ("7", {"num_attention_layers": 1, "use_sliding_window": True}, "sliding-window"),
         ("6", {"rope_scaling": {"type": "longrope"}}, "longrope"),
@@ -285,6 +357,11 @@ SIZES = {
         ({"time_mixers": ["rad_rwkv6", "rad_rwkv7", "rad_rwkv7"]}, "not of rad_rwkv6 and rad_rwkv7"),
         ({"time_mixers": ["qwen2", "rad_rwkv7", "rad_rwkv7"]}, "at the end of the stack only"),
         ({"time_mixers": ["rad_rwkv6", "rad_rwkv6", "qwen2"]}, "no softmax layers beside RAD-RWKV6"),
+        ({"gate_rank_type": 0}, "does not run without a gate"),
+        (
+            {"time_mixers": ["rad_rwkv7", "rad_rwkv7", "qwen2"], "use_rope": False},
+            "does not run softmax layers in a model without RoPE",
+        ),
         ({"head_dim": 32}, "share the hidden size evenly"),
         ({"qk_norm": True}, "no norms of queries and keys"),
     ],

@@ -241,6 +241,26 @@ def test_another_student_teacher_or_corpus_is_another_run(teacher, corpus_folder
     assert [text.split(" is ")[0] for text in differences(present, other)] == ["training tokens"]
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "keys", "expected"),
+    [
+        (20_000, {}, set()),
+        (20_000, {"train.my_exit_tokens": 6 * 64 - 1}, set()),
+        (20_000, {"train.my_exit_tokens": 6 * 64 + 1}, {"optimizer steps"}),
+        (960, {}, {"magic primes"}),  # 60 contexts: 59, and 53 by the older rule
+        (960, {"train.magic_prime": 53}, set()),
+        (20_000, {"model.preserve_last_n_layers": 1}, {"softmax layers"}),
+        (20_000, {"model.balance_state": 1, "model.groupnorm_att": 1}, {"scale of RAD-RWKV7"}),
+    ],
+)
+def test_what_earlier_versions_decided_otherwise_marks_a_run(teacher, tmp_path, num_tokens, keys, expected):
+    corpus = tiny.corpus(tmp_path / "train", num_tokens=num_tokens)
+    config = tiny.stage_config(tmp_path, "distill", **{"train.my_exit_tokens": 6 * 64, **keys})
+    student = build_student(open_teacher(teacher), config.model)[0]
+    run = describe_run(config, student, None, [(BinIdxReader(corpus), Fraction(1))])
+    assert run.keys() & {"optimizer steps", "magic primes", "softmax layers", "scale of RAD-RWKV7"} == expected
+
+
 def test_never_starts_over_and_says_so(stopped):
     chosen, console = first(stopped, "never")
     assert chosen is None

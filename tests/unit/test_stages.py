@@ -1,5 +1,6 @@
 """What each stage trains, and that part-wise backward equals one backward through the whole."""
 
+import csv
 import weakref
 
 import pytest
@@ -56,6 +57,17 @@ def test_softmax_layers_of_a_mixed_stack_do_not_align(teacher, corpus_folder):
     names = {part.name for part in build_stage(config.train).parts(student, frozen, tokens)}
     assert names == {"layer_0", "layer_1"}
     assert not is_trainable("model.layers.2.self_attn.q_proj.weight", student, "mixer")
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_the_alignment_loss_is_a_mean_over_all_layers(teacher, corpus_folder, tmp_path, kept):
+    keys = {"model.preserve_last_n_layers": kept, "train.log_every_n_steps": 1, "train.my_exit_tokens": 1}
+    config, student, frozen = models(teacher, corpus_folder, "align", **keys)
+    run_stage(config, student, frozen, tmp_path / "run", tiny.Silent(), parent="test")
+    with open(tmp_path / "run" / "metrics.csv") as file:
+        (row,) = csv.DictReader(file)
+    layers = [float(row[f"layer_{layer}"]) for layer in range(3 - kept)]
+    assert float(row["loss"]) == pytest.approx(sum(layers) / 3, rel=1e-6)
 
 
 def test_backward_part_by_part_gives_the_gradients_of_the_whole(teacher, corpus_folder):

@@ -36,7 +36,6 @@ SWITCHES: dict[str, dict[str, Any]] = {
         "gate_rank_type": 2,
         "balance_state": True,
         "groupnorm_att": False,
-        "use_tokenshift": False,
     },
 }
 RANKS = {
@@ -73,7 +72,9 @@ def published_config(values: Mapping[str, Any], origin: Path) -> RadladsConfig:
     layers, softmax = values["num_hidden_layers"], values.get("num_attention_layers") or 0
     if not 0 <= softmax <= layers:
         raise ValueError(f"{origin}/config.json asks for {softmax} softmax layers among {layers}: copy it anew")
-    switches = {name: default if values.get(name) is None else values[name] for name, default in SWITCHES[kind].items()}
+    switches: dict[str, Any] = {"use_tokenshift": False}  # of RAD-RWKV7, whose released code does not look at the key
+    for name, default in SWITCHES[kind].items():
+        switches[name] = default if values.get(name) is None else values[name]
     sizes: dict[str, Any] = {name: values[name] for name in (*SIZES, *OPTIONAL) if values.get(name) is not None}
     ranks: dict[str, Any] = {name: _rank(name, kind, values) for name in RANKS[kind]}
     config = RadladsConfig(
@@ -136,6 +137,11 @@ def stored_only(config: RadladsConfig, layer: int, mixer: str) -> dict[str, tupl
     return {f"model.layers.{layer}.self_attn.{name}": tensor for name, tensor in tensors.items()}
 
 
+def stored_in_pth(config: RadladsConfig, layer: int, mixer: str) -> dict[str, tuple[tuple[int, ...], float]]:
+    """Those of stored_only that the released training code builds too: all but the token shift that is switched off."""
+    return {} if mixer == "rad_rwkv6" else stored_only(config, layer, mixer)
+
+
 def _is_stored_only(name: str, config: RadladsConfig) -> bool:
     if name == HEAD:
         return config.tie_word_embeddings
@@ -153,8 +159,6 @@ def _refuse_unknown_features(values: Mapping[str, Any], origin: Path) -> None:
         raise ValueError(
             f"{origin} has a bias on its attention output, which is not supported: take another checkpoint"
         )
-    if published_kind(values) == "rwkv7qwen2" and values.get("use_tokenshift"):
-        raise ValueError(f"{origin} asks for token shift, which RAD-RWKV7 does not have: take another checkpoint")
     if values.get("num_attention_layers") and values.get("use_sliding_window"):
         raise ValueError(f"{origin} uses sliding-window attention, which is not supported: take another checkpoint")
 

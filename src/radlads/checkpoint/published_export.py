@@ -1,7 +1,7 @@
 """Our model as a published checkpoint, which the published code loads: its configuration keys and all its tensors."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from radlads.checkpoint.tokenizer_files import copy_tokenizer, read_tokenizer
 from radlads.checkpoint.weights import CastWeights, StoredWeights, TensorInfo, check_fit
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
+
+StoredOnly = Callable[[RadladsConfig, int, str], dict[str, tuple[tuple[int, ...], float]]]
 
 
 def convert_to_published(
@@ -71,22 +73,25 @@ def write_published(
     Raises ValueError for a model the format has no words for.
     """
     kind = _kind_of(config)
-    tensors = CastWeights(_AllTensors(weights, config), dtype)
+    tensors = CastWeights(FormatTensors(weights, config, stored_only), dtype)
     values = _config_values(config, kind, tensors.info(EMBEDDING).dtype)
     write_text(folder / "config.json", json.dumps(values, indent=2) + "\n")
     write_shards(tensors, folder, shard_bytes=shard_bytes)
 
 
-class _AllTensors(StoredWeights):
+class FormatTensors(StoredWeights):
     """The tensors of the format for a model: those that `weights` hold, the head also of a model whose head is its
-    embedding, and initial values for those that are stored only, where `weights` lack them."""
+    embedding, and initial values for those that are stored only, where `weights` lack them.
 
-    def __init__(self, weights: StoredWeights, config: RadladsConfig):
+    stored: what a layer stores only, published.stored_only or stored_in_pth.
+    """
+
+    def __init__(self, weights: StoredWeights, config: RadladsConfig, stored: StoredOnly):
         self._weights, self._dtype = weights, weights.info(EMBEDDING).dtype
         named = {
             name: shape_and_value
             for layer, mixer in enumerate(config.time_mixers)
-            for name, shape_and_value in stored_only(config, layer, mixer).items()
+            for name, shape_and_value in stored(config, layer, mixer).items()
         }
         used = dict.fromkeys(UsedWeights(weights, config))
         self._stored = used | dict.fromkeys(name for name in named if name in weights) | {HEAD: None}
@@ -132,6 +137,16 @@ def _kind_of(config: RadladsConfig) -> str:
     if softmax and kind == "rwkv6qwen2":
         raise ValueError(
             "the published format has no softmax layers beside RAD-RWKV6: export the model with its code instead"
+        )
+    if kind == "rwkv7qwen2" and config.gate_rank_type == 0:
+        raise ValueError(
+            "the published code of RAD-RWKV7 does not run without a gate (gate_rank_type 0): export the model with its "
+            "code instead"
+        )
+    if softmax and not config.use_rope:
+        raise ValueError(
+            "the published code does not run softmax layers in a model without RoPE (use_rope false): "
+            "export the model with its code instead"
         )
     if set(config.channel_mixers) - {"swiglu", "qwen2"}:
         raise ValueError("the published format has gated MLPs only: export the model with its code instead")

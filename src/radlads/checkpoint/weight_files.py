@@ -5,13 +5,17 @@ from pathlib import Path
 
 import torch
 
-from radlads.checkpoint.atomic import unfinished_file, unfinished_folder
+from radlads.checkpoint.atomic import read_json, unfinished_file, unfinished_folder
 from radlads.checkpoint.hf_export import copy_all_but_weights
 from radlads.checkpoint.manifest import MANIFEST, check_model_files, write_folder_checksums
+from radlads.checkpoint.model_folder import open_model
 from radlads.checkpoint.pth import PthFile, write_pth
+from radlads.checkpoint.published import ARCHITECTURES, stored_in_pth
+from radlads.checkpoint.published_export import FormatTensors
 from radlads.checkpoint.safetensors_writer import SHARD_BYTES, write_safetensors, write_shards
 from radlads.checkpoint.tokenizer_files import copy_tokenizer, read_tokenizer
 from radlads.checkpoint.weights import EMBEDDING, HEAD, CastWeights, SafetensorsFolder, StoredWeights, TiedWeights
+from radlads.model.modeling import RadladsForCausalLM
 
 # Two unrelated matrices of equal size are 1.4 of it apart; training moves a head by a few hundredths
 FURTHEST_HEAD = 0.7
@@ -47,9 +51,24 @@ def starting_point(named: str) -> Path | None:
 
 
 def convert_to_pth(source: Path, target: Path) -> None:
-    """Write the weights of a folder or file as a `.pth` file. Errors as open_weights, check_model_files, write_pth."""
+    """Write the weights of a folder or file as a `.pth` file. Errors as open_weights, check_model_files, write_pth.
+
+    A student's folder gives a file that the released training code loads strictly: with the tensors that its mixers
+    store only, and a head. Everything else is written as it is.
+    """
     check_model_files(source, whole=True)
-    write_pth(open_weights(source), target)
+    write_pth(_released_tensors(source) if _is_students_folder(source) else open_weights(source), target)
+
+
+def _is_students_folder(source: Path) -> bool:
+    path = source / "config.json"
+    found = (read_json(path).get("architectures") or []) if path.is_file() else []
+    return bool({RadladsForCausalLM.__name__, *ARCHITECTURES} & set(found))
+
+
+def _released_tensors(folder: Path) -> StoredWeights:
+    stored = open_model(folder)
+    return FormatTensors(stored.weights, stored.config, stored_in_pth)
 
 
 def convert_to_safetensors(

@@ -228,7 +228,7 @@ class TrainConfig:
     adam_eps: float = 1e-8
     """Adam's epsilon."""
     weight_decay: float = 0.0
-    """Decoupled weight decay, on matrices only."""
+    """Decoupled weight decay, of time mixers and of the other matrices."""
     weight_decay_final: float = -1.0
     """Not available yet: must be -1."""
     data_file: str = ""

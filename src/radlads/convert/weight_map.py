@@ -12,6 +12,7 @@ import torch
 from radlads.checkpoint.weights import copy_checked
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
+from radlads.model.recurrent_mixer import RecurrentMixer
 from radlads.model.registry import build_time_mixer
 
 Action = Literal["copy", "transform", "fresh", "drop"]
@@ -63,8 +64,8 @@ def transfer(
     tied: bool,
     reinit_att: bool = False,
 ) -> Counter[Action]:
-    """Fill the student by the table: the teacher's weights, and for what is fresh its mixers' own initial values, drawn
-    layer by layer. Return how many rows there were of each action.
+    """Fill the student by the table: the teacher's weights, and for what is fresh the values that a mixer's constructor
+    sets, layer by layer. Return how many rows there were of each action.
 
     Raises ValueError for a tensor that is missing, left over, of another shape, or not finite.
     """
@@ -75,18 +76,14 @@ def transfer(
             copy_checked(parameters[row.student], weights[row.teacher], row.teacher, str(origin))
     fresh = [row.student for row in rows if row.action == "fresh" and row.student is not None]
     for layer, names in itertools.groupby(sorted(fresh, key=_layer_of), key=_layer_of):
-        own = dict(_fresh_mixer(student, layer).named_parameters())
+        # Built anew, on the CPU: the student's own parameters may be spread over processes
+        mixer = build_time_mixer(student.config, layer)
+        if reinit_att and isinstance(mixer, RecurrentMixer):
+            mixer.reset_projections()
+        own = dict(mixer.named_parameters())
         for name in names:
             copy_checked(parameters[name], own[_split_mixer_name(name)[1]].detach(), name, "the mixer's initial values")
     return Counter(row.action for row in rows)
-
-
-def _fresh_mixer(student: RadladsForCausalLM, layer: int) -> torch.nn.Module:
-    """A layer's time mixer on the CPU with its initial values: those of the student may be spread over processes."""
-    mixer = build_time_mixer(student.config, layer)
-    for module in mixer.modules():
-        student._init_weights(module)
-    return mixer
 
 
 def _layer_of(name: str) -> int:

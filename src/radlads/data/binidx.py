@@ -239,7 +239,7 @@ def _read_index(path: Path) -> _Index:
         )
     raw = np.memmap(path, dtype=np.uint8, mode="r")[_HEADER.size : needed_bytes]
     sizes, pointers = raw[: 4 * num_sizes].view("<i4"), raw[4 * num_sizes : 12 * num_sizes].view("<i8")
-    document_indices = raw[12 * num_sizes :].view("<i8")
+    document_indices = _with_end(raw[12 * num_sizes :].view("<i8"), num_sizes)
     if num_document_indices == 0 or document_indices[0] != 0 or document_indices[-1] != num_sizes:
         raise ValueError(f"{path} has documents that do not cover its {num_sizes} sequences: build the corpus again")
     if num_sizes and sizes.min() < 0:
@@ -250,6 +250,14 @@ def _read_index(path: Path) -> _Index:
     if not np.array_equal(pointers, lengths_bytes.cumsum() - lengths_bytes):
         raise ValueError(f"{path} has sequences that do not lie back to back: build the corpus again")
     return _Index(_DTYPES[dtype_code], sizes, pointers, document_indices)
+
+
+def _with_end(document_indices: NDArray[np.int64], num_sizes: int) -> NDArray[np.int64]:
+    """The indices with the closing `num_sizes`, which the released make_data_hf.py leaves out: it stores 0 .. n - 1 for
+    n documents of one sequence each."""
+    if num_sizes and np.array_equal(document_indices, np.arange(num_sizes)):
+        return np.append(document_indices, num_sizes)
+    return document_indices
 
 
 def _sync_and_close(file: BinaryIO) -> None:

@@ -47,7 +47,7 @@ def length_histogram(reader: BinIdxReader) -> list[LengthBin]:
 
 def magic_primes(num_tokens: int, contexts: tuple[int, ...] = USUAL_CONTEXTS) -> dict[int, int]:
     """The magic prime of each context length that the corpus is long enough for."""
-    return {context: magic_prime(num_tokens, context) for context in contexts if num_tokens > 3 * context}
+    return {context: magic_prime(num_tokens, context) for context in contexts if num_tokens >= 3 * context}
 
 
 def documents_ending_in(reader: BinIdxReader, token_id: int) -> int:

@@ -23,17 +23,17 @@ def is_prime(n: int) -> bool:
 
 
 def magic_prime(num_tokens: int, context_tokens: int) -> int:
-    """Return the largest prime p = 2 (mod 3) with p < num_tokens / context_tokens - 1.
+    """Return the largest prime p = 2 (mod 3) with p <= num_tokens / context_tokens - 1, as make_data_hf.py prints it.
 
-    Raises ValueError if there is none: the corpus must hold more than 3 contexts.
+    Raises ValueError if there is none: the corpus must hold 3 contexts.
     """
-    largest = (num_tokens - 1) // context_tokens - 1
+    largest = num_tokens // context_tokens - 1
     for candidate in range(largest, 1, -1):
         if candidate % 3 == 2 and is_prime(candidate):
             return candidate
     raise ValueError(
         f"a corpus of {num_tokens} tokens is too short for samples of {context_tokens}: "
-        f"use more than {3 * context_tokens} tokens, or a shorter context"
+        f"use at least {3 * context_tokens} tokens, or a shorter context"
     )
 
 

@@ -32,6 +32,10 @@ class Align:
         """See Stage.part_names."""
         return [f"layer_{layer}" for layer in student.config.recurrent_layers]
 
+    def share(self, student: RadladsForCausalLM) -> float:
+        """See Stage.share: a softmax layer that is kept counts too, with a loss of 0, as in the released code."""
+        return len(student.config.recurrent_layers) / student.config.num_hidden_layers
+
     def parts(
         self, student: RadladsForCausalLM, teacher: RadladsForCausalLM | None, tokens: torch.Tensor
     ) -> Iterator[LossPart]:

@@ -30,6 +30,10 @@ class Logits:
         """See Stage.part_names."""
         return ["loss"]
 
+    def share(self, student: RadladsForCausalLM) -> float:
+        """See Stage.share."""
+        return 1.0
+
     def parts(
         self, student: RadladsForCausalLM, teacher: RadladsForCausalLM | None, tokens: torch.Tensor
     ) -> Iterator[LossPart]:

@@ -18,9 +18,9 @@ class LossPart:
     """One term of a stage's loss over a batch.
 
     objective: scalar to run backward on, a sum over tokens. sum: its value, detached. count: what to divide sums by.
-    The stage's loss is the sum of all parts' sums over the sum of all parts' counts, over any number of batches. A
-    batch that is cut into documents may yield parts of the same name several times, or none at all. is_last: whether
-    no other part of the same sequences follows.
+    The stage's loss is the sum of all parts' sums over the sum of all parts' counts, over any number of batches, times
+    the stage's share. A batch that is cut into documents may yield parts of the same name several times, or none at
+    all. is_last: whether no other part of the same sequences follows.
     """
 
     name: str
@@ -39,6 +39,10 @@ class Stage(Protocol):
 
     def part_names(self, student: RadladsForCausalLM) -> list[str]:
         """The names that parts may have, in one order for all processes."""
+        ...
+
+    def share(self, student: RadladsForCausalLM) -> float:
+        """What the mean over the parts is multiplied by, in (0, 1]: 1 unless something counts that has no part."""
         ...
 
     def parts(
@@ -67,5 +71,10 @@ def is_trainable(name: str, student: RadladsForCausalLM, trainable: Trainable) -
 
 def is_mixer_parameter(name: str, student: RadladsForCausalLM) -> bool:
     """Whether the parameter belongs to a recurrent layer's time mixer."""
+    return is_attention_parameter(name) and int(name.split(".")[2]) in student.config.recurrent_layers
+
+
+def is_attention_parameter(name: str) -> bool:
+    """Whether the parameter belongs to a layer's time mixer, recurrent or softmax."""
     words = name.split(".")
-    return len(words) > 4 and words[3] == "self_attn" and int(words[2]) in student.config.recurrent_layers
+    return len(words) > 4 and words[3] == "self_attn"

@@ -372,9 +372,9 @@ def recurrence(
             tl.store(raw_ptr + b * D + head * N + start + values, some)
         tl.debug_barrier()  # other warps wrote what is read here
         out = tl.load(raw_ptr + own)
-    if BALANCED:
+    if not GROUP_NORM:
         out *= N**-0.5
-    if GROUP_NORM:
+    else:
         out -= tl.sum(out, axis=0) / N
         out *= tl.rsqrt(tl.sum(out * out, axis=0) / N + norm_eps)
         weight = tl.load(ln_weight_ptr + parameter).to(tl.float32)

@@ -101,6 +101,18 @@ class RadladsConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         check_rope(self.rope_parameters)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As transformers', for our own values. Raises ValueError for another model type, whose keys and defaults mean
+        something else, so that from_pretrained would build another model."""
+        found = config_dict.get("model_type", cls.model_type)
+        if found != cls.model_type:
+            raise ValueError(
+                f"config.json is of model type {found!r}, not {cls.model_type!r}: load a published checkpoint "
+                "(rwkv6qwen2, rwkv7qwen2) with radlads.checkpoint.model_folder.load_model, others with transformers"
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def first_value_layer(self) -> int | None:
         """The first RAD-RWKV7 layer, whose values the later ones mix in; None in a stack without any."""

@@ -1,7 +1,8 @@
-"""RAD-RWKV7: the generalised delta rule with data-dependent decay, in two variants.
+"""RAD-RWKV7: the generalised delta rule with data-dependent decay.
 
-balanced (balance_state, the paper's): the key is scaled by (1 - w + a) and the output by N^-1/2.
-group-normed (the released 7B configuration): learned key scales k_k and k_a, GroupNorm on the output.
+balance_state: the key is scaled by (1 - w + a), else by the learned k_k and k_a. groupnorm_att: the output has a
+GroupNorm, else it is scaled by N^-1/2. The paper's variant is balanced without the norm, the released 7B configuration
+has it the other way round.
 Shape letters: B batch, T tokens, C hidden size, D = H * N, H heads, N head size.
 """
 
@@ -81,7 +82,7 @@ class RadRwkv7(RecurrentMixer):
             zero_at_padding(a, mask),
             None if state is None else state.wkv,
         )
-        scale = self.head_dim**-0.5 if self.config.balance_state else 1.0
+        scale = 1.0 if self.config.groupnorm_att else self.head_dim**-0.5
         return self.output(out * scale, x), RecurrentState(wkv), v_first
 
     def _removal_and_key(self, k: torch.Tensor, a: torch.Tensor, log_w: torch.Tensor):

@@ -52,6 +52,16 @@ class RecurrentMixer(nn.Module):
             init.ones_(self.ln_x.weight)
             init.zeros_(self.ln_x.bias)
 
+    def reset_projections(self) -> None:
+        """Set the projections anew for a student without its teacher's (reinit_att), as in the released code: queries,
+        keys and values uniform in (-1, 1) C^-1/2 / 2, biases and the output projection 0."""
+        bound = 0.5 * self.config.hidden_size**-0.5
+        for projection in (self.q_proj, self.k_proj, self.v_proj):
+            init.uniform_(projection.weight, -bound, bound)
+            if projection.bias is not None:
+                init.zeros_(projection.bias)
+        init.zeros_(self.o_proj.weight)
+
     def heads(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """[B, T, heads * N] as [B, T, heads, N]."""
         return x_BTD.unflatten(-1, (-1, self.head_dim))

@@ -58,7 +58,7 @@ class StageModule(L.LightningModule):
         self._outside_the_tree = (teacher,)
         self.steps_done = self.tokens_done = 0
         self.last_metrics: dict[str, float] = {}
-        self._names = stage.part_names(student)
+        self._names, self._share = stage.part_names(student), stage.share(student)
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
         self._batches: list[torch.Tensor] = []
@@ -162,7 +162,7 @@ class StageModule(L.LightningModule):
         for optimizer in optimizers:
             set_learning_rates(optimizer, self.settings, self.steps_done, self.num_steps)
         totals, num, guard = self._totals(), len(self._names), self.spike_guard
-        sums, count = totals[:num], totals[num : 2 * num].sum()
+        sums, count = totals[:num], totals[num : 2 * num].sum() / self._share
         norms = self.updates.step(
             optimizers,
             count=count.float(),
@@ -197,6 +197,7 @@ class StageModule(L.LightningModule):
             step=self.steps_done,
             tokens=self.tokens_done,
             parts=self._names,
+            share=self._share,
             num_flags=len(totals) - 2 * len(self._names),
             others=others,
             rates={f"lr_{group['role']}": group["lr"] for group in groups},

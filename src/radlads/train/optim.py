@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from radlads.config.schema import TrainConfig
-from radlads.distill.stage import is_mixer_parameter
+from radlads.distill.stage import is_attention_parameter
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.whole_parameters import whole_shape
 from radlads.train.adamw import AdamW
@@ -22,19 +22,21 @@ def build_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """Optimisers over the parameters that require gradients; every group has a "role", "mixer" or "rest".
 
-    own_parts: what to update in their stead, by name (see own_parts.py).
+    mixer: every layer's time mixer, a softmax one that is kept too, as in the released code. own_parts: what to update
+    in their stead, by name (see own_parts.py).
 
-    adamw: AdamW for all, weight decay on matrices only. muon: Muon for the blocks' matrices (beta2 is its momentum, and
-    its updates are scaled to AdamW's size, so that rates mean the same), AdamW for embedding, head and vectors. The
-    others for all, each from its own package. Raises ValueError if nothing trains, or the package or GPU that an
-    optimiser needs is not there.
+    adamw: AdamW for all, weight decay on mixers and on matrices. muon: Muon for the blocks' matrices (beta2 is its
+    momentum, and its updates are scaled to AdamW's size, so that rates mean the same), AdamW for embedding, head and
+    vectors. The others for all, each from its own package. Raises ValueError if nothing trains, or the package or GPU
+    that an optimiser needs is not there.
     """
     by_muon: dict[str, list[torch.nn.Parameter]] = {}
+    # Matrices apart from the rest of the mixers too: checkpoints have their groups in this order
     by_adam: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
         if not parameter.requires_grad:
             continue
-        role = "mixer" if is_mixer_parameter(name, student) else "rest"
+        role = "mixer" if is_attention_parameter(name) else "rest"
         updated, num_axes = parameter if own_parts is None else own_parts[name], len(whole_shape(parameter))
         if train.optimizer == "muon" and num_axes == 2 and ".layers." in name:
             by_muon.setdefault(role, []).append(updated)
@@ -51,8 +53,8 @@ def build_optimizers(
         )
     if by_adam:
         adam = [
-            {"params": parameters, "role": role, "weight_decay": train.weight_decay if decays else 0.0}
-            for (role, decays), parameters in by_adam.items()
+            {"params": parameters, "role": role, "weight_decay": train.weight_decay * (matrices or role == "mixer")}
+            for (role, matrices), parameters in by_adam.items()
         ]
         optimizers.append(_ADAMS[train.optimizer](adam, train))
     return optimizers

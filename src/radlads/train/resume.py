@@ -17,11 +17,12 @@ from radlads.config.compare import deciding, differences
 from radlads.config.schema import Config
 from radlads.console import Console
 from radlads.data.binidx import BinIdxReader
+from radlads.data.sampling import magic_prime
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.train.loggers import WANDB_RUN
 from radlads.train.metrics_csv import METRICS, SPEED
 from radlads.train.processes import ALONE, Processes
-from radlads.train.samples import sequences_per_step
+from radlads.train.samples import sequences_per_step, steps_of
 from radlads.train.snapshots import (
     CHECKPOINT_FILES,
     CHECKPOINTS,
@@ -82,13 +83,39 @@ def describe_run(
 
     Not how a step's sequences are spread over micro-batches and processes: the order of the data does not depend on it.
     """
+    corpora = list(corpora)
     tokens = [f"{share} of {reader.num_tokens} tokens, index {_index_hash(reader)}" for reader, share in corpora]
     dtype = torch.bfloat16 if config.train.precision == "bf16-true" else torch.float32
     models: dict[str, Any] = {"student at the start": fingerprint(student, dtype)}
     models["teacher"] = fingerprint(teacher, dtype) if teacher else None
     kept = {key: value for key, value in deciding(config).items() if key not in _SPREAD}
     sequences = {"sequences in a step": sequences_per_step(config.train, processes)}
-    return kept | sequences | models | {"training tokens": ", ".join(tokens)}
+    lengths = [reader.num_tokens - config.train.heldout_tail_tokens for reader, _ in corpora]
+    anew = _decided_anew(config, student, lengths, sequences["sequences in a step"])
+    return kept | sequences | models | {"training tokens": ", ".join(tokens)} | anew
+
+
+def _decided_anew(config: Config, student: RadladsForCausalLM, lengths: list[int], rows: int) -> dict[str, Any]:
+    """What earlier versions decided otherwise, where that makes a difference: there their checkpoints, which lack it,
+    are another run's, and everywhere else they are gone on with.
+
+    lengths: tokens of each corpus. rows: sequences in a step.
+    """
+    train, model, context = config.train, student.config, config.model.ctx_len
+    budget = train.my_exit_tokens or sum(lengths)
+    steps = steps_of(budget, rows * context)
+    multiples = [n for n in lengths if n % context == 0 and n > 3 * context]
+    primes = [p for n in multiples if (p := magic_prime(n, context)) != magic_prime(n - 1, context)]
+    anew: dict[str, Any] = {}
+    if steps != max(1, round(budget / (rows * context))):
+        anew["optimizer steps"] = steps
+    if primes and train.magic_prime in (0, "auto"):
+        anew["magic primes"] = primes
+    if "full_attention" in model.layer_types:
+        anew["softmax layers"] = "count in the loss of align, have the mixers' rate"
+    if "rad_rwkv7" in model.time_mixers and model.balance_state == model.groupnorm_att:
+        anew["scale of RAD-RWKV7"] = "by groupnorm_att"
+    return anew
 
 
 def fingerprint(model: RadladsForCausalLM, dtype: torch.dtype = torch.float32) -> str:

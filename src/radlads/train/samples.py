@@ -1,5 +1,6 @@
 """What a stage trains and is measured on: samples of its corpora, for each process its own."""
 
+import math
 from collections.abc import Iterable
 from fractions import Fraction
 
@@ -26,7 +27,7 @@ def training_samples(
         check_vocabulary(reader, vocab_size, f"{reader.path_stem}.bin")
     num_tokens = sum(reader.num_tokens for reader, _ in corpora) - train.heldout_tail_tokens
     tokens_per_step = sequences_per_step(train, processes) * context
-    num_steps = max(1, round((train.my_exit_tokens or num_tokens) / tokens_per_step))
+    num_steps = steps_of(train.my_exit_tokens or num_tokens, tokens_per_step)
     num_samples = num_steps * train.micro_bsz * train.accumulate_grad_batches
     own = {"rank": processes.rank, "world": processes.size}
     prime = 0 if train.magic_prime == "auto" else train.magic_prime
@@ -37,6 +38,11 @@ def training_samples(
     if prime:
         raise ValueError("train.magic_prime belongs to one corpus: set it to auto where train.data_file names several")
     return MixedSamples(corpora, context, num_samples=num_samples, **own), num_steps
+
+
+def steps_of(budget_tokens: int, tokens_per_step: int) -> int:
+    """Optimiser steps until the budget is spent: the last one may go past it, as in the released code."""
+    return math.ceil(budget_tokens / tokens_per_step)
 
 
 def sequences_per_step(train: TrainConfig, processes: Processes = ALONE) -> int:

@@ -13,13 +13,14 @@ class StepRecord:
     """A step: its number and tokens (with all before it), the learning rates, this process's batches, and numbers that
     arrive later.
 
-    The readout's numbers, of all processes: the loss sums of `parts`, their counts, the sums of `num_flags` flags, the
-    gradient's norm, and the numbers of `others`.
+    share: the stage's (see Stage.share). The readout's numbers, of all processes: the loss sums of `parts`, their
+    counts, the sums of `num_flags` flags, the gradient's norm, and the numbers of `others`.
     """
 
     step: int
     tokens: int
     parts: list[str]
+    share: float
     num_flags: int
     others: list[str]
     rates: dict[str, float]
@@ -46,7 +47,7 @@ class StepRecord:
         """A row of metrics. Waits until the step is done."""
         sums, counts, (norm, *others) = self._sums(), self._counts(), self._rest()
         metrics = {
-            "loss": sum(sums) / sum(counts),
+            "loss": self.share * sum(sums) / sum(counts),
             "grad_norm": norm,
             "optimizer_step": float(self.step),
             "tokens": float(self.tokens),
