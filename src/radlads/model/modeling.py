@@ -189,7 +189,7 @@ class RadladsModel(RadladsPreTrainedModel):
             past_key_values = RadladsCache(self.config)
         check_cache(past_key_values, hidden.shape[0])
         if self.config.output_attentions if output_attentions is None else output_attentions:
-            raise ValueError("output_attentions must be off: recurrent layers have no attention weights to return")
+            raise ValueError("output_attentions must be off: there are no attention weights to return")
         shared = self.shared_inputs(hidden, attention_mask, position_ids, past_key_values, cu_seq_lens_q, seq_idx)
         keeps = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         v_first, kept = None, []
@@ -270,7 +270,7 @@ class RadladsModel(RadladsPreTrainedModel):
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         earlier = None if past_key_values is None else past_key_values.padding_mask
         padded = self._padding_mask(attention_mask, earlier, past, hidden)
-        token_mask = None if padded is None or bool(padded[:, -T:].all()) else padded[:, -T:]
+        token_mask = None if padded is None or is_all_true(padded[:, -T:]) else padded[:, -T:]
         if past and (cu_seq_lens is not None or seq_idx is not None):
             raise ValueError(
                 "cu_seq_lens_q and seq_idx are for packed rows, which begin with an empty cache: leave them out"
@@ -292,6 +292,8 @@ class RadladsModel(RadladsPreTrainedModel):
 
     def share_whole_sequences(self, T: int, device: torch.device) -> SharedInputs:
         """What sequences of T tokens from their start share. Kept, since making it waits for the GPU every time."""
+        if torch.compiler.is_exporting():
+            return SharedInputs(*rope_tables(self.config, torch.arange(T, device=device).unsqueeze(0)))
         if self.whole_sequences is not None and self.whole_sequences[0] == (T, device):
             return self.whole_sequences[1]
         with torch.no_grad():
@@ -317,7 +319,7 @@ class RadladsModel(RadladsPreTrainedModel):
             raise ValueError(
                 f"attention_mask covers {mask.shape[1]} tokens, but there are {past} cached and {T} new ones"
             )
-        return None if bool(mask.all()) else mask
+        return None if is_all_true(mask) else mask
 
     def _positions(self, token_mask, past_key_values, past: int, hidden) -> torch.Tensor:
         """Positions [B or 1, T] that count real tokens only, continuing the cache's; a pad has the last token's."""
@@ -397,6 +399,7 @@ class RadladsForCausalLM(RadladsPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """Give generate() our cache; its own choice goes by class names and static layouts that do not fit."""
+        check_cache_class(model_kwargs.get("past_key_values"))
         if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
             return
@@ -414,12 +417,25 @@ def has_triton(device: torch.device) -> bool:
     return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
+def is_all_true(mask: torch.Tensor) -> bool:
+    """True if all of a mask is True; False in an exported graph, which must fit every mask. Waits for the device."""
+    return not torch.compiler.is_exporting() and bool(mask.all())
+
+
+def check_cache_class(cache) -> None:
+    """Refuse a foreign cache class with one sentence."""
+    if not isinstance(cache, RadladsCache | None):
+        raise ValueError(
+            f"past_key_values must be a RadladsCache (radlads.model.cache), not {type(cache).__name__}: leave it out, "
+            "and the model makes its own"
+        )
+
+
 def check_cache(cache, batch: int) -> None:
     """Refuse a foreign cache class, or a cache filled with another batch size, with one sentence."""
+    check_cache_class(cache)
     if cache is None:
         return
-    if not isinstance(cache, RadladsCache):
-        raise ValueError(f"past_key_values must be a RadladsCache (radlads.model.cache), not {type(cache).__name__}")
     held = None if cache.next_positions is None else cache.next_positions.shape[0]
     if held is not None and cache.get_seq_length() and held != batch:
         raise ValueError(
