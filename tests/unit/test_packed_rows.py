@@ -6,7 +6,6 @@ from test_generation import STACKS, logits_of, perturbed_model, random_tokens
 from tolerances import PADDING, RECOMPUTE, relative_error
 
 from radlads.model.cache import RadladsCache
-from radlads.model.modeling import Block
 from radlads.model.rad_rwkv6 import RadRwkv6
 from radlads.model.rad_rwkv7 import RadRwkv7
 from radlads.model.registry import TIME_MIXERS
