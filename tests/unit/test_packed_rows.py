@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from test_generation import STACKS, logits_of, perturbed_model, random_tokens
 from tolerances import PADDING, RECOMPUTE, relative_error
 
@@ -128,7 +129,7 @@ ORDINARY = {
 
 
 @pytest.mark.parametrize("name", ORDINARY)
-def test_positions_that_only_rise_are_one_text(ids, name, monkeypatch):
+def test_positions_that_only_rise_are_one_text(ids, name):
     model = perturbed_model("mixed")
     shared = model.model.shared_inputs(model.model.embed_tokens(ids), None, ORDINARY[name], None)
     assert shared.texts is None and shared.attention_mask is None
@@ -144,6 +145,17 @@ def test_left_padding_and_a_filled_cache_are_no_packed_rows(ids):
     cache = RadladsCache(model.config)
     logits_of(model, ids, past_key_values=cache)
     assert model.model.shared_inputs(embedded, None, positions(), cache).texts is None
+    with pytest.raises(ValueError, match="packed rows, which need an empty cache"):
+        model(ids, seq_idx=numbers(), past_key_values=cache)
+
+
+def test_accelerate_moves_what_layers_share_to_another_device(ids):
+    """It moves tensors, containers and what has to()."""
+    model = perturbed_model("mixed")
+    shared = model.model.shared_inputs(model.model.embed_tokens(ids), torch.ones_like(ids), positions(), None)
+    moved = send_to_device(shared, "meta")
+    tensors = moved.cos, moved.sin, moved.attention_mask, moved.texts.starts, *moved.texts.runs, moved.texts.places
+    assert {x.device.type for x in tensors} == {"meta"} and moved.token_mask is None
 
 
 def test_compiled_blocks_leave_packed_rows_to_python(ids):

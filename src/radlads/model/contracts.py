@@ -3,7 +3,7 @@
 Shape letters: B batch, T tokens, C hidden size, H query heads, N head size.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -39,8 +39,8 @@ class SharedInputs:
 
     def to(self, *args, **kwargs) -> "SharedInputs":
         """The same on another device, which accelerate asks for where layers are spread over several."""
-        values = (getattr(self, field.name) for field in fields(self))
-        return SharedInputs(*(None if x is None else x.to(*args, **kwargs) for x in values))
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: x.to(*args, **kwargs) for name, x in given.items() if x is not None})
 
 
 class TimeMixer(Protocol):

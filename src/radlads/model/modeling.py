@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
-from .cache import RadladsCache
+from .cache import RadladsCache, check_cache, check_cache_class
 from .configuration import RadladsConfig
 from .contracts import SharedInputs
 from .layers import RMSNorm, rope_tables
@@ -272,12 +272,10 @@ class RadladsModel(RadladsPreTrainedModel):
         padded = self._padding_mask(attention_mask, earlier, past, hidden)
         token_mask = None if padded is None or is_all_true(padded[:, -T:]) else padded[:, -T:]
         if past and (cu_seq_lens is not None or seq_idx is not None):
-            raise ValueError(
-                "cu_seq_lens_q and seq_idx are for packed rows, which begin with an empty cache: leave them out"
-            )
-        texts = None
-        if past == 0 and T > 1 and not torch.compiler.is_exporting():
-            texts = find_texts(hidden.shape[:2], token_mask, position_ids, cu_seq_lens, seq_idx)
+            raise ValueError("cu_seq_lens_q and seq_idx are for packed rows, which need an empty cache: leave them out")
+        # Single tokens are most of generation, and an exported graph cannot depend on what its inputs hold
+        can_be_packed = past == 0 and T > 1 and not torch.compiler.is_exporting()
+        texts = find_texts(hidden, token_mask, position_ids, cu_seq_lens, seq_idx) if can_be_packed else None
         if position_ids is None:
             position_ids = self._positions(token_mask, past_key_values, past, hidden)
             position_ids = position_ids if texts is None else texts.positions_in_text(position_ids)
@@ -420,25 +418,3 @@ def has_triton(device: torch.device) -> bool:
 def is_all_true(mask: torch.Tensor) -> bool:
     """True if all of a mask is True; False in an exported graph, which must fit every mask. Waits for the device."""
     return not torch.compiler.is_exporting() and bool(mask.all())
-
-
-def check_cache_class(cache) -> None:
-    """Refuse a foreign cache class with one sentence."""
-    if not isinstance(cache, RadladsCache | None):
-        raise ValueError(
-            f"past_key_values must be a RadladsCache (radlads.model.cache), not {type(cache).__name__}: leave it out, "
-            "and the model makes its own"
-        )
-
-
-def check_cache(cache, batch: int) -> None:
-    """Refuse a foreign cache class, or a cache filled with another batch size, with one sentence."""
-    check_cache_class(cache)
-    if cache is None:
-        return
-    held = None if cache.next_positions is None else cache.next_positions.shape[0]
-    if held is not None and cache.get_seq_length() and held != batch:
-        raise ValueError(
-            f"the cache holds {held} sequences but the input has {batch}: repeat the cache with "
-            "batch_repeat_interleave() or pass inputs of its batch size"
-        )

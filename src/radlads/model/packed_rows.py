@@ -1,6 +1,6 @@
 """Rows that hold several texts, one after another: where each begins, and running a recurrence on each by itself.
 
-Trainers pack rows so to waste nothing on padding; position_ids that start anew, cu_seq_lens_q or seq_idx say where.
+Trainers pack rows to waste nothing on padding; position_ids that start anew, cu_seq_lens_q or seq_idx say where.
 Shape letters: B rows, T tokens, R texts of similar length, L tokens of the longest of them.
 """
 
@@ -90,28 +90,27 @@ def mix_texts(mixer: Callable, x: torch.Tensor, v_first: torch.Tensor | None, sh
 
 @torch.compiler.disable
 def find_texts(
-    shape: torch.Size,
+    hidden: torch.Tensor,
     token_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
     cu_seq_lens: torch.Tensor | None,
     seq_idx: torch.Tensor | None,
 ) -> Texts | None:
-    """The texts in rows of `shape` (B, T); None if each row holds one. Waits for the device.
+    """The texts in rows whose embeddings are `hidden` [B, T, C]; None if each row holds one. Waits for the device.
 
     A text begins where a real token's position is not above that of the real token before (position_ids [B or 1, T]),
     where seq_idx [B, T] changes, and at each of cu_seq_lens [texts + 1], which counts through all rows. ValueError for
     other shapes.
     """
-    B, T = shape
-    given = next((x for x in (position_ids, cu_seq_lens, seq_idx) if x is not None), None)
-    if given is None:
+    if position_ids is None and cu_seq_lens is None and seq_idx is None:
         return None
-    real = torch.ones(B, T, dtype=torch.bool, device=given.device) if token_mask is None else token_mask
-    newest = torch.where(real, torch.arange(T, device=real.device), -1).cummax(1).values
+    shape = hidden.shape[:2]
+    real = hidden.new_ones(shape, dtype=torch.bool) if token_mask is None else token_mask
+    newest = torch.where(real, torch.arange(shape[1], device=real.device), -1).cummax(1).values
     before = F.pad(newest[:, :-1], (1, 0), value=-1)  # the last real token before each
     starts = torch.zeros_like(real)
     if position_ids is not None:
-        positions = position_ids.to(real.device).expand(B, T)
+        positions = position_ids.to(real.device).expand(shape)
         starts |= positions <= positions.gather(1, before.clamp(min=0))
     for numbers in _text_numbers(shape, cu_seq_lens, seq_idx):
         numbers = numbers.to(real.device)
