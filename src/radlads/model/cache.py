@@ -147,3 +147,25 @@ class RadladsCache(DynamicCache):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
         self._change_rows(lambda x: x[indices.to(x.device)])
+
+
+def check_cache_class(cache: Any) -> None:
+    """Refuse a foreign cache class with one sentence."""
+    if not isinstance(cache, RadladsCache | None):
+        raise ValueError(
+            f"past_key_values must be a RadladsCache (radlads.model.cache), not {type(cache).__name__}: leave it out, "
+            "and the model makes its own"
+        )
+
+
+def check_cache(cache: Any, batch: int) -> None:
+    """Refuse a foreign cache class, or a cache filled with another batch size, with one sentence."""
+    check_cache_class(cache)
+    if cache is None:
+        return
+    held = None if cache.next_positions is None else cache.next_positions.shape[0]
+    if held is not None and cache.get_seq_length() and held != batch:
+        raise ValueError(
+            f"the cache holds {held} sequences but the input has {batch}: repeat the cache with "
+            "batch_repeat_interleave() or pass inputs of its batch size"
+        )

@@ -38,7 +38,7 @@ class RadladsConfig(PreTrainedConfig):
     """
 
     model_type = "radlads"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (Trainer adds a list to it)
 
     vocab_size: int = 151936
     hidden_size: int = 896

@@ -3,10 +3,12 @@
 Shape letters: B batch, T tokens, C hidden size, H query heads, N head size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
+
+from .packed_rows import Texts
 
 
 class RecurrentState(NamedTuple):
@@ -25,12 +27,20 @@ class SharedInputs:
 
     cos, sin: [B or 1, T, N] RoPE tables. token_mask: [B, T], False at padding; None if there is no padding.
     attention_mask: boolean [B, 1, T, S], True where a query may look; None means plain causal (or T = 1: everything).
+    texts: where rows hold several texts; None if each holds one. Read by our own mixers alone: others are run text by
+    text and never see it.
     """
 
     cos: torch.Tensor
     sin: torch.Tensor
     token_mask: torch.Tensor | None = None
     attention_mask: torch.Tensor | None = None
+    texts: Texts | None = None
+
+    def to(self, *args, **kwargs) -> "SharedInputs":
+        """The same on another device, which accelerate asks for where layers are spread over several."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: x.to(*args, **kwargs) for name, x in given.items() if x is not None})
 
 
 class TimeMixer(Protocol):

@@ -1,4 +1,4 @@
-"""Small pieces that several mixers share: norm, RoPE, GQA repetition, token shift.
+"""Small pieces that several mixers share: norms, RoPE, GQA repetition, token shift.
 
 Shape letters: B batch, T tokens, C hidden size, H heads, N head size.
 """
@@ -25,6 +25,15 @@ class RMSNorm(nn.Module):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(dtype)
+
+
+class HeadNorm(nn.GroupNorm):
+    """GroupNorm of each token's heads by themselves, [B, T, D] to the same shape and dtype, computed in fp32."""
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.weight.float(), self.bias.float()
+        normed = F.group_norm(x_BTD.flatten(0, 1).float(), self.num_groups, weight, bias, self.eps)
+        return normed.view_as(x_BTD).to(x_BTD.dtype)
 
 
 def rope_tables(config: RadladsConfig, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

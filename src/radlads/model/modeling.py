@@ -15,13 +15,15 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.generic import can_return_tuple
 
-from .cache import RadladsCache
+from .cache import RadladsCache, check_cache, check_cache_class
 from .configuration import RadladsConfig
 from .contracts import SharedInputs
 from .layers import RMSNorm, rope_tables
+from .packed_rows import find_texts, mix_texts
 from .recurrent_mixer import RecurrentMixer
-from .registry import build_channel_mixer, build_time_mixer, is_registered
+from .registry import build_channel_mixer, build_time_mixer, is_ours, is_registered
 from .whole_parameters import begin_gathering, whole
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
@@ -62,7 +64,9 @@ class Block(GradientCheckpointingLayer):
         """hidden [B, T, C] and v_first to the same after this block. Tensors are positional for checkpointing."""
         if past_key_values is not None:
             return self._cached(hidden, v_first, shared, past_key_values)
-        mix = functools.partial(self.compiled(Block.mixed, hidden.shape[1]), self)
+        # Every batch of packed rows has other shapes, and would be compiled anew
+        mixed = self.compiled(Block.mixed, hidden.shape[1]) if shared.texts is None else Block.mixed
+        mix = functools.partial(mixed, self)
         if self.recompute_mixer is not None and self.training and torch.is_grad_enabled():
             hidden, v_first = self.recompute_mixer(mix, hidden, v_first, shared)
         else:
@@ -72,7 +76,8 @@ class Block(GradientCheckpointingLayer):
     def _cached(self, hidden, v_first, shared: SharedInputs, past_key_values: RadladsCache):
         state = past_key_values.load(self.layer_idx)
         # A softmax layer's state is a view of the cache itself, which no graph can hold
-        run = self.compiled(Block.run, hidden.shape[1]) if state is None or isinstance(state, tuple) else Block.run
+        in_graph = (state is None or isinstance(state, tuple)) and shared.texts is None
+        run = self.compiled(Block.run, hidden.shape[1]) if in_graph else Block.run
         num_tokens = hidden.shape[1]
         hidden, v_first, state = run(self, hidden, v_first, state, shared)
         past_key_values.store(self.layer_idx, state, num_tokens)
@@ -88,7 +93,10 @@ class Block(GradientCheckpointingLayer):
         x = self.input_layernorm(hidden)
         if shared.token_mask is not None:
             x = x * shared.token_mask.unsqueeze(-1).to(x.dtype)
-        y, state, v_first = self.self_attn(x, state, v_first, shared)
+        if shared.texts is None or is_ours(self.self_attn):
+            y, state, v_first = self.self_attn(x, state, v_first, shared)
+        else:
+            y, state, v_first = mix_texts(self.self_attn, x, v_first, shared)
         return hidden + y, v_first, state, x, y
 
     def mixed(self, hidden, v_first, shared: SharedInputs):
@@ -146,6 +154,7 @@ class RadladsModel(RadladsPreTrainedModel):
         self.whole_sequences: tuple[tuple[int, torch.device], SharedInputs] | None = None
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -154,13 +163,20 @@ class RadladsModel(RadladsPreTrainedModel):
         past_key_values: RadladsCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        seq_idx: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Hidden states [B, T, C] after the final norm, and the cache if one was given or asked for.
 
         attention_mask: [B, S] (S: cached + new tokens) or [B, T] (the new ones; the cache knows the earlier), 0 at
-        padding. position_ids default to counting real tokens. Raises ValueError for an empty sequence, a foreign cache
-        class or another batch size than the cache's.
+        padding. position_ids default to counting real tokens. Where they start anew inside a row, or cu_seq_lens_q
+        [texts + 1] or seq_idx [B, T] say so, and the cache is empty, a text begins that sees nothing before it; a cache
+        goes on with the last one. output_hidden_states: also what goes into each block and, normed, what comes out of
+        the last one, layers + 1 tensors. Raises ValueError for an empty sequence, a foreign cache class, another batch
+        size than the cache's and output_attentions.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
@@ -172,11 +188,20 @@ class RadladsModel(RadladsPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = RadladsCache(self.config)
         check_cache(past_key_values, hidden.shape[0])
-        shared = self.shared_inputs(hidden, attention_mask, position_ids, past_key_values)
-        v_first = None
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            raise ValueError("output_attentions must be off: there are no attention weights to return")
+        shared = self.shared_inputs(hidden, attention_mask, position_ids, past_key_values, cu_seq_lens_q, seq_idx)
+        keeps = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        v_first, kept = None, []
         for block in self.layers:
+            kept += [hidden] if keeps else []
             hidden, v_first = block(hidden, v_first, shared, past_key_values=past_key_values)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+        hidden = self.norm(hidden)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=past_key_values,
+            hidden_states=(*kept, hidden) if keeps else None,
+        )
 
     def attention_taps(self, input_ids: torch.Tensor) -> Iterator[AttentionTap]:
         """Run the stack on [B, T] tokens and yield every layer's tap as soon as it is there; no final norm, no head."""
@@ -235,25 +260,38 @@ class RadladsModel(RadladsPreTrainedModel):
             assert isinstance(block, Block)
             yield block
 
-    def shared_inputs(self, hidden, attention_mask, position_ids, past_key_values) -> SharedInputs:
-        """Masks and RoPE tables for these new tokens; advances the cache's positions."""
+    def shared_inputs(
+        self, hidden, attention_mask, position_ids, past_key_values, cu_seq_lens=None, seq_idx=None
+    ) -> SharedInputs:
+        """Masks, RoPE tables and texts of these new tokens; advances the cache's positions."""
         B, T, _ = hidden.shape
-        if attention_mask is None and position_ids is None and past_key_values is None:
+        if all(x is None for x in (attention_mask, position_ids, past_key_values, cu_seq_lens, seq_idx)):
             return self.share_whole_sequences(T, hidden.device)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         earlier = None if past_key_values is None else past_key_values.padding_mask
         padded = self._padding_mask(attention_mask, earlier, past, hidden)
-        token_mask = None if padded is None or bool(padded[:, -T:].all()) else padded[:, -T:]
+        token_mask = None if padded is None or is_all_true(padded[:, -T:]) else padded[:, -T:]
+        if past and (cu_seq_lens is not None or seq_idx is not None):
+            raise ValueError("cu_seq_lens_q and seq_idx are for packed rows, which need an empty cache: leave them out")
+        # Single tokens are most of generation, and an exported graph cannot depend on what its inputs hold
+        can_be_packed = past == 0 and T > 1 and not torch.compiler.is_exporting()
+        texts = find_texts(hidden, token_mask, position_ids, cu_seq_lens, seq_idx) if can_be_packed else None
         if position_ids is None:
             position_ids = self._positions(token_mask, past_key_values, past, hidden)
+            position_ids = position_ids if texts is None else texts.positions_in_text(position_ids)
+        softmax_mask = self._softmax_mask(padded, past, T, hidden.device, texts)
+        if texts is not None:
+            padded = texts.in_last_text() if padded is None else padded & texts.in_last_text()
         if past_key_values is not None:
             past_key_values.next_positions = (position_ids[:, -1] + 1).expand(B).clone()
             past_key_values.padding_mask = padded if "full_attention" in self.config.layer_types else None
         cos, sin = rope_tables(self.config, position_ids)
-        return SharedInputs(cos, sin, token_mask, self._softmax_mask(padded, past, T, hidden.device))
+        return SharedInputs(cos, sin, token_mask, softmax_mask, texts)
 
     def share_whole_sequences(self, T: int, device: torch.device) -> SharedInputs:
         """What sequences of T tokens from their start share. Kept, since making it waits for the GPU every time."""
+        if torch.compiler.is_exporting():
+            return SharedInputs(*rope_tables(self.config, torch.arange(T, device=device).unsqueeze(0)))
         if self.whole_sequences is not None and self.whole_sequences[0] == (T, device):
             return self.whole_sequences[1]
         with torch.no_grad():
@@ -279,7 +317,7 @@ class RadladsModel(RadladsPreTrainedModel):
             raise ValueError(
                 f"attention_mask covers {mask.shape[1]} tokens, but there are {past} cached and {T} new ones"
             )
-        return None if bool(mask.all()) else mask
+        return None if is_all_true(mask) else mask
 
     def _positions(self, token_mask, past_key_values, past: int, hidden) -> torch.Tensor:
         """Positions [B or 1, T] that count real tokens only, continuing the cache's; a pad has the last token's."""
@@ -292,14 +330,17 @@ class RadladsModel(RadladsPreTrainedModel):
             return steps + past_key_values.next_positions.unsqueeze(1).to(device)
         return steps + past
 
-    def _softmax_mask(self, padded: torch.Tensor | None, past: int, T: int, device) -> torch.Tensor | None:
+    def _softmax_mask(self, padded: torch.Tensor | None, past: int, T: int, device, texts) -> torch.Tensor | None:
         """Boolean [B or 1, 1, T, S] for softmax layers; None where plain causal attention is meant."""
-        if "full_attention" not in self.config.layer_types or (padded is None and (past == 0 or T == 1)):
+        is_plain = padded is None and texts is None and (past == 0 or T == 1)
+        if "full_attention" not in self.config.layer_types or is_plain:
             return None
         queries = torch.arange(past, past + T, device=device)
-        causal = queries[:, None] >= torch.arange(past + T, device=device)[None, :]
+        causal = (queries[:, None] >= torch.arange(past + T, device=device)[None, :])[None, None]
+        if texts is not None:
+            causal = causal & texts.in_same_text().unsqueeze(1)
         if padded is None:
-            return causal[None, None]
+            return causal
         # A padded query sees itself, so that no row is empty (its output is never used)
         itself = queries[:, None] == torch.arange(past + T, device=device)[None, :]
         return (causal & padded[:, None, None, :]) | itself
@@ -317,6 +358,7 @@ class RadladsForCausalLM(RadladsPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -331,16 +373,19 @@ class RadladsForCausalLM(RadladsPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Logits [B, T or logits_to_keep, V]; with labels [B, T] (-100: ignored) the mean next-token loss too.
 
-        Errors as in RadladsModel.forward.
+        Everything else, and errors, as in RadladsModel.forward.
         """
-        outputs = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+        inputs = input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache
+        outputs = self.model(*inputs, return_dict=True, **kwargs)
         hidden = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
 
     def compile_blocks(self, enabled: bool = True, *, backend: str = "inductor") -> None:
         """See RadladsModel.compile_blocks."""
@@ -352,6 +397,7 @@ class RadladsForCausalLM(RadladsPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """Give generate() our cache; its own choice goes by class names and static layouts that do not fit."""
+        check_cache_class(model_kwargs.get("past_key_values"))
         if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
             return
@@ -369,15 +415,6 @@ def has_triton(device: torch.device) -> bool:
     return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
-def check_cache(cache, batch: int) -> None:
-    """Refuse a foreign cache class, or a cache filled with another batch size, with one sentence."""
-    if cache is None:
-        return
-    if not isinstance(cache, RadladsCache):
-        raise ValueError(f"past_key_values must be a RadladsCache (radlads.model.cache), not {type(cache).__name__}")
-    held = None if cache.next_positions is None else cache.next_positions.shape[0]
-    if held is not None and cache.get_seq_length() and held != batch:
-        raise ValueError(
-            f"the cache holds {held} sequences but the input has {batch}: repeat the cache with "
-            "batch_repeat_interleave() or pass inputs of its batch size"
-        )
+def is_all_true(mask: torch.Tensor) -> bool:
+    """True if all of a mask is True; False in an exported graph, which must fit every mask. Waits for the device."""
+    return not torch.compiler.is_exporting() and bool(mask.all())

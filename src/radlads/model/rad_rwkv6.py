@@ -10,6 +10,7 @@ from transformers import initialization as init
 from .configuration import RadladsConfig, depth_fraction
 from .contracts import RecurrentState, SharedInputs
 from .layers import token_shift
+from .packed_rows import recur
 from .recurrence import gla
 from .recurrent_mixer import RecurrentMixer, zero_at_padding
 
@@ -52,26 +53,23 @@ class RadRwkv6(RecurrentMixer):
     def forward(self, x: torch.Tensor, state: RecurrentState | None, v_first, shared: SharedInputs):
         """See contracts.TimeMixer."""
         last = None if state is None else state.shift
-        (x_r, x_k, x_v, x_w, x_g), shift = self._mix_with_previous(x, last, shared.token_mask)
+        (x_r, x_k, x_v, x_w, x_g), shift = self._mix_with_previous(x, last, shared)
         r, k, v = self.receptance_key_value(x_r, x_k, x_v, shared)
         decay = self.time_decay.float() + (torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2).float()
         log_w = self.heads(torch.clamp(-torch.exp(decay), min=MIN_LOG_DECAY))
         if self.config.balance_state:
             k = k.float() * (1 - log_w.exp())
-        out, wkv = gla(
-            r,
-            zero_at_padding(log_w, shared.token_mask),
-            k,
-            zero_at_padding(v, shared.token_mask),
-            None if state is None else state.wkv,
-        )
+        written = zero_at_padding(log_w, shared.token_mask), k, zero_at_padding(v, shared.token_mask)
+        out, wkv = recur(gla, shared.texts, (r, *written), None if state is None else state.wkv)
         return self.output(out * self.head_dim**-0.5, x_g), RecurrentState(wkv, shift), v_first
 
-    def _mix_with_previous(self, x, last, token_mask):
+    def _mix_with_previous(self, x, last, shared: SharedInputs):
         """x mixed with the token before, once for each of r, k, v, w, g; and the input to carry."""
         if not self.config.use_tokenshift:
             return [x] * len(SHIFTED), None
-        previous, shift = token_shift(x, last, token_mask)
+        previous, shift = token_shift(x, last, shared.token_mask)
+        if shared.texts is not None:
+            previous = previous.masked_fill(shared.texts.starts.unsqueeze(-1), 0.0)
         delta = previous - x
         low = torch.tanh((x + delta * self.time_maa_x) @ self.time_maa_w1).unflatten(-1, (len(SHIFTED), -1))
         mixes = torch.einsum("btir,irc->ibtc", low, self.time_maa_w2.to(low.dtype))

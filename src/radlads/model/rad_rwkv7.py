@@ -15,6 +15,7 @@ from transformers import initialization as init
 
 from .configuration import RadladsConfig, depth_fraction
 from .contracts import RecurrentState, SharedInputs
+from .packed_rows import recur
 from .recurrence import rwkv7
 from .recurrent_mixer import RecurrentMixer, zero_at_padding
 
@@ -73,15 +74,8 @@ class RadRwkv7(RecurrentMixer):
             v = v + (v_first - v) * self.heads(torch.sigmoid(self.v0 + (x @ self.v1) @ self.v2))
         kappa, k = self._removal_and_key(k, a, log_w)
         mask = shared.token_mask
-        out, wkv = rwkv7(
-            r,
-            zero_at_padding(log_w, mask),
-            k,
-            zero_at_padding(v, mask),
-            kappa,
-            zero_at_padding(a, mask),
-            None if state is None else state.wkv,
-        )
+        written = zero_at_padding(log_w, mask), k, zero_at_padding(v, mask), kappa, zero_at_padding(a, mask)
+        out, wkv = recur(rwkv7, shared.texts, (r, *written), None if state is None else state.wkv)
         scale = 1.0 if self.config.groupnorm_att else self.head_dim**-0.5
         return self.output(out * scale, x), RecurrentState(wkv), v_first
 

@@ -167,18 +167,28 @@ def _gla_fla(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, state_BHKV):
     )
 
 
-@torch.compiler.disable
 def rwkv7_chunked(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK, state_BHVK=None):
     """rwkv7_reference by chunks, for any T; differentiable once."""
-    return Chunked.apply(RWKV7_CHUNK, state_BHVK, r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK)
+    return _by_chunks(RWKV7_CHUNK, state_BHVK, r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK)
 
 
-@torch.compiler.disable
 def gla_chunked(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, state_BHKV=None):
     """gla_reference by chunks, for any T; differentiable once."""
     state_BHVK = None if state_BHKV is None else state_BHKV.mT
-    out_BTHV, state_BHVK = Chunked.apply(GLA_CHUNK, state_BHVK, r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, None, None)
+    out_BTHV, state_BHVK = _by_chunks(GLA_CHUNK, state_BHVK, r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, None, None)
     return out_BTHV, state_BHVK.mT
+
+
+def _by_chunks(*args):
+    # An exported graph has the operations themselves, and derives its own gradients
+    if torch.compiler.is_exporting():
+        return _forward_by_chunks(*args)[:2]
+    return _run_chunked(*args)
+
+
+@torch.compiler.disable
+def _run_chunked(*args):
+    return Chunked.apply(*args)
 
 
 class Chunked(torch.autograd.Function):
@@ -205,34 +215,10 @@ class Chunked(torch.autograd.Function):
     def forward(ctx, chunk, state, r, log_w, k, v, kappa, a):
         ctx.dtypes = [None if x is None else x.dtype for x in (state, r, log_w, k, v, kappa, a)]
         ctx.num_tokens = v.shape[1]
-        r, log_w, k, v, kappa, a = (_chunks(x, chunk) for x in (r, log_w, k, v, kappa, a))
-        ctx.L = L = r.shape[-2]
-        c = log_w.cumsum(-2)
-        middle, end = c[..., L // 2 : L // 2 + 1, :], c[..., -1:, :]
-        at_middle, to_end, over_all = middle.exp(), (end - middle).exp(), end.exp()
-        c = c - middle
-        grow, shrink = (-c).exp(), c.exp()
-        X, Y = _rows(r, kappa), _rows(r, kappa)
-        torch.mul(r, shrink, out=X[..., :L, :])
-        torch.mul(k, grow, out=Y[..., :L, :])
-        shrink_before = inverse = None
-        if kappa is not None:
-            shrink_before = (c - log_w).exp_()
-            torch.mul(kappa, shrink_before, out=X[..., L:, :])
-            torch.mul(kappa * a, grow, out=Y[..., L:, :])
-        M = (X @ Y.mT).masked_fill_(_future(L, r.device, kappa is not None), 0.0)
-        if kappa is not None:
-            identity = torch.eye(L, device=r.device)
-            inverse = torch.linalg.solve_triangular(M[..., L:, L:], identity, upper=False, unitriangular=True)
-        H = _rows(v, kappa)
-        H[..., :L, :] = v
-        states = _scan(H, state, X, Y, M, inverse, at_middle, to_end, over_all)
-        starts = states[:, :, :-1] * at_middle
-        out = (M[..., :L, :] @ H).add_(X[..., :L, :] @ starts.mT)
-        ctx.save_for_backward(
-            X, Y, M, H, states, starts, inverse, grow, shrink, shrink_before, kappa, a, at_middle, to_end, over_all
-        )
-        return _tokens(out, ctx.num_tokens, ctx.dtypes[4]), states[:, :, -1].clone()
+        ctx.L = min(chunk, v.shape[1])
+        out, state, saved = _forward_by_chunks(chunk, state, r, log_w, k, v, kappa, a)
+        ctx.save_for_backward(*saved)
+        return out, state
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -270,30 +256,69 @@ class Chunked(torch.autograd.Function):
         return None, d_state, *(None if g is None else _tokens(g, ctx.num_tokens, dtype) for g, dtype in pairs)
 
 
-def _rows(x_BHGLN: torch.Tensor, kappa: torch.Tensor | None) -> torch.Tensor:
-    """An empty tensor with the rows of x for the outputs and, if there are removal keys, as many more for removals."""
-    *batch, L, N = x_BHGLN.shape
-    return x_BHGLN.new_empty(*batch, L if kappa is None else 2 * L, N)
+def _forward_by_chunks(chunk, state, r, log_w, k, v, kappa, a):
+    """Chunked's outputs and last state, and what its backward pass needs."""
+    num_tokens, dtype = v.shape[1], v.dtype
+    r, log_w, k, v, kappa, a = (_chunks(x, chunk) for x in (r, log_w, k, v, kappa, a))
+    L = r.shape[-2]
+    c = log_w.cumsum(-2)
+    middle, end = c[..., L // 2 : L // 2 + 1, :], c[..., -1:, :]
+    at_middle, to_end, over_all = middle.exp(), (end - middle).exp(), end.exp()
+    c = c - middle
+    grow, shrink = (-c).exp(), c.exp()
+    shrink_before = inverse = None
+    if kappa is None:
+        X, Y = r * shrink, k * grow
+    else:
+        shrink_before = (c - log_w).exp_()
+        X, Y = _products((r, shrink), (kappa, shrink_before)), _products((k, grow), (kappa * a, grow))
+    M = (X @ Y.mT).masked_fill_(_future(L, r.device, kappa is not None), 0.0)
+    if kappa is not None:
+        identity = torch.eye(L, device=r.device)
+        inverse = torch.linalg.solve_triangular(M[..., L:, L:], identity, upper=False, unitriangular=True)
+    states, H = _scan(v, state, X, Y, M, inverse, at_middle, to_end, over_all)
+    starts = states[:, :, :-1] * at_middle
+    out = (M[..., :L, :] @ H).add_(X[..., :L, :] @ starts.mT)
+    saved = X, Y, M, H, states, starts, inverse, grow, shrink, shrink_before, kappa, a, at_middle, to_end, over_all
+    return _tokens(out, num_tokens, dtype), states[:, :, -1].clone(), saved
 
 
-def _scan(H, state, X, Y, M, inverse, at_middle, to_end, over_all):
-    """Fill H's removal rows, and return the states [B, H, G + 1, V, K] before each chunk and after the last."""
-    L, V, K = M.shape[-1] if inverse is None else inverse.shape[-1], H.shape[-1], X.shape[-1]
+def _products(*pairs: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Each pair's product [B, H, G, L, N], one below the other."""
+    if torch.compiler.is_exporting():
+        return torch.cat([x * y for x, y in pairs], dim=-2)
+    *batch, L, N = pairs[0][0].shape
+    rows = pairs[0][0].new_empty(*batch, len(pairs) * L, N)
+    for (x, y), out in zip(pairs, rows.split(L, dim=-2), strict=True):
+        torch.mul(x, y, out=out)
+    return rows
+
+
+def _scan(v, state, X, Y, M, inverse, at_middle, to_end, over_all):
+    """The states [B, H, G + 1, V, K] before each chunk and after the last, and H."""
+    L, V, K = v.shape[-2], v.shape[-1], X.shape[-1]
+    H = v
+    if inverse is not None and not torch.compiler.is_exporting():
+        H = v.new_empty(*v.shape[:3], 2 * L, V)
+        H[..., :L, :] = v
     v = H[..., :L, :]
     state = X.new_zeros(*X.shape[:2], V, K) if state is None else state.float()
     per_chunk = [x.unbind(2) for x in (v.mT @ Y[..., :L, :], at_middle, to_end, over_all)]
     if inverse is not None:
         found_in_state, found_in_chunk = inverse @ X[..., L:, :], inverse @ (M[..., L:, :L] @ v)
         per_chunk += [x.unbind(2) for x in (found_in_state, found_in_chunk, Y[..., L:, :], H[..., L:, :])]
-    states = [state]
+    states, removed = [state], []
     for gain, middle, end, all_of_it, *removing in zip(*per_chunk, strict=True):
         if removing:
-            in_state, in_chunk, removal_keys, removed_values = removing
-            torch.neg(in_chunk + in_state @ (state * middle).mT, out=removed_values)
-            gain = gain + removed_values.mT @ removal_keys
+            in_state, in_chunk, removal_keys, out = removing
+            found = in_chunk + in_state @ (state * middle).mT
+            removed.append(-found if torch.compiler.is_exporting() else torch.neg(found, out=out))
+            gain = gain + removed[-1].mT @ removal_keys
         state = (state * all_of_it).addcmul_(gain, end)
         states.append(state)
-    return torch.stack(states, dim=2)
+    if removed and torch.compiler.is_exporting():
+        H = torch.cat([H, torch.stack(removed, dim=2)], dim=-2)
+    return torch.stack(states, dim=2), H
 
 
 def _scan_backward(G, d_state, X, Y, M, states, inverse, at_middle, to_end, over_all):

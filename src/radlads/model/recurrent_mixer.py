@@ -4,13 +4,12 @@ Shape letters: B batch, T tokens, C hidden size, D = H * N, H heads, N head size
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
 from .configuration import RadladsConfig, rope_attention_factor
 from .contracts import SharedInputs
-from .layers import RMSNorm, apply_rope, repeat_heads
+from .layers import HeadNorm, RMSNorm, apply_rope, repeat_heads
 
 
 class RecurrentMixer(nn.Module):
@@ -36,7 +35,7 @@ class RecurrentMixer(nn.Module):
             self.g1 = nn.Parameter(torch.empty(C, config.lora_rank_gate))
             self.g2 = nn.Parameter(torch.empty(config.lora_rank_gate, D))
         if config.groupnorm_att:
-            self.ln_x = nn.GroupNorm(self.num_heads, D, eps=self.head_dim * 1e-5)
+            self.ln_x = HeadNorm(self.num_heads, D, eps=self.head_dim * 1e-5)
 
     def reset_fresh_parameters(self) -> None:
         """Set the gate and the output norm to their initial values; the projections come from the teacher.
@@ -81,19 +80,12 @@ class RecurrentMixer(nn.Module):
         """Norm (groupnorm_att), gate from x_g [B, T, C] (gate_rank_type) and project the heads' outputs."""
         o_BTD = o_BTHN.flatten(2)
         if self.config.groupnorm_att:
-            o_BTD = self._group_norm(o_BTD)
+            o_BTD = self.ln_x(o_BTD)
         if self.config.gate_rank_type == 1:
             o_BTD = o_BTD * torch.sigmoid(self.gate(x_g))
         elif self.config.gate_rank_type == 2:
             o_BTD = o_BTD * (torch.sigmoid(x_g @ self.g1) @ self.g2)
         return self.o_proj(o_BTD)
-
-    def _group_norm(self, o_BTD: torch.Tensor) -> torch.Tensor:
-        norm = self.ln_x
-        normed = F.group_norm(
-            o_BTD.flatten(0, 1).float(), self.num_heads, norm.weight.float(), norm.bias.float(), norm.eps
-        )
-        return normed.view_as(o_BTD).to(o_BTD.dtype)
 
 
 def zero_at_padding(x_BTHN: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:

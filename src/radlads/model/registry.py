@@ -24,6 +24,11 @@ def build_channel_mixer(config: RadladsConfig, layer_idx: int):
     return _find(CHANNEL_MIXERS, config.channel_mixers[layer_idx], "cmix", "CMix")(config, layer_idx)
 
 
+def is_ours(mixer: object) -> bool:
+    """True for a time mixer of exactly one of our classes, which know what SharedInputs.texts asks of them."""
+    return type(mixer) in TIME_MIXERS.values()
+
+
 def is_registered(config: RadladsConfig) -> bool:
     """True if all of the model's mixers are ours, so that model/ alone can run it."""
     return set(config.time_mixers) <= set(TIME_MIXERS) and set(config.channel_mixers) <= set(CHANNEL_MIXERS)

@@ -48,7 +48,7 @@ class SoftmaxAttention(nn.Module):
             k.to(q.dtype),
             v.to(q.dtype),
             attn_mask=shared.attention_mask,
-            is_causal=shared.attention_mask is None and T > 1,
+            is_causal=shared.attention_mask is None and bool(T > 1),
             enable_gqa=k.shape[1] != q.shape[1],
         )
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1)), state, v_first

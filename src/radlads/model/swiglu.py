@@ -22,7 +22,8 @@ class SwiGLU(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, T, C] to the same shape."""
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if not torch.is_grad_enabled() or not _is_plain(self.down_proj):
+        # An exported graph would keep the product's value and lose its gradient
+        if not torch.is_grad_enabled() or not _is_plain(self.down_proj) or torch.compiler.is_exporting():
             return self.down_proj(F.silu(gate) * up)
         return _GatedDown.apply(gate, up, self.down_proj.weight.to(gate.dtype))
 
