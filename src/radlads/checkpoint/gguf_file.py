@@ -118,22 +118,23 @@ def _is_set(field: Any) -> bool:
 
 def _read_model(file: Path, reader: "GGUFReader") -> PreTrainedModel:
     """The model as transformers reads it, in fp32, with every weight from the file."""
-    names = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-    config = AutoConfig.from_pretrained(**names)
+    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     architecture = _text(reader, "general.architecture")
     if (head_size := reader.fields.get(f"{architecture}.attention.key_length")) is not None:
         config.head_dim = int(head_size.contents())
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            **names, config=config, dtype=torch.float32, output_loading_info=True
+        read: Any = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, config=config, dtype=torch.float32, output_loading_info=True
         )
     except NotImplementedError as error:
         raise ValueError(
             f"{file} has tensors of a type that cannot be dequantised ({error}): take another file"
         ) from error
+    model, info = read
     if missing := sorted(info["missing_keys"]) or sorted(map(str, info["mismatched_keys"])):
         raise ValueError(f"{file} lacks {missing[0]} ({len(missing)} such): it is incomplete, or of another model")
-    return model
+    found: PreTrainedModel = model
+    return found
 
 
 def _write_model(model: PreTrainedModel, folder: Path) -> None:
