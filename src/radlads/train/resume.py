@@ -11,7 +11,6 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from radlads.checkpoint.atomic import read_json
-from radlads.checkpoint.manifest import sha256
 from radlads.checkpoint.weights import EMBEDDING, HEAD
 from radlads.config.compare import deciding, differences
 from radlads.config.schema import Config
@@ -19,6 +18,7 @@ from radlads.console import Console
 from radlads.data.binidx import BinIdxReader
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.train.processes import ALONE, Processes
+from radlads.train.run_corpora import HELDOUT, TRAINING, corpus_differences, describe_corpora
 from radlads.train.samples import sequences_per_step
 from radlads.train.snapshots import CHECKPOINTS, RUN, checkpoints_in, fault_of, remove
 
@@ -52,18 +52,20 @@ def describe_run(
     teacher: RadladsForCausalLM | None,
     corpora: Iterable[tuple[BinIdxReader, Fraction]],
     processes: Processes = ALONE,
+    *,
+    heldout: BinIdxReader | None = None,
 ) -> dict[str, Any]:
-    """What tells a run apart: what its configuration decides, the models it starts from, the tokens it trains on.
+    """What tells a run apart: what its configuration decides, the models it starts from, the tokens it trains on and
+    those of the held-out corpus, if it has one.
 
     Not how a step's sequences are spread over micro-batches and processes: the order of the data does not depend on it.
     """
-    tokens = [f"{share} of {reader.num_tokens} tokens, index {_index_hash(reader)}" for reader, share in corpora]
     dtype = torch.bfloat16 if config.train.precision == "bf16-true" else torch.float32
     models: dict[str, Any] = {"student at the start": fingerprint(student, dtype)}
     models["teacher"] = fingerprint(teacher, dtype) if teacher else None
     kept = {key: value for key, value in deciding(config).items() if key not in _SPREAD}
     sequences = {"sequences in a step": sequences_per_step(config.train, processes)}
-    return kept | sequences | models | {"training tokens": ", ".join(tokens)}
+    return kept | sequences | models | describe_corpora(corpora, heldout)
 
 
 def fingerprint(model: RadladsForCausalLM, dtype: torch.dtype = torch.float32) -> str:
@@ -83,10 +85,6 @@ def _numbers(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     every = max(1, parameter.numel() // _NUMBERS_COMPARED)
     whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
     return whole.detach().flatten()[::every].to(dtype).float().cpu().contiguous()
-
-
-def _index_hash(reader: BinIdxReader) -> str:
-    return sha256(reader.path_stem.parent / f"{reader.path_stem.name}.idx")[:16]
 
 
 def first_checkpoint(setting: str, stage_folder: Path, run: dict[str, Any], console: Console) -> Path | None:
@@ -154,11 +152,13 @@ def _check_whole(chosen: Path, held: list[Path]) -> None:
 
 def _check_same_run(chosen: Path, run: dict[str, Any], *, may_change: frozenset[str], console: Console) -> None:
     held = read_json(chosen / RUN)
-    kept = {key: value for key, value in held.items() if key not in may_change}
-    if different := differences(kept, {key: value for key, value in run.items() if key not in may_change}):
+    there, here = ({k: v for k, v in each.items() if k not in (TRAINING, HELDOUT)} for each in (held, run))
+    kept = {key: value for key, value in there.items() if key not in may_change}
+    different = differences(kept, {key: value for key, value in here.items() if key not in may_change})
+    if different := different + corpus_differences(held, run):
         raise ValueError(
             f"{chosen} is a checkpoint of a different run ({'; '.join(different)}): set back what differs, choose "
             "another folder with --train.proj_name, or throw that run away with --train.resume never"
         )
-    for difference in differences(held, run):
+    for difference in differences(there, here):
         console.line(f"from {chosen.name} on: {difference}")
