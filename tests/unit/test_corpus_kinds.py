@@ -7,12 +7,15 @@ import json
 import lzma
 import random
 import tracemalloc
+import zipfile
+from types import SimpleNamespace
 
 import pytest
 
 datasets = pytest.importorskip("datasets")
 pyarrow = pytest.importorskip("pyarrow")
 zstandard = pytest.importorskip("zstandard")
+fsspec = pytest.importorskip("fsspec")
 
 from pyarrow import parquet  # noqa: E402
 
@@ -176,7 +179,11 @@ def test_a_dataset_without_rows_gives_no_text(tmp_path, kind):
         ("x.json", b'[{"text": "a"},\n{"text": ]', "x.json: line 2 is not valid JSON (Expecting value)"),
         ("x.json", b'[{"text": "a"},', "x.json ends inside its array: it is cut short"),
         ("x.json", b'{"data": {"rows": 1}, "n": 2}', "x.json has no column 'text', only data.rows, n: choose with"),
-        ("x.csv", b'text,n\na,1\n"b,2\nc,3\n', "x.csv: row 1 has a quote that is never closed (line 3)"),
+        (
+            "x.csv",
+            b'text,n\na,1\n"b,2\nc,3\n',
+            "x.csv has a quote that is never closed, in the row that begins on line 3",
+        ),
         ("x.csv", b"content,n\na,1\n", "x.csv has no column 'text', only content, n: choose with --column_name"),
         ("x.parquet.gz", gzip.compress(b"PAR1"), "a compressed .parquet file cannot be read: decompress it first"),
         ("x.jsonl.gz", b"no gzip", "x.jsonl.gz does not read from its start: Not a gzipped file"),
@@ -185,6 +192,52 @@ def test_a_dataset_without_rows_gives_no_text(tmp_path, kind):
 )
 def test_what_does_not_read_is_one_sentence_with_file_and_place(tmp_path, name, content, message):
     assert message in refusal(put(tmp_path / name, content))
+
+
+def test_an_empty_split_that_was_saved_harms_no_other(tmp_path):
+    splits = {"train": datasets.Dataset.from_dict({"text": ["a"]})}
+    splits["test"] = splits["train"].select([])
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    assert texts(tmp_path / "saved") == ["a"]
+    assert "does not open as a dataset: it was saved without rows" in refusal(tmp_path / "saved", split="test")
+    assert "it has no split 'dev', only test, train" in refusal(tmp_path / "saved", split="dev")
+
+
+def put_zip(path, members):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_an_archive_is_read_file_by_file(tmp_path, folder):
+    members = {"1.jsonl": b'{"text": "a"}', "b/1.jsonl.gz": gzip.compress(ROWS), "b/2.jsonl": b'{"text": "z", "n": {}}'}
+    path = put_zip(tmp_path / "x.zip", members | {"__MACOSX/._1": b"", ".hidden.jsonl": ROWS, "empty.jsonl": b""})
+    found, said = left_out(tmp_path if folder else path)
+    assert found == ["a", "a", "b", "c", "z"] and said == "left out: 1 file without rows"
+
+
+def test_an_archive_that_is_empty_or_none_or_damaged(tmp_path):
+    assert left_out(put_zip(tmp_path / "x.zip", {})) == ([], "left out: 1 file without rows")
+    assert "y.zip does not read as an archive: File is not a zip file" in refusal(put(tmp_path / "y.zip", b"PK"))
+    content = bytearray(put_zip(tmp_path / "z.zip", {"1.jsonl": ROWS}).read_bytes())
+    content[50] ^= 1
+    assert "z.zip/1.jsonl does not read " in refusal(put(tmp_path / "z.zip", bytes(content)))
+
+
+def test_files_elsewhere_are_read_as_those_on_disk(monkeypatch):
+    """As those of a hub dataset are, through the library's own way of opening them."""
+    with fsspec.open("memory://x/1.jsonl.zst", "wb") as file:
+        file.write(zstandard.compress(ROWS + b'{"text": null}\n'))
+    with fsspec.open("memory://x/2.parquet", "wb") as file:
+        parquet.write_table(pyarrow.table({"text": ["d"], "n": [1]}), file)
+    config = datasets.packaged_modules.json.JsonConfig()
+    config.data_files = {"train": ["memory://x/1.jsonl.zst", "memory://x/2.parquet"]}
+    builder = SimpleNamespace(config=config, info=SimpleNamespace(splits=None))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name, subset: builder)
+    assert left_out("owner/name") == (["a", "b", "c", "d"], "left out: 1 null text")
+    assert "memory://x/1.jsonl.zst: row 3 has nothing" in refusal("owner/name", strict=True)
 
 
 def test_a_deeply_nested_row_is_no_traceback(tmp_path):

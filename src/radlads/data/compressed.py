@@ -4,11 +4,12 @@ import bz2
 import gzip
 import io
 import lzma
+import zipfile
 import zlib
 from typing import IO, Any, BinaryIO
 
 SUFFIXES = (".gz", ".zst", ".zstd", ".xz", ".bz2")
-DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError)
+DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 
 _COMPRESSED_BYTES = 2**12  # at a time: all that they decompress to is in memory, at most some 10,000 times as much
 

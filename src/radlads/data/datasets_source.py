@@ -4,7 +4,9 @@ Owns which files a dataset is made of, and reading the kinds that only that libr
 `text_cells.py`, what becomes of a row to `documents.py`, tokenising to `build.py`.
 """
 
-import json
+import io
+import logging
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +29,8 @@ from radlads.data.text_cells import (
 )
 
 _ROWS_AT_A_TIME = 256
+_ARCHIVE = ".zip"
+_ENCRYPTED = 1  # of a member's flag bits
 # Beside the data in folders of datasets
 _NO_DATA = {"README.md", "config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
 # What a dataset's card may say that does not change how its files read
@@ -66,10 +70,11 @@ def open_documents(
     except ImportError as error:
         raise ValueError("reading datasets needs the datasets library: pip install 'radlads[data]'") from error
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs is in the error, too
+    logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)  # a README need not describe a dataset
     wanted, left_out = _Wanted(dataset, column, split, subset, text_unit, strict), LeftOut()
     try:
         parts, num_rows = _open(datasets, wanted, left_out)
-    except (datasets.exceptions.DatasetsError, ValueError, *DAMAGE) as error:
+    except (datasets.exceptions.DatasetsError, ValueError, NotImplementedError, *DAMAGE) as error:
         raise ValueError(f"{dataset} does not open as a dataset: {first_line(error)}") from error
     texts = (text for name, cells in parts for text in texts_of(name, cells, column, left_out, strict=strict))
     return DocumentSource(texts, num_rows, left_out)
@@ -87,7 +92,8 @@ class _Wanted:
     strict: bool
 
     def cells(self, files: Iterable[SourceFile], delimiter: str = ",") -> "_Parts":
-        return ((file.name, read_cells(file, self.column, self.text_unit, delimiter)) for file in files)
+        members = (member for file in files for member in _members(file))
+        return ((file.name, read_cells(file, self.column, self.text_unit, delimiter)) for file in members)
 
 
 _Parts = Iterable[tuple[str, Iterable[Cell]]]
@@ -97,8 +103,8 @@ _Parts = Iterable[tuple[str, Iterable[Cell]]]
 def _open(datasets: Any, wanted: _Wanted, left_out: LeftOut) -> tuple[_Parts, int | None]:
     path = Path(wanted.dataset).expanduser()
     if path.is_file():
-        if suffix_of(path.name) not in SUFFIXES:
-            raise ValueError(f"its suffix is none of {', '.join(SUFFIXES)}")
+        if not _is_read(path.name):
+            raise ValueError(f"its suffix is none of {', '.join((*SUFFIXES, _ARCHIVE))}")
         return wanted.cells(_on_disk([path])), _num_rows(path)
     if path.is_dir():
         return _open_folder(datasets, path, wanted, left_out)
@@ -117,7 +123,7 @@ def _open_folder(datasets: Any, folder: Path, wanted: _Wanted, left_out: LeftOut
         return wanted.cells(_on_disk(files)), None
     builder = datasets.load_dataset_builder(str(folder), wanted.subset)
     used = {Path(name).resolve() for each in (builder.config.data_files or {}).values() for name in each}
-    unused = [file for file in files if suffix_of(file.name) in SUFFIXES and file.resolve() not in used]
+    unused = [file for file in files if _is_read(file.name) and file.resolve() not in used]
     if unused and wanted.strict:
         raise ValueError(f"{unused[0]} is of another kind or of no split: remove it, or leave out --strict")
     left_out.other_files = len(unused)
@@ -147,7 +153,7 @@ def _names_of_split(config: Any, split: str) -> list[str] | None:
     usual = vars(type(config)())
     settings = {key for key, value in vars(config).items() if value != usual.get(key)} - _NEUTRAL_SETTINGS
     names = [str(name) for name in files[split]]
-    return None if settings or any(suffix_of(name) not in SUFFIXES for name in names) else names
+    return None if settings or not all(map(_is_read, names)) else names
 
 
 def _data_files(folder: Path) -> list[Path]:
@@ -155,7 +161,7 @@ def _data_files(folder: Path) -> list[Path]:
     found = sorted(file for file in folder.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(folder)))
     if not found:
         raise ValueError("the folder is empty")
-    readable = [file for file in found if suffix_of(file.name) in SUFFIXES]
+    readable = [file for file in found if _is_read(file.name)]
     if all(suffix_of(file.name) == ".md" for file in readable):
         return readable or found  # found: perhaps of a kind that the library knows
     return [file for file in readable if file.name not in _NO_DATA] or readable
@@ -165,6 +171,29 @@ def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
+def _is_read(name: str) -> bool:
+    return suffix_of(name) in (*SUFFIXES, _ARCHIVE)
+
+
+def _members(file: SourceFile) -> Iterator[SourceFile]:
+    """The file, or the files of a zip archive that read_cells reads; an archive without any is a file without rows."""
+    if file.suffix != _ARCHIVE:
+        yield file
+        return
+    try:
+        with file.open() as opened, zipfile.ZipFile(opened) as archive:
+            infos = [each for each in archive.infolist() if suffix_of(each.filename) in SUFFIXES]
+            infos = [each for each in infos if not _is_hidden(Path(each.filename)) and not each.is_dir()]
+            if any(each.flag_bits & _ENCRYPTED for each in infos):
+                raise ValueError(f"{file.name} is encrypted: unpack it first")
+            for info in infos:
+                yield SourceFile(f"{file.name}/{info.filename}", partial(archive.open, info))  # type: ignore[arg-type]
+            if not infos:
+                yield SourceFile(f"{file.name}{SUFFIXES[0]}", io.BytesIO)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{file.name} does not read as an archive: {first_line(error)}") from error
+
+
 def _on_disk(files: list[Path]) -> list[SourceFile]:
     if all(file.stat().st_size == 0 for file in files):
         raise ValueError("it is empty")
@@ -172,11 +201,12 @@ def _on_disk(files: list[Path]) -> list[SourceFile]:
 
 
 def _load_saved(datasets: Any, folder: Path, split: str) -> Any:
-    described = folder / "dataset_dict.json"
-    if described.is_file():
-        splits = json.loads(described.read_text(encoding="utf-8"))["splits"]
+    if (folder / "dataset_dict.json").is_file():
+        splits = sorted(child.parent.name for child in folder.glob("*/state.json"))
         if split not in splits:
-            raise ValueError(f"it has no split {split!r}, only {', '.join(splits)}: choose with --split")
+            raise ValueError(
+                f"it has no split {split!r}, only {', '.join(splits) or 'empty ones'}: choose with --split"
+            )
         folder = folder / split
     try:
         return datasets.load_from_disk(str(folder))
@@ -214,5 +244,6 @@ def _cells(opened: Any, wanted: _Wanted) -> Iterator[Cell]:
                 yield Cell(row, None, cell_of(wanted.dataset, dict(zip(rows, values, strict=True)), wanted.column))
                 row += 1
     except (DatasetsError, ArrowException, TypeError, *DAMAGE) as error:
-        where = f"{wanted.dataset} does not read as a dataset beyond row {row - 1}"
-        raise ValueError(f"{where}: {first_line(error.__cause__ or error)}") from error
+        where = f" beyond row {row - 1}" if row else ""
+        reason = first_line(error.__cause__ or error)
+        raise ValueError(f"{wanted.dataset} does not read as a dataset{where}: {reason}") from error

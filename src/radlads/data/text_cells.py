@@ -72,7 +72,7 @@ def read_cells(file: SourceFile, column: str, text_unit: TextUnit, delimiter: st
                 for cell in _cells_of(file, opened, column, text_unit, delimiter):
                     row = cell.row
                     yield cell
-    except (csv.Error, *compressed.DAMAGE) as error:
+    except (csv.Error, NotImplementedError, *compressed.DAMAGE) as error:
         where = f"beyond row {row}" if row >= 0 else "from its start"
         remedy = "" if isinstance(error, OSError) and error.errno else ": it is damaged, copy or download it again"
         raise ValueError(f"{file.name} does not read {where}: {first_line(error)}{remedy}") from error
@@ -173,6 +173,22 @@ def _parsed_stream(name: str, text: io.TextIOWrapper, line: int, buffer: str) ->
 
 
 def _csv_cells(name: str, text: io.TextIOWrapper, column: str, delimiter: str) -> Iterator[Cell]:
+    rows = _csv_rows(name, text, delimiter)
+    _, header = next(rows, (1, []))
+    if column not in header:
+        raise _no_column(name, column, header)
+    index = header.index(column)
+    for row, (line, fields) in enumerate(rows):
+        if any(fields[len(header) :]):
+            raise ValueError(
+                f"{name}: row {row} has {len(fields)} fields, and the header {len(header)} (line {line}): "
+                "put quotes around a text with a delimiter in it"
+            )
+        yield Cell(row, line, fields[index] if index < len(fields) else None)
+
+
+def _csv_rows(name: str, text: io.TextIOWrapper, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Every row that is not blank, the header included, with the line it begins on."""
     csv.field_size_limit(_LARGEST_DOCUMENT)
     ended: list[bool] = []
 
@@ -180,21 +196,13 @@ def _csv_cells(name: str, text: io.TextIOWrapper, column: str, delimiter: str) -
         yield from (line for _, line in _numbered_lines(name, text))
         ended.append(True)
 
-    reader = csv.reader(lines(), delimiter=delimiter)
-    header = next((fields for fields in reader if fields), [])
-    if column not in header:
-        raise _no_column(name, column, header)
-    index, began = header.index(column), reader.line_num + 1
-    for row, fields in enumerate(fields for fields in reader if fields):
-        if ended:  # the reader asked for more
-            raise ValueError(f"{name}: row {row} has a quote that is never closed (line {began})")
-        if any(fields[len(header) :]):
-            raise ValueError(
-                f"{name}: row {row} has {len(fields)} fields, and the header {len(header)} (line {began}): "
-                "put quotes around a text with a delimiter in it"
-            )
-        yield Cell(row, began, fields[index] if index < len(fields) else None)
-        began = reader.line_num + 1
+    line, reader = 1, csv.reader(lines(), delimiter=delimiter)
+    for fields in reader:
+        if ended:  # in the middle of this row
+            raise ValueError(f"{name} has a quote that is never closed, in the row that begins on line {line}")
+        if fields:
+            yield line, fields
+        line = reader.line_num + 1
 
 
 def _units(name: str, text: io.TextIOWrapper, text_unit: TextUnit) -> Iterator[str]:
@@ -321,7 +329,7 @@ def _end_of(pattern: re.Pattern[str], text: str, position: int) -> int:
 
 
 def _no_column(name: str, column: str, columns: Iterable[str]) -> ValueError:
-    names = [f"{each:.40}" for each in columns]
+    names = [f"{' '.join(each.split()):.40}" for each in columns]
     shown = ", ".join([*names[:_COLUMNS_SHOWN], *(["..."] if len(names) > _COLUMNS_SHOWN else [])])
     return ValueError(f"{name} has no column {column!r}, only {shown or 'unnamed ones'}: choose with --column_name")
 
