@@ -59,7 +59,9 @@ def refusal(path, **options):
 
 @pytest.mark.parametrize("change", [{"n": 1, "extra": "x"}, {"n": {"deep": 1}}, {"n": "text now"}, {"n": [1, "two"]}])
 def test_what_other_columns_hold_may_change_after_the_first_block(tmp_path, change):
-    path = put_rows(tmp_path / "x.jsonl", [*[{"text": "a" * 99, "n": i} for i in range(4000)], {"text": "z"} | change])
+    path = put_rows(
+        tmp_path / "x.jsonl", [*[{"text": "a" * 3000, "n": i} for i in range(4000)], {"text": "z"} | change]
+    )
     found = texts(path)
     assert len(found) == 4001 and found[-1] == "z"
 
@@ -281,6 +283,16 @@ def test_a_column_may_be_a_path(tmp_path, name):
     assert "has no column 'meta.body', only id, meta.text, meta.n" in refusal(tmp_path / name, column="meta.body")
 
 
+def test_a_path_may_end_in_a_null_at_any_depth(tmp_path):
+    rows = [{"a": {"b": None}}, {"a": None}, {"a": {"b": {"text": None}}}, {"a": {"b": {"text": "t"}}}]
+    jsonl = put_rows(tmp_path / "x.jsonl", rows)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
+    for path in (jsonl, tmp_path / "x.parquet"):
+        assert left_out(path, column="a.b.text") == (["t"], "left out: 3 null texts")
+    nulls = put_rows(tmp_path / "nulls.jsonl", rows[:3])
+    assert left_out(nulls, column="a.b.text") == ([], "left out: 3 null texts")
+
+
 def test_a_name_with_a_dot_comes_before_a_path(tmp_path):
     rows = [{"meta.text": "a", "meta": {"text": "b"}}]
     assert texts(put_rows(tmp_path / "x.jsonl", rows), column="meta.text") == ["a"]
@@ -354,7 +366,7 @@ def test_a_document_of_a_few_megabytes(tmp_path):
 
 
 def test_what_is_too_long_for_a_document_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("radlads.data.text_cells._LARGEST_DOCUMENT", 100)
+    monkeypatch.setattr("radlads.data.text_rows._LARGEST_DOCUMENT", 100)
     lines = put_rows(tmp_path / "x.jsonl", [{"text": "a"}, {"text": "b" * 100}])
     assert "x.jsonl: line 2 is longer than 100 characters: split or remove it" in refusal(lines)
     long = put(tmp_path / "x.txt", b"a" * 101)

@@ -6,7 +6,7 @@ import io
 import lzma
 import zipfile
 import zlib
-from typing import IO, Any, BinaryIO
+from typing import Any, BinaryIO
 
 SUFFIXES = (".gz", ".zst", ".zstd", ".xz", ".bz2")
 DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
@@ -14,16 +14,20 @@ DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 _COMPRESSED_BYTES = 2**12  # at a time: all that they decompress to is in memory, at most some 10,000 times as much
 
 
-def decompressed(file: BinaryIO, suffix: str) -> IO[bytes]:
+def decompressed(file: BinaryIO, suffix: str) -> io.BufferedReader:
     """The bytes that a file holds: decompressed if `suffix` is one of SUFFIXES, else the file itself.
 
     Several frames or members, one after the other, are one file, as they are to the formats' own tools. Raises
     ValueError if the library for zstd is missing.
     """
+    return io.BufferedReader(_opened(file, suffix), 2**16)
+
+
+def _opened(file: BinaryIO, suffix: str) -> Any:
     if suffix == ".gz":
         return gzip.GzipFile(fileobj=file)
     if suffix in (".zst", ".zstd"):
-        return io.BufferedReader(_ZstdFrames(file), 2**16)
+        return _ZstdFrames(file)
     if suffix == ".xz":
         return lzma.LZMAFile(file)
     return bz2.BZ2File(file) if suffix == ".bz2" else file

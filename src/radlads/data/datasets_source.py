@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from radlads.data.compressed import DAMAGE
 from radlads.data.documents import LeftOut, texts_of
@@ -20,13 +20,12 @@ from radlads.data.text_cells import (
     TEXT_SUFFIXES,
     Cell,
     SourceFile,
-    TextUnit,
     cell_of,
     check_columns,
-    first_line,
     read_cells,
     suffix_of,
 )
+from radlads.data.text_rows import TextUnit, first_line
 
 _ROWS_AT_A_TIME = 256
 _ARCHIVE = ".zip"
@@ -197,7 +196,11 @@ def _members(file: SourceFile) -> Iterator[SourceFile]:
 def _on_disk(files: list[Path]) -> list[SourceFile]:
     if all(file.stat().st_size == 0 for file in files):
         raise ValueError("it is empty")
-    return [SourceFile(str(file), partial(open, file, "rb")) for file in files]
+    return [SourceFile(str(file), partial(_open_binary, file)) for file in files]
+
+
+def _open_binary(path: Path) -> BinaryIO:
+    return path.open("rb")
 
 
 def _load_saved(datasets: Any, folder: Path, split: str) -> Any:

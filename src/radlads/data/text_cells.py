@@ -6,28 +6,21 @@ does not matter. Leaves which files there are to `datasets_source.py`, what beco
 
 import csv
 import io
-import json
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
 from radlads.data import compressed
-
-TextUnit = Literal["document", "paragraph", "line"]
+from radlads.data.text_rows import TextUnit, csv_rows, first_line, json_rows, text_units
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".csv", ".tsv", ".txt", ".md")
 TEXT_SUFFIXES = (".txt", ".md")
 
-_LARGEST_DOCUMENT = 2**26  # characters; a longer line or file is no document but a mistake, and would fill the memory
-_READ_CHARACTERS = 2**20
-_ROWS_AT_A_TIME = 256
+_ROWS_AT_A_TIME = 64
 _ROWS_TO_MEET_THE_COLUMN = 1000
 _COLUMNS_SHOWN = 20
 _MISSING = object()
-_BETWEEN_VALUES = re.compile(r"[\s,]*")
-_SPACE = re.compile(r"\s*")
 
 
 class Cell(NamedTuple):
@@ -67,11 +60,10 @@ def read_cells(file: SourceFile, column: str, text_unit: TextUnit, delimiter: st
     row = -1
     try:
         with file.open() as opened:
-            if opened.read(1):
-                opened.seek(0)
-                for cell in _cells_of(file, opened, column, text_unit, delimiter):
-                    row = cell.row
-                    yield cell
+            raw = compressed.decompressed(opened, "")
+            for cell in _cells_of(file, raw, column, text_unit, delimiter) if raw.peek(1) else ():
+                row = cell.row
+                yield cell
     except (csv.Error, NotImplementedError, *compressed.DAMAGE) as error:
         where = f"beyond row {row}" if row >= 0 else "from its start"
         remedy = "" if isinstance(error, OSError) and error.errno else ": it is damaged, copy or download it again"
@@ -84,7 +76,7 @@ def _cells_of(file: SourceFile, opened: BinaryIO, column: str, text_unit: TextUn
         if packing in compressed.SUFFIXES:
             raise ValueError(f"{name}: a compressed {suffix} file cannot be read: decompress it first")
         return _column_cells(name, _parquet_tables if suffix == ".parquet" else _arrow_tables, opened, column)
-    stream = io.BufferedReader(compressed.decompressed(opened, packing))  # type: ignore[type-var]
+    stream = compressed.decompressed(opened, packing)
     if stream.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise ValueError(f"{name} is UTF-16: save it as UTF-8")
     # A byte that is not UTF-8 becomes half of a surrogate pair, which matters only if it is in the text
@@ -94,86 +86,38 @@ def _cells_of(file: SourceFile, opened: BinaryIO, column: str, text_unit: TextUn
     if suffix in TEXT_SUFFIXES:
         if column != "text":
             raise _no_column(name, column, ["text"])
-        return (Cell(row, None, value) for row, value in enumerate(_units(name, text, text_unit)))
-    return _json_cells(name, _json_rows(name, text), column)
+        return (Cell(row, None, value) for row, value in enumerate(text_units(name, text, text_unit)))
+    return _json_cells(name, json_rows(name, text), column)
 
 
 def _json_cells(name: str, rows: Iterable[tuple[int, Any]], column: str) -> Iterator[Cell]:
     """The cells of rows with their lines, once one of the first rows is known to have the column."""
-    lacking: list[Cell] | None = []  # the rows before the first that has the column
-    keys: dict[str, None] = {}
+    lacking: list[Cell] = []  # the rows before the first that has the column
+    keys: dict[str, None] = {}  # of these
+    found = False
     for row, (line, content) in enumerate(rows):
-        if not isinstance(content, (dict, str)):
+        if isinstance(content, str):  # of an array of texts
+            content = {column: content}
+        if not isinstance(content, dict):
             raise ValueError(f"{name}: row {row} is no object but the {_shown(content)} (line {line})")
-        value = content if isinstance(content, str) else _cell_of(content, column)
+        value = _cell_of(content, column)
         cell = Cell(row, line, None if value is _MISSING else value)
-        if lacking is not None and value is _MISSING:
-            keys |= dict.fromkeys(_columns(content))
-            lacking.append(cell)
-            if len(lacking) == _ROWS_TO_MEET_THE_COLUMN:
-                break
+        if found:
+            yield cell
             continue
-        if lacking is not None:
+        keys |= dict.fromkeys(_columns(content))
+        lacking.append(cell)
+        found = cell.value is not None or column in keys
+        if found:
             yield from lacking
-            lacking = None
-        yield cell
-    if lacking:
+        elif len(lacking) == _ROWS_TO_MEET_THE_COLUMN:
+            break
+    if lacking and not found:
         raise _no_column(name, column, keys)
 
 
-def _json_rows(name: str, text: io.TextIOWrapper) -> Iterator[tuple[int, Any]]:
-    """Rows with the line each begins on: of JSON lines, of one array, or of objects that span lines."""
-    lines = _numbered_lines(name, text)
-    number, first = next(((number, line) for number, line in lines if line.strip()), (1, ""))
-    if not first.lstrip().startswith("[") and _is_json(first):
-        yield from _parsed_line(name, number, first)
-        for number, line in lines:
-            yield from _parsed_line(name, number, line)
-    else:
-        yield from _parsed_stream(name, text, number, first)
-
-
-def _parsed_line(name: str, number: int, line: str) -> Iterator[tuple[int, Any]]:
-    """The values on one line, usually one."""
-    decoder, line, position = json.JSONDecoder(), line.strip(), 0
-    while position < len(line):
-        try:
-            value, position = decoder.raw_decode(line, position)
-        except (ValueError, RecursionError) as error:
-            raise _not_json(name, number, error) from error
-        yield number, value
-        position = _end_of(_SPACE, line, position)
-
-
-def _parsed_stream(name: str, text: io.TextIOWrapper, line: int, buffer: str) -> Iterator[tuple[int, Any]]:
-    """The items of an array, or values one after another; `buffer` is what was read before, from `line` on."""
-    decoder, position = json.JSONDecoder(), _end_of(_SPACE, buffer, 0)
-    in_array = buffer.startswith("[", position)
-    position += in_array
-    while True:
-        start = _end_of(_BETWEEN_VALUES, buffer, position)
-        line, position = line + buffer.count("\n", position, start), start
-        if in_array and buffer.startswith("]", position):
-            return
-        try:
-            value, end = decoder.raw_decode(buffer, position)
-        except (ValueError, RecursionError) as error:
-            waiting = buffer[position:]
-            more = text.read(max(_READ_CHARACTERS, len(waiting))) if len(waiting) <= _LARGEST_DOCUMENT else ""
-            if not more and not waiting:
-                if in_array:
-                    raise ValueError(f"{name} ends inside its array: it is cut short, copy it again") from error
-                return
-            if not more:
-                raise _not_json(name, line, error) from error
-            buffer, position = waiting + more, 0
-            continue
-        yield line, value
-        line, position = line + buffer.count("\n", position, end), end
-
-
-def _csv_cells(name: str, text: io.TextIOWrapper, column: str, delimiter: str) -> Iterator[Cell]:
-    rows = _csv_rows(name, text, delimiter)
+def _csv_cells(name: str, text: TextIO, column: str, delimiter: str) -> Iterator[Cell]:
+    rows = csv_rows(name, text, delimiter)
     _, header = next(rows, (1, []))
     if column not in header:
         raise _no_column(name, column, header)
@@ -185,40 +129,6 @@ def _csv_cells(name: str, text: io.TextIOWrapper, column: str, delimiter: str) -
                 "put quotes around a text with a delimiter in it"
             )
         yield Cell(row, line, fields[index] if index < len(fields) else None)
-
-
-def _csv_rows(name: str, text: io.TextIOWrapper, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Every row that is not blank, the header included, with the line it begins on."""
-    csv.field_size_limit(_LARGEST_DOCUMENT)
-    ended: list[bool] = []
-
-    def lines() -> Iterator[str]:
-        yield from (line for _, line in _numbered_lines(name, text))
-        ended.append(True)
-
-    line, reader = 1, csv.reader(lines(), delimiter=delimiter)
-    for fields in reader:
-        if ended:  # in the middle of this row
-            raise ValueError(f"{name} has a quote that is never closed, in the row that begins on line {line}")
-        if fields:
-            yield line, fields
-        line = reader.line_num + 1
-
-
-def _units(name: str, text: io.TextIOWrapper, text_unit: TextUnit) -> Iterator[str]:
-    if text_unit == "line":
-        yield from (line.removesuffix("\n") for _, line in _numbered_lines(name, text))
-        return
-    rest = ""
-    while read := text.read(_READ_CHARACTERS):
-        rest += read
-        if text_unit == "paragraph":
-            *whole, rest = rest.split("\n\n")
-            yield from filter(None, whole)
-        if len(rest) > _LARGEST_DOCUMENT:
-            raise ValueError(f"{name} is too large to be one document: choose a smaller --text_unit")
-    if rest:
-        yield rest
 
 
 def _column_cells(name: str, tables: Callable[..., Any], opened: BinaryIO, column: str) -> Iterator[Cell]:
@@ -278,21 +188,21 @@ def _empty_of(arrow_type: Any) -> Any:
 
 
 def cell_of(name: str, row: dict[str, Any], column: str) -> Any:
-    """What a row of `name` holds in a column, None below a null. Raises ValueError, with the columns there are, if it
-    has no such one."""
+    """What a row of `name` holds in a column. Raises ValueError, with the columns there are, if it has no such one."""
     value = _cell_of(row, column)
-    if value is _MISSING and row.get(column.split(".")[0], _MISSING) is not None:
+    if value is _MISSING:
         raise _no_column(name, column, _columns(row))
-    return None if value is _MISSING else value
+    return value
 
 
 def _cell_of(row: dict[str, Any], column: str) -> Any:
-    """What a row has under the column's name or, if it has no such key, at the path that the name spells."""
+    """What a row has under the column's name or, if it has no such key, at the path that the name spells: None below a
+    null."""
     if column in row or "." not in column:
         return row.get(column, _MISSING)
     top, rest = column.split(".", 1)
-    below = row.get(top)
-    return _cell_of(below, rest) if isinstance(below, dict) else _MISSING
+    below = row.get(top, _MISSING)
+    return _cell_of(below, rest) if isinstance(below, dict) else below if below is None else _MISSING
 
 
 def _columns(row: dict[str, Any]) -> Iterator[str]:
@@ -304,45 +214,11 @@ def _columns(row: dict[str, Any]) -> Iterator[str]:
             yield key
 
 
-def _numbered_lines(name: str, text: io.TextIOWrapper) -> Iterator[tuple[int, str]]:
-    """Lines from 1, with their ends. Raises ValueError at one that is too long to be a document."""
-    for number, line in enumerate(iter(lambda: text.readline(_LARGEST_DOCUMENT + 1), ""), 1):
-        if len(line) > _LARGEST_DOCUMENT:
-            raise ValueError(
-                f"{name}: line {number} is longer than {_LARGEST_DOCUMENT:,} characters: split or remove it"
-            )
-        yield number, line
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _end_of(pattern: re.Pattern[str], text: str, position: int) -> int:
-    match = pattern.match(text, position)
-    assert match is not None
-    return match.end()
-
-
 def _no_column(name: str, column: str, columns: Iterable[str]) -> ValueError:
     names = [f"{' '.join(each.split()):.40}" for each in columns]
     shown = ", ".join([*names[:_COLUMNS_SHOWN], *(["..."] if len(names) > _COLUMNS_SHOWN else [])])
     return ValueError(f"{name} has no column {column!r}, only {shown or 'unnamed ones'}: choose with --column_name")
 
 
-def _not_json(name: str, line: int, error: Exception) -> ValueError:
-    reason = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
-    return ValueError(f"{name}: line {line} is not valid JSON ({reason}): mend or remove it")
-
-
 def _shown(value: Any) -> str:
     return f"{type(value).__name__} {value!r:.40}"
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an exception says, or its type."""
-    return (str(error).strip() or type(error).__name__).split("\n")[0]
