@@ -1,7 +1,8 @@
 """Text to corpus: every document is there with its EOS, counts are the text's, and wrong input leaves nothing."""
 
+import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from radlads.data.binidx import BinIdxReader
@@ -95,3 +96,21 @@ def test_files_that_read_otherwise_than_written_are_removed(tmp_path, tokenizer,
     with pytest.raises(ValueError, match="what was written is not what is read"):
         build(tmp_path, tokenizer)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("special", [True, False])
+def test_a_literal_end_of_text_is_a_token_or_text_as_asked(tmp_path, tokenizer, special, processes):
+    tokenizer.add_tokens([AddedToken("<|end|>", special=special, normalized=False)])
+    assert tokenizer.token_to_id("<|end|>") == EOS
+    reader = build(tmp_path, tokenizer, ["a<|end|>b"], processes=processes)[1]
+    assert np.count_nonzero(reader.tokens == EOS) == 2 and reader.num_tokens == 4
+    reader = build(tmp_path, tokenizer, ["a<|end|>b"], processes=processes, special_tokens_as_text=True)[1]
+    assert decoded(reader, tokenizer) == ["a<|end|>b"] and np.count_nonzero(reader.tokens == EOS) == 1
+    assert not tokenizer.encode_special_tokens, "the caller's tokenizer stays as it was"
+
+
+def test_a_limit_cuts_a_literal_end_of_text_as_text(tmp_path, tokenizer):
+    tokenizer.add_special_tokens(["<|end|>"])
+    built, reader = build(tmp_path, tokenizer, ["a<|end|>b"], max_tokens=5, special_tokens_as_text=True)
+    assert decoded(reader, tokenizer) == ["a<|e"] and built.num_bytes == 4

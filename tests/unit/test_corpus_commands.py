@@ -3,12 +3,14 @@
 import gzip
 import json
 import lzma
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import tiny
 from root_scripts import largest_file, run_script
+from tokenizers import Tokenizer
 
 from radlads.cli import main
 from radlads.data.binidx import BinIdxReader, BinIdxWriter
@@ -99,16 +101,19 @@ def test_rows_are_counted_where_that_is_cheap(tmp_path, form):
     ("name", "content", "message"),
     [
         ("x.jsonl", b'{"body": "a"}\n', "has no column 'text', only body: choose with --column_name"),
-        ("x.jsonl", b'{"text": "a"}\n{"body": "b"}\n', "row 1 has nothing in column 'text'"),
         ("x.jsonl", b'{"text": 7}\n', "row 0 has the int 7 in column 'text'"),
-        ("x.jsonl", b'{"text": "a"}\n{"text": \n', "does not read as a dataset: JSON parse error"),
+        (
+            "x.jsonl",
+            b'{"text": "a"}\n{"text": \n',
+            "x.jsonl: line 2 is not valid JSON (Expecting value): mend or remove it",
+        ),
         ("x.jsonl", b"", "does not open as a dataset: it is empty"),
-        ("x.csv", b"text,n\na,1\n1,2,3,4\n", "does not read as a dataset: Error tokenizing data"),
+        ("x.csv", b"text,n\na,1\n1,2,3,4\n", "x.csv: row 1 has 4 fields, and the header 2 (line 3)"),
         ("x.parquet", b"PAR1 and no more", "does not open as a dataset: "),
-        ("x.txt", b"caf\xe9 x", "does not read as a dataset: 'utf-8' codec can't decode byte 0xe9"),
+        ("x.txt", b"caf\xe9 x", "row 0 has text that is not valid Unicode (byte 0xe9 at character 3)"),
         ("x.jsonl", b'{"text": ""}\n', "would hold no tokens: add at least one document"),
-        ("x.jsonl.gz", gzip.compress(ROWS, mtime=0)[:-9], "does not open as a dataset: Compressed file ended"),
-        ("x.jsonl.xz", lzma.compress(ROWS)[:-9], "does not open as a dataset: Compressed file ended"),
+        ("x.jsonl.gz", gzip.compress(ROWS, mtime=0)[:-9], "does not read from its start: Compressed file ended"),
+        ("x.jsonl.xz", lzma.compress(ROWS)[:-9], "does not read from its start: Compressed file ended"),
         ("x.weird", b"a", "its suffix is none of .json"),
         ("x/y/z", None, "neither a file or folder nor a hub name"),
     ],
@@ -150,10 +155,44 @@ def test_processes_do_not_change_the_files(tmp_path, tokenizer, capsys, limit):
 
 
 def test_bad_row_stops_the_workers_and_leaves_nothing(tmp_path, tokenizer, capsys):
-    dataset = write_rows(tmp_path / "x.jsonl", [*["a document"] * 3000, None])
+    dataset = write_rows(tmp_path / "x.jsonl", [*["a document"] * 3000, 7])
     code, _, error = build(capsys, dataset, tokenizer, tmp_path / "out" / "x", "--processes", 2)
-    assert code == 2 and "row 3000 has nothing" in error
+    assert code == 2 and "row 3000 has the int 7" in error
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_is_left_out_is_counted_in_the_last_line(tmp_path, tokenizer, capsys, processes):
+    dataset = write_rows(tmp_path / "x.jsonl", ["a", None, "", *["b"] * 700, None])
+    code, out, _ = build(capsys, dataset, tokenizer, tmp_path / "x", "--processes", processes)
+    assert code == 0 and out.splitlines()[-1] == "left out: 2 null texts, 1 empty text"
+    assert BinIdxReader(tmp_path / "x").num_documents == 701
+
+
+def test_nothing_left_out_is_not_said(tmp_path, tokenizer, capsys):
+    assert "left out" not in build(capsys, as_jsonl(tmp_path), tokenizer, tmp_path / "x", "--strict")[1]
+
+
+@pytest.mark.parametrize(("text", "held"), [(None, "has nothing"), ("", "has an empty text")])
+def test_strict_ends_at_a_text_that_is_left_out_and_leaves_nothing(tmp_path, tokenizer, capsys, text, held):
+    dataset = write_rows(tmp_path / "x.jsonl", [*["a"] * 700, text])
+    code, _, error = build(capsys, dataset, tokenizer, tmp_path / "out" / "x", "--strict")
+    assert code == 2 and f"{dataset}: row 700 {held} in column 'text' (line 701): mend or remove the row" in error
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [[], ["--special_tokens_as_text"]])
+def test_a_literal_special_token_is_text_on_request(tmp_path, tokenizer, capsys, options):
+    special = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    special.add_special_tokens(["<|end|>"])
+    (tmp_path / "special").mkdir()
+    for file in tokenizer.iterdir():
+        shutil.copy(file, tmp_path / "special")
+    special.save(str(tmp_path / "special" / "tokenizer.json"))
+    dataset = write_rows(tmp_path / "x.jsonl", ["a<|end|>b"])
+    code, *_ = build(capsys, dataset, tmp_path / "special", tmp_path / "x", *options)
+    ids = BinIdxReader(tmp_path / "x").tokens.tolist()
+    assert code == 0 and len(ids) == (10 if options else 4) and ids.count(EOS) == (1 if options else 2)
 
 
 @pytest.mark.parametrize("processes", [1, 2])

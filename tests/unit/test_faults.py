@@ -108,6 +108,22 @@ def test_a_corpus_that_shrinks_or_goes_ends_the_run_by_a_sentence(
     assert_goes_on_to_the_same_end(teacher, tmp_path / "data", tmp_path / "run", straight)
 
 
+def test_a_corpus_that_is_overwritten_ends_the_run_by_a_sentence(teacher, corpus_folder, tmp_path, monkeypatch):
+    shutil.copytree(corpus_folder, tmp_path / "data")
+    path = tmp_path / "data" / "train.bin"
+    after_step(monkeypatch, 2, lambda: path.write_bytes(bytes(path.stat().st_size)))
+    with pytest.raises(ValueError, match=r"train\.bin holds other tokens now than when the stage began: put it back"):
+        run(teacher, tmp_path / "data", tmp_path / "run")
+
+
+def test_a_corpus_that_is_written_as_it_was_is_read_on(teacher, corpus_folder, tmp_path, straight, monkeypatch):
+    shutil.copytree(corpus_folder, tmp_path / "data")
+    path = tmp_path / "data" / "train.bin"
+    after_step(monkeypatch, 2, lambda: os.utime(path, ns=(0, 0)))
+    run(teacher, tmp_path / "data", tmp_path / "run")
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
+
+
 def test_a_loss_that_is_nan_leaves_the_last_good_checkpoint(teacher, corpus_folder, tmp_path, monkeypatch):
     poisoned = []
 

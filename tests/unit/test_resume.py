@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from radlads.checkpoint.atomic import unfinished_folder
+from radlads.checkpoint.manifest import sha256
 from radlads.checkpoint.model_folder import load_model
 from radlads.checkpoint.own_files import MARK
 from radlads.checkpoint.weights import SafetensorsFolder
@@ -29,6 +30,7 @@ from radlads.train.fit import run_stage
 from radlads.train.lightning_module import StageModule
 from radlads.train.metrics_csv import MetricsCsv
 from radlads.train.resume import describe_run, first_checkpoint
+from radlads.train.run_corpora import corpus_differences, describe_corpora
 
 SIX_STEPS = {"my_exit_tokens": 16 * 2 * 6, "micro_bsz": 1, "accumulate_grad_batches": 2}
 CHECKPOINTS = {"checkpoint_every_steps": 1, "keep_checkpoints": 3}
@@ -259,6 +261,63 @@ def test_what_earlier_versions_decided_otherwise_marks_a_run(teacher, tmp_path, 
     student = build_student(open_teacher(teacher), config.model)[0]
     run = describe_run(config, student, None, [(BinIdxReader(corpus), Fraction(1))])
     assert run.keys() & {"optimizer steps", "magic primes", "softmax layers", "scale of RAD-RWKV7"} == expected
+
+
+@pytest.mark.parametrize("key", ["data_file", "validation_data_file"])
+def test_a_corpus_of_the_same_index_is_told_apart_and_both_are_named(teacher, corpus_folder, tmp_path, stopped, key):
+    was = corpus_folder / {"data_file": "train", "validation_data_file": "heldout"}[key]
+    tokens = BinIdxReader(was).num_tokens
+    other = tiny.corpus(tmp_path / "other", num_tokens=tokens, seed=9)
+    assert other.with_suffix(".idx").read_bytes() == was.with_suffix(".idx").read_bytes()
+    with pytest.raises(ValueError) as caught:
+        run(teacher, config_of(corpus_folder, **{key: str(other)}), stopped)
+    assert f"different run (train.{key} is {was} ({tokens} " in str(caught.value)
+    assert f" there and {other} ({tokens} " in str(caught.value) and str(caught.value).count("samples") == 2
+    assert len(held(stopped)) == 3
+
+
+def test_corpora_that_were_moved_are_the_same(teacher, corpus_folder, tmp_path, straight, stopped):
+    moved = shutil.copytree(corpus_folder, tmp_path / "moved")
+    keys = {"data_file": str(moved / "train"), "validation_data_file": str(moved / "heldout")}
+    assert any("going on after step 4" in line for line in run(teacher, config_of(corpus_folder, **keys), stopped))
+    assert_same(stopped, straight)
+
+
+def test_a_corpus_of_a_mixture_is_told_apart(tmp_path):
+    a, b, c = (BinIdxReader(tiny.corpus(tmp_path / name, seed=seed)) for seed, name in enumerate("abc"))
+    shares = [Fraction(9, 10), Fraction(1, 10)]
+    present = describe_corpora(zip([a, b], shares, strict=True), None)
+    assert corpus_differences(present, describe_corpora(zip([a, b], shares, strict=True), None)) == []
+    (phrase,) = corpus_differences(present, describe_corpora(zip([a, c], shares, strict=True), None))
+    assert phrase.startswith(f"train.data_file is {tmp_path}/a:9/10 (20000 uint16 tokens, ")
+    assert f" there and {tmp_path}/a:9/10 (" in phrase and f"{tmp_path}/c:1/10 (" in phrase
+
+
+def test_a_heldout_corpus_may_be_added_but_not_taken_away(tmp_path):
+    corpus = BinIdxReader(tiny.corpus(tmp_path / "a"))
+    without, with_ = (describe_corpora([(corpus, Fraction(1))], heldout) for heldout in (None, corpus))
+    assert corpus_differences(without, with_) == []
+    assert corpus_differences(with_, without)[0].endswith("there and not set here")
+
+
+def test_a_checkpoint_older_than_the_hash_of_samples_is_gone_on_with(stopped):
+    run_is, newest = described(stopped), held(stopped)[-1]
+    corpus = run_is["training tokens"][0]
+    old = {key: value for key, value in run_is.items() if key != "held-out tokens"}
+    old["training tokens"] = f"1 of {corpus['tokens']} tokens, index {corpus['index']}"
+    rewrite_run(newest, old)
+    assert first(stopped)[0] == newest
+    rewrite_run(newest, old | {"training tokens": "1 of 7 tokens, index 0123456789abcdef"})
+    with pytest.raises(ValueError, match=r"data_file is 1 of 7 tokens, index 0123456789abcdef there and /.*train \("):
+        first_checkpoint("auto", stopped.with_name("run.partial"), run_is, tiny.Silent())
+
+
+def rewrite_run(checkpoint, content):
+    """Give a checkpoint another run.json, and its manifest that file's hash."""
+    (checkpoint / "run.json").write_text(json.dumps(content))
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["sha256"]["run.json"] = sha256(checkpoint / "run.json")
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_never_starts_over_and_says_so(stopped):

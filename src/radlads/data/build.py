@@ -4,6 +4,7 @@ Owns the batching, the worker processes, the EOS after each document and the lim
 `binidx.py`, and where the text comes from to the caller.
 """
 
+import json
 import multiprocessing
 import os
 import signal
@@ -47,18 +48,20 @@ def build_binidx(
     max_tokens: int | None = None,
     batch_documents: int = 256,
     processes: int = 1,
+    special_tokens_as_text: bool = False,
     on_progress: Callable[[BuiltCorpus], None] = lambda so_far: None,
 ) -> BuiltCorpus:
     """Encode `documents`, each followed by one EOS, into `path_stem`.bin and .idx; nothing is left there on an error.
     Their hashes go into `path_stem`.checksums.json.
 
     Stops at `max_tokens`, cutting the last document short (it still ends in EOS). No special tokens are added, and the
-    tokenizer's own padding and truncation are ignored. `processes` > 1 encodes in that many worker processes and gives
-    the same files. The first and the last document are read back and compared. Raises ValueError if an id is not below
-    `vocab_size`, if there is no document, or if a worker dies.
+    tokenizer's own padding and truncation are ignored. The literal text of a special token, such as <|endoftext|>,
+    becomes that token, or with `special_tokens_as_text` tokens of plain text. `processes` > 1 encodes in that many
+    worker processes and gives the same files. The first and the last document are read back and compared. Raises
+    ValueError if an id is not below `vocab_size`, if there is no document, or if a worker dies.
     """
     _check_id(eos_token_id, vocab_size)
-    tokenizer = _without_padding_or_truncation(tokenizer)
+    tokenizer = _plain(tokenizer, eos_token_id, special_tokens_as_text=special_tokens_as_text)
     num_bytes = 0
     ends: dict[int, Ids] = {}  # the first document, and as last entry the last one
     with (
@@ -108,7 +111,10 @@ def _encoded_batches(
         yield from ((texts, _encode(tokenizer, texts)) for texts in batches)
         return
     pool = ProcessPoolExecutor(
-        processes, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(tokenizer,)
+        processes,
+        multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(tokenizer, tokenizer.encode_special_tokens),
     )
     waiting: deque[tuple[list[str], Future[list[Ids]]]] = deque()
     try:
@@ -128,12 +134,13 @@ def _finished(texts: list[str], encoded: "Future[list[Ids]]") -> tuple[list[str]
     return texts, encoded.result()
 
 
-def _start_worker(tokenizer: Tokenizer) -> None:
+def _start_worker(tokenizer: Tokenizer, special_tokens_as_text: bool) -> None:
     # Ctrl-C reaches the whole process group; the parent stops the workers in its own time
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     global _worker_tokenizer
     _worker_tokenizer = tokenizer
+    _worker_tokenizer.encode_special_tokens = special_tokens_as_text  # which is lost on the way to another process
 
 
 _worker_tokenizer: Tokenizer
@@ -164,12 +171,18 @@ def _verify(reader: BinIdxReader, written: BinIdxWriter, ends: dict[int, Ids]) -
     raise ValueError(f"{reader.path_stem}: what was written is not what is read: check the disk, and build it again")
 
 
-def _without_padding_or_truncation(tokenizer: Tokenizer) -> Tokenizer:
-    if tokenizer.padding is None and tokenizer.truncation is None:
+def _plain(tokenizer: Tokenizer, eos_token_id: int, *, special_tokens_as_text: bool) -> Tokenizer:
+    """A tokenizer that neither pads nor truncates; with `special_tokens_as_text` no text gives it a special token, nor
+    the one that ends documents, special or not."""
+    if tokenizer.padding is None and tokenizer.truncation is None and not special_tokens_as_text:
         return tokenizer
-    copied = Tokenizer.from_str(tokenizer.to_str())
+    content = json.loads(tokenizer.to_str())
+    for added in content["added_tokens"]:
+        added["special"] |= special_tokens_as_text and added["id"] == eos_token_id
+    copied = Tokenizer.from_str(json.dumps(content))
     copied.no_padding()
     copied.no_truncation()
+    copied.encode_special_tokens = special_tokens_as_text
     return copied
 
 

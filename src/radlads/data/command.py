@@ -48,7 +48,9 @@ def add_corpus_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", required=True, help="a jsonl, csv, parquet or text file, a folder, or a hub name")
     parser.add_argument("--tokenizer", required=True, help="a folder with tokenizer.json, or a hub name")
     parser.add_argument("--ctxlen", type=int, default=512, help="tokens a sample, for the magic prime (default 512)")
-    parser.add_argument("--column_name", default="text", help="where the dataset's text is (default text)")
+    parser.add_argument(
+        "--column_name", default="text", help="where the text is, also as a path: meta.text (default text)"
+    )
     parser.add_argument("--max_tokens", type=int, help="stop there, cutting the last document short")
     parser.add_argument("--out", type=Path, help="the corpus, without extension (default: the dataset's name, here)")
     parser.add_argument("--split", default="train", help="of a dataset that has several (default train)")
@@ -59,6 +61,14 @@ def add_corpus_options(parser: argparse.ArgumentParser) -> None:
         default="document",
         choices=["document", "paragraph", "line"],
         help="what of a plain text file is one document (default: all of it)",
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="end at a null or empty text (default: left out, counted)"
+    )
+    parser.add_argument(
+        "--special_tokens_as_text",
+        action="store_true",
+        help="encode a literal <|endoftext|> in a document as plain text (default: as that token)",
     )
 
 
@@ -79,7 +89,7 @@ def info_lines(arguments: argparse.Namespace, open_tokenizer: OpenTokenizer) -> 
 
 
 def build_lines(arguments: argparse.Namespace, open_tokenizer: OpenTokenizer, console: Console) -> Iterator[str]:
-    """Tokenise a dataset into NAME.bin and NAME.idx, and say what came of it.
+    """Tokenise a dataset into NAME.bin and NAME.idx, and say what came of it, last what was left out.
 
     Raises ValueError for values out of range, and for a dataset or a tokenizer that cannot be read.
     """
@@ -97,6 +107,7 @@ def build_lines(arguments: argparse.Namespace, open_tokenizer: OpenTokenizer, co
         split=arguments.split,
         subset=arguments.subset,
         text_unit=arguments.text_unit,
+        strict=arguments.strict,
     )
     began = time.monotonic()
 
@@ -116,10 +127,13 @@ def build_lines(arguments: argparse.Namespace, open_tokenizer: OpenTokenizer, co
         eos_token_id=opened.eos,
         max_tokens=arguments.max_tokens,
         processes=arguments.processes,
+        special_tokens_as_text=arguments.special_tokens_as_text,
         on_progress=show,
     )
     console.line(_progress(built, 0.0, time.monotonic() - began))
     yield from describe(BinIdxReader(stem), (arguments.ctxlen,), opened.text_of)
+    if left_out := str(source.left_out):
+        yield left_out
 
 
 def check_lines(arguments: argparse.Namespace, open_tokenizer: OpenTokenizer) -> Iterator[str]:

@@ -38,6 +38,7 @@ from radlads.train.samples import (
     ends_of_documents,
     heldout_batches,
     open_corpora,
+    open_heldout,
     sequences_per_step,
     training_samples,
 )
@@ -100,7 +101,7 @@ def run_stage(
         raise ValueError(f"the {stage.name} stage needs a teacher: set train.teacher.hf_path to its folder or hub name")
     samples, num_steps = training_samples(config, student.config.vocab_size, processes)
     heldout = heldout_batches(config, student.config.vocab_size)
-    run = describe_run(config, student, teacher, open_corpora(train), processes)
+    run = describe_run(config, student, teacher, open_corpora(train), processes, heldout=open_heldout(train))
     with StopRequests(alone=processes.size == 1) as stop:
         learns_from = teacher if stage.needs_teacher or heldout else None
         module = StageModule(stage, student, learns_from, train, num_steps, stop=stop, processes=processes)

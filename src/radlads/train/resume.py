@@ -10,7 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from radlads.checkpoint.atomic import read_json
-from radlads.checkpoint.manifest import MANIFEST, sha256
+from radlads.checkpoint.manifest import MANIFEST
 from radlads.checkpoint.own_files import MARK, check_marked, check_names, remove_each
 from radlads.checkpoint.weights import EMBEDDING, HEAD
 from radlads.config.compare import deciding, differences
@@ -22,6 +22,7 @@ from radlads.model.modeling import RadladsForCausalLM
 from radlads.train.loggers import WANDB_RUN
 from radlads.train.metrics_csv import METRICS, SPEED
 from radlads.train.processes import ALONE, Processes
+from radlads.train.run_corpora import HELDOUT, TRAINING, corpus_differences, describe_corpora
 from radlads.train.samples import sequences_per_step, steps_of
 from radlads.train.snapshots import (
     CHECKPOINT_FILES,
@@ -78,13 +79,15 @@ def describe_run(
     teacher: RadladsForCausalLM | None,
     corpora: Iterable[tuple[BinIdxReader, Fraction]],
     processes: Processes = ALONE,
+    *,
+    heldout: BinIdxReader | None = None,
 ) -> dict[str, Any]:
-    """What tells a run apart: what its configuration decides, the models it starts from, the tokens it trains on.
+    """What tells a run apart: what its configuration decides, the models it starts from, the tokens it trains on and
+    those of the held-out corpus, if it has one.
 
     Not how a step's sequences are spread over micro-batches and processes: the order of the data does not depend on it.
     """
     corpora = list(corpora)
-    tokens = [f"{share} of {reader.num_tokens} tokens, index {_index_hash(reader)}" for reader, share in corpora]
     dtype = torch.bfloat16 if config.train.precision == "bf16-true" else torch.float32
     models: dict[str, Any] = {"student at the start": fingerprint(student, dtype)}
     models["teacher"] = fingerprint(teacher, dtype) if teacher else None
@@ -92,7 +95,7 @@ def describe_run(
     sequences = {"sequences in a step": sequences_per_step(config.train, processes)}
     lengths = [reader.num_tokens - config.train.heldout_tail_tokens for reader, _ in corpora]
     anew = _decided_anew(config, student, lengths, sequences["sequences in a step"])
-    return kept | sequences | models | {"training tokens": ", ".join(tokens)} | anew
+    return kept | sequences | models | describe_corpora(corpora, heldout) | anew
 
 
 def _decided_anew(config: Config, student: RadladsForCausalLM, lengths: list[int], rows: int) -> dict[str, Any]:
@@ -135,10 +138,6 @@ def _numbers(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     every = max(1, parameter.numel() // _NUMBERS_COMPARED)
     whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
     return whole.detach().flatten()[::every].to(dtype).float().cpu().contiguous()
-
-
-def _index_hash(reader: BinIdxReader) -> str:
-    return sha256(reader.path_stem.parent / f"{reader.path_stem.name}.idx")[:16]
 
 
 def first_checkpoint(setting: str, stage_folder: Path, run: dict[str, Any], console: Console) -> Path | None:
@@ -206,11 +205,13 @@ def _check_whole(chosen: Path, held: list[Path]) -> None:
 
 def _check_same_run(chosen: Path, run: dict[str, Any], *, may_change: frozenset[str], console: Console) -> None:
     held = read_json(chosen / RUN)
-    kept = {key: value for key, value in held.items() if key not in may_change}
-    if different := differences(kept, {key: value for key, value in run.items() if key not in may_change}):
+    there, here = ({k: v for k, v in each.items() if k not in (TRAINING, HELDOUT)} for each in (held, run))
+    kept = {key: value for key, value in there.items() if key not in may_change}
+    different = differences(kept, {key: value for key, value in here.items() if key not in may_change})
+    if different := different + corpus_differences(held, run):
         raise ValueError(
             f"{chosen} is a checkpoint of a different run ({'; '.join(different)}): set back what differs, choose "
             "another folder with --train.proj_name, or throw that run away with --train.resume never"
         )
-    for difference in differences(held, run):
+    for difference in differences(there, here):
         console.line(f"from {chosen.name} on: {difference}")

@@ -66,15 +66,17 @@ def open_corpora(train: TrainConfig) -> list[tuple[BinIdxReader, Fraction]]:
     return [(BinIdxReader(path), share) for path, share in parse_mixture(train.data_file)]
 
 
+def open_heldout(train: TrainConfig) -> BinIdxReader | None:
+    """The corpus that train.validation_data_file names, or None. Raises ValueError if it names several."""
+    return _one_corpus(train.validation_data_file) if train.validation_data_file else None
+
+
 def heldout_batches(config: Config, vocab_size: int) -> Iterable[torch.Tensor] | None:
     """Batches of held-out windows, or None if the configuration names no held-out tokens."""
     train, context = config.train, config.model.ctx_len
     if not _holds_out(train):
         return None
-    corpora = parse_mixture(train.validation_data_file or train.data_file)
-    if len(corpora) > 1:
-        raise ValueError("held-out tokens come from one corpus: name it as train.validation_data_file")
-    reader = BinIdxReader(corpora[0][0])
+    reader = open_heldout(train) or _one_corpus(train.data_file)
     check_vocabulary(reader, vocab_size, f"{reader.path_stem}.bin")
     first = _tail_start(reader, train.heldout_tail_tokens) if train.heldout_tail_tokens else 0
     heldout = TokenSpan(reader, first, reader.num_tokens)
@@ -90,6 +92,13 @@ def runs_teacher(config: Config) -> bool:
 
 def _holds_out(train: TrainConfig) -> bool:
     return bool(train.validation_data_file or train.heldout_tail_tokens)
+
+
+def _one_corpus(text: str) -> BinIdxReader:
+    corpora = parse_mixture(text)
+    if len(corpora) > 1:
+        raise ValueError("held-out tokens come from one corpus: name it as train.validation_data_file")
+    return BinIdxReader(corpora[0][0])
 
 
 def _tail_start(reader: BinIdxReader, tail_tokens: int) -> int:

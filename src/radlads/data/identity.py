@@ -1,0 +1,51 @@
+"""What tells one corpus from another: its sizes, dtype, index, and samples of its tokens from all over.
+
+Owns what is hashed. Leaves to `train/` what is compared with what. Reads the files, never their mapping: a file that
+was cut short gives another hash, not a dead process.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from radlads.data.binidx import BinIdxReader
+
+_BLOCK_BYTES = 4096
+_BLOCKS = 1024  # 4 MiB are read of a corpus of any size, and a smaller one as a whole
+
+
+def describe_corpus(reader: BinIdxReader) -> dict[str, Any]:
+    """A corpus's absolute name, and what tells it from others wherever it lies: all else in the dictionary.
+
+    Two corpora that differ in a few tokens only may be described alike; the first and the last 4096 bytes always count.
+    Raises OSError if a file has gone.
+    """
+    return {
+        "name": str(reader.path_stem.absolute()),
+        "tokens": reader.num_tokens,
+        "dtype": str(reader.dtype),
+        "index": _digest(_file(reader, "idx")),
+        "samples": samples_digest(_file(reader, "bin")),
+    }
+
+
+def samples_digest(path: Path) -> str:
+    """A hash of at most 1024 blocks of 4096 bytes, spread evenly over the file from its first byte to its last."""
+    num_bytes = path.stat().st_size
+    last_start = max(0, num_bytes - _BLOCK_BYTES)
+    blocks = min(_BLOCKS, -(-num_bytes // _BLOCK_BYTES))
+    digest = hashlib.sha256(str(num_bytes).encode())
+    with path.open("rb", buffering=0) as file:
+        for i in range(blocks):
+            file.seek(last_start * i // max(1, blocks - 1))
+            digest.update(file.read(_BLOCK_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _file(reader: BinIdxReader, suffix: str) -> Path:
+    return reader.path_stem.with_name(f"{reader.path_stem.name}.{suffix}")
