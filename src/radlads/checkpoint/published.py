@@ -9,15 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from radlads.checkpoint.weights import SelectedWeights, StoredWeights
+from radlads.checkpoint.weights import EMBEDDING, HEAD, SelectedWeights, StoredWeights
 from radlads.model.configuration import RadladsConfig, rope_inverse_frequencies
 
 MIXER_OF = {"rwkv6qwen2": "rad_rwkv6", "rwkv7qwen2": "rad_rwkv7"}
 ARCHITECTURE_OF = {"rwkv6qwen2": "RWKV6Qwen2ForCausalLM", "rwkv7qwen2": "RWKV7Qwen2ForCausalLM"}
 ARCHITECTURES = tuple(ARCHITECTURE_OF.values())
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -50,6 +47,9 @@ OPTIONAL = (
 # RAD-RWKV6's ranks below and from 4096 channels, where the configuration names none
 _RWKV6_RANKS = {"lora_rank_tokenshift": (32, 64), "lora_rank_decay": (64, 128)}
 _WIDE = 4096
+# Qwen2's and Qwen3's own values where config.json has none
+_WINDOW, _WINDOWLESS_LAYERS = 4096, 28
+_LAYER_TYPES = ("full_attention", "sliding_attention")
 _MIXER_TENSOR = re.compile(r"model\.layers\.(\d+)\.self_attn\.(.+)")
 
 
@@ -96,9 +96,31 @@ def rope_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
     rope = {"rope_type": "default", "rope_theta": values.get("rope_theta")} | (values.get("rope_parameters") or {})
     rope = {key: value for key, value in (rope | scaling).items() if value is not None}
     rope.setdefault("rope_theta", 10000.0)  # of all families that are read here
+    if values.get("partial_rotary_factor") is not None:
+        rope.setdefault("partial_rotary_factor", values["partial_rotary_factor"])
     if rope["rope_type"] in ("llama3", "yarn") and values.get("max_position_embeddings"):
         rope.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
     return rope
+
+
+def refuse_activation(values: Mapping[str, Any]) -> None:
+    """Raise ValueError for another activation than silu, which is called swish too."""
+    if values.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise ValueError(f"it uses the activation {values['hidden_act']!r}: only silu is supported")
+
+
+def slides(values: Mapping[str, Any]) -> bool:
+    """Whether a config.json gives any layer a sliding window: by its layer_types, else from max_window_layers on.
+
+    Raises ValueError for layer types that are none.
+    """
+    layers, types = values["num_hidden_layers"], values.get("layer_types")
+    if types is None:
+        has_window = values.get("use_sliding_window") and values.get("sliding_window", _WINDOW) is not None
+        return bool(has_window) and values.get("max_window_layers", _WINDOWLESS_LAYERS) < layers
+    if not isinstance(types, list) or len(types) != layers or set(types) - set(_LAYER_TYPES):
+        raise ValueError(f"layer_types must be {layers} times one of {', '.join(_LAYER_TYPES)}, not {types!r:.80}")
+    return "sliding_attention" in types
 
 
 class UsedWeights(SelectedWeights):
@@ -110,12 +132,6 @@ class UsedWeights(SelectedWeights):
 
     def __init__(self, weights: StoredWeights, config: RadladsConfig):
         super().__init__(weights, (name for name in weights if not _is_stored_only(name, config)))
-
-
-def untie_if_head_differs(config: RadladsConfig, weights: StoredWeights) -> None:
-    """Have the model keep its own head if the checkpoint holds one that is not its embedding, whatever it says."""
-    if config.tie_word_embeddings and HEAD in weights and not torch.equal(weights[HEAD], weights[EMBEDDING]):
-        config.tie_word_embeddings = False
 
 
 def stored_only(config: RadladsConfig, layer: int, mixer: str) -> dict[str, tuple[tuple[int, ...], float]]:
@@ -147,15 +163,14 @@ def _is_stored_only(name: str, config: RadladsConfig) -> bool:
 
 
 def _refuse_unknown_features(values: Mapping[str, Any], origin: Path) -> None:
-    if values.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{origin} uses the activation {values['hidden_act']!r}: only silu is supported")
+    refuse_activation(values)
     if values.get("attention_output_bias"):
         raise ValueError(
             f"{origin} has a bias on its attention output, which is not supported: take another checkpoint"
         )
     if published_kind(values) == "rwkv7qwen2" and values.get("use_tokenshift"):
         raise ValueError(f"{origin} asks for token shift, which RAD-RWKV7 does not have: take another checkpoint")
-    if values.get("num_attention_layers") and values.get("use_sliding_window"):
+    if values.get("num_attention_layers") and slides(values):
         raise ValueError(f"{origin} uses sliding-window attention, which is not supported: take another checkpoint")
 
 

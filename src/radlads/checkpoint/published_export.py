@@ -11,8 +11,6 @@ from radlads.checkpoint.atomic import unfinished_folder, write_text
 from radlads.checkpoint.model_folder import open_model
 from radlads.checkpoint.published import (
     ARCHITECTURE_OF,
-    EMBEDDING,
-    HEAD,
     MIXER_OF,
     OPTIONAL,
     RANKS,
@@ -23,7 +21,7 @@ from radlads.checkpoint.published import (
 )
 from radlads.checkpoint.safetensors_writer import SHARD_BYTES, write_shards
 from radlads.checkpoint.tokenizer_files import copy_tokenizer, read_tokenizer
-from radlads.checkpoint.weights import CastWeights, StoredWeights, TensorInfo, check_fit
+from radlads.checkpoint.weights import EMBEDDING, HEAD, CastWeights, StoredWeights, TensorInfo, check_fit
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 

@@ -17,10 +17,9 @@ from radlads.checkpoint.atomic import check_new, unfinished_folder, write_text
 from radlads.checkpoint.hf_export import check_exportable, write_export
 from radlads.checkpoint.manifest import MANIFEST, read_manifest
 from radlads.checkpoint.model_folder import StoredModel, load_model, open_model
-from radlads.checkpoint.published import EMBEDDING
 from radlads.checkpoint.tokenizer_files import GENERATION_FILE, locate_tokenizer, num_ids, read_tokenizer
 from radlads.checkpoint.weight_files import parse_size
-from radlads.checkpoint.weights import StoredWeights
+from radlads.checkpoint.weights import EMBEDDING, StoredWeights
 from radlads.console import Console
 from radlads.convert.hf_source import load_tokenizer
 from radlads.recipes.conversion import MARKER, RELOAD_TOLERANCE, STAGES, SUMMARY
