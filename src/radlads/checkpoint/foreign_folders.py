@@ -1,6 +1,6 @@
-"""Folders that hold no model to read as it is: adapters and quantised weights, told by their descriptions alone."""
+"""Folders that may be anybody's: what is no model to read as it is, and what must not be copied out of them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,4 +24,19 @@ def refuse_quantised(values: Mapping[str, Any], folder: Path) -> None:
             raise ValueError(
                 f"{folder} is quantised ({method or key}), which is not supported: "
                 "take the checkpoint in bf16, fp16 or fp32 that it was made from"
+            )
+
+
+def refuse_links(folder: Path, patterns: Iterable[str]) -> None:
+    """Raise ValueError if a file of these patterns is a link out of the folder: what is exported may be published.
+
+    Links in the hub's cache lead from a snapshot to the blobs of the same model, which are its own.
+    """
+    home = folder.resolve()
+    if home.parent.name == "snapshots" and (home.parent.parent / "blobs").is_dir():
+        home = home.parent.parent
+    for path in (path for pattern in patterns for path in sorted(folder.glob(pattern))):
+        if not path.resolve().is_relative_to(home):
+            raise ValueError(
+                f"{path} is a link to {path.resolve()}, outside its folder: put a copy there if it may be published"
             )

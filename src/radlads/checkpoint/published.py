@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from radlads.checkpoint.weights import EMBEDDING, HEAD, SelectedWeights, StoredWeights
+from radlads.checkpoint.weights import HEAD, SelectedWeights, StoredWeights
 from radlads.model.configuration import RadladsConfig, rope_inverse_frequencies
 
 MIXER_OF = {"rwkv6qwen2": "rad_rwkv6", "rwkv7qwen2": "rad_rwkv7"}

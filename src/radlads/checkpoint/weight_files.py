@@ -10,7 +10,7 @@ from radlads.checkpoint.hf_export import copy_all_but_weights
 from radlads.checkpoint.manifest import MANIFEST
 from radlads.checkpoint.pth import PthFile, write_pth
 from radlads.checkpoint.safetensors_writer import SHARD_BYTES, write_safetensors, write_shards
-from radlads.checkpoint.tokenizer_files import copy_tokenizer, read_tokenizer
+from radlads.checkpoint.tokenizer_files import check_copyable, copy_tokenizer, read_tokenizer
 from radlads.checkpoint.weights import EMBEDDING, HEAD, CastWeights, SafetensorsFolder, StoredWeights, TiedWeights
 
 # Two unrelated matrices of equal size are 1.4 of it apart; training moves a head by a few hundredths
@@ -76,6 +76,8 @@ def convert_to_safetensors(
         weights = TiedWeights(weights)
     if tokenizer_folder is not None:
         read_tokenizer(tokenizer_folder)
+    if source.is_dir() or tokenizer_folder is not None:
+        check_copyable(tokenizer_folder or source)
     if target.suffix == ".safetensors":
         if tokenizer_folder is not None:
             raise ValueError(f"{target} is one file, which holds no tokenizer: name a folder to write, or leave it out")

@@ -11,7 +11,6 @@ from torch.distributed.tensor import DTensor
 
 from radlads.checkpoint.safetensors_files import opened, tensor_files
 
-
 DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",

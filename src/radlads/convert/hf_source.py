@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from radlads.checkpoint.atomic import read_json
-from radlads.checkpoint.hub_folder import DESCRIBING_FILES, locate_folder
 from radlads.checkpoint.described_weights import check_described, keep_own_head
+from radlads.checkpoint.hub_folder import DESCRIBING_FILES, locate_folder
 from radlads.checkpoint.model_folder import read_config
 from radlads.checkpoint.published import ARCHITECTURES, refuse_activation, rope_parameters, slides
 from radlads.checkpoint.safetensors_files import WEIGHTS_FILE, shard_names

@@ -101,6 +101,12 @@ class RadladsConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         check_rope(self.rope_parameters)
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As transformers has it, but attention code is the caller's choice alone: a config.json that names a kernel
+        as `owner/name` would have it fetched and run."""
+        return super().from_dict({key: value for key, value in config_dict.items() if not names_code(key)}, **kwargs)
+
     @property
     def first_value_layer(self) -> int | None:
         """The first RAD-RWKV7 layer, whose values the later ones mix in; None in a stack without any."""
@@ -110,6 +116,11 @@ class RadladsConfig(PreTrainedConfig):
     def recurrent_layers(self) -> list[int]:
         """Indices of the layers whose state does not grow with the sequence."""
         return [layer for layer, kind in enumerate(self.layer_types) if kind == "linear_attention"]
+
+
+def names_code(key: str) -> bool:
+    """Whether a key of a config.json chooses code for attention or experts."""
+    return "_implementation" in key
 
 
 def low_rank(hidden_size: int, multiplier: float, exponent: float) -> int:

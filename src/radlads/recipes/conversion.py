@@ -21,7 +21,7 @@ from radlads.checkpoint.atomic import partial_name, read_json, write_text
 from radlads.checkpoint.hf_export import export
 from radlads.checkpoint.manifest import MANIFEST, read_manifest, sha256, versions, weights_hash
 from radlads.checkpoint.model_folder import load_model
-from radlads.checkpoint.tokenizer_files import locate_tokenizer, read_tokenizer
+from radlads.checkpoint.tokenizer_files import check_copyable, locate_tokenizer, read_tokenizer
 from radlads.config.compare import deciding, differences
 from radlads.config.load import load_config
 from radlads.config.schema import Config
@@ -93,7 +93,9 @@ def run_conversion(conversion: Conversion, console: Console) -> dict[str, Any]:
     its newest checkpoint. Raises ValueError if `out` holds another conversion or another process works in it, and for a
     teacher or data that do not fit.
     """
-    read_tokenizer(locate_tokenizer(conversion.teacher))  # before any weights are fetched
+    described = locate_tokenizer(conversion.teacher)
+    read_tokenizer(described)  # before any weights are fetched
+    check_copyable(described)
     source = open_teacher(conversion.teacher)
     for note in source.notes:
         console.line(note)

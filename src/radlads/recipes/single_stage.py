@@ -10,6 +10,7 @@ import torch
 from radlads.checkpoint.atomic import check_new
 from radlads.checkpoint.manifest import sha256, weights_hash
 from radlads.checkpoint.model_folder import read_config
+from radlads.checkpoint.tokenizer_files import locate_tokenizer
 from radlads.checkpoint.weight_files import is_weights_file, open_weights, starting_point
 from radlads.checkpoint.weights import StoredWeights
 from radlads.config.schema import Config, ModelConfig, check_available, stage_of
@@ -17,7 +18,6 @@ from radlads.config.sizes import check_sizes
 from radlads.console import Console
 from radlads.convert.bare_weights import is_teachers, shape_of, student_from_teacher, student_of
 from radlads.convert.blueprint import Blueprint, stored_blueprint
-from radlads.checkpoint.tokenizer_files import locate_tokenizer
 from radlads.convert.hf_source import (
     SUPPORTED_ARCHITECTURES,
     TeacherSource,
@@ -27,6 +27,7 @@ from radlads.convert.hf_source import (
 )
 from radlads.convert.student import layer_mixers, student_blueprint, teacher_blueprint
 from radlads.model.configuration import RadladsConfig
+from radlads.model.registry import name_mixers
 from radlads.train.fit import StageResult, run_stage
 from radlads.train.hardware import check_hardware
 from radlads.train.loggers import check_loggers
@@ -48,6 +49,8 @@ def train_stage(config: Config, console: Console, processes: Processes = ALONE) 
     if train.data_file:
         open_corpora(train)
     teacher_path = train.teacher.path or train.teacher.hf_path
+    model = config.model
+    name_mixers(model.tmix, model.tmix2, model.cmix, model.cmix2)
     torch.manual_seed(train.seed_everything)
     source = _teacher(config, teacher_path) if teacher_path else None
     teacher = None if source is None else teacher_blueprint(source)
