@@ -7,6 +7,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from radlads.checkpoint.atomic import read_json
+from radlads.checkpoint.config_values import check_values
 from radlads.checkpoint.described_weights import check_described, keep_own_head
 from radlads.checkpoint.foreign_folders import refuse_adapter, refuse_quantised
 from radlads.checkpoint.manifest import MANIFEST, read_manifest
@@ -25,9 +26,9 @@ from radlads.checkpoint.weights import (
     SafetensorsFolder,
     StoredWeights,
     TiedWeights,
+    check_fit,
     load_strict,
 )
-from radlads.config.sizes import sizes_of
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.registry import is_registered
@@ -93,10 +94,16 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> RadladsFo
 
 
 def open_checked(folder: Path) -> StoredModel:
-    """open_model, once the weights are found to be those that a manifest beside them describes. Raises ValueError."""
+    """open_model, once the weights are found to be those that a manifest beside them describes.
+
+    Raises ValueError, also for weights that do not fit a model of ours, for which no memory is taken then.
+    """
     if (folder / MANIFEST).is_file():
         read_manifest(folder)
-    return open_model(folder)
+    stored = open_model(folder)
+    if is_registered(stored.config):
+        check_fit(unplaced_model(stored.config, torch.float32), stored.used, folder)
+    return stored
 
 
 def unfilled_model(config: RadladsConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> RadladsForCausalLM:
@@ -141,10 +148,11 @@ def config_of(values: dict, folder: Path) -> RadladsConfig:
 
     Raises ValueError for one of no model.
     """
-    values = {key: value for key, value in values.items() if key != "auto_map"}
     try:
-        sizes_of(values)
-        return RadladsConfig.from_dict(values) if published_kind(values) is None else published_config(values, folder)
+        check_values(values)
+        if published_kind(values) is not None:
+            return published_config(values, folder)
+        return RadladsConfig.from_dict({key: value for key, value in values.items() if key != "auto_map"})
     except (StrictDataclassError, ValueError, TypeError, AttributeError, LookupError) as error:
         reason = str(error).replace("\n", " ")
         raise ValueError(f"{folder}/config.json describes no model that can be read here: {reason}") from error

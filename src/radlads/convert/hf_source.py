@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from radlads.checkpoint.atomic import read_json
+from radlads.checkpoint.config_values import check_values
 from radlads.checkpoint.described_weights import check_described, keep_own_head
 from radlads.checkpoint.hub_folder import DESCRIBING_FILES, locate_folder
 from radlads.checkpoint.model_folder import read_config
@@ -18,7 +19,6 @@ from radlads.checkpoint.published import ARCHITECTURES, refuse_activation, rope_
 from radlads.checkpoint.safetensors_files import WEIGHTS_FILE, shard_names
 from radlads.checkpoint.tokenizer_files import TOKENIZER_FILE, num_ids, read_tokenizer
 from radlads.checkpoint.weights import SafetensorsFolder, StoredWeights
-from radlads.config.sizes import sizes_of
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 
@@ -109,13 +109,13 @@ def teacher_config(values: dict, folder: Path) -> RadladsConfig:
     """The config.json of a supported architecture as our configuration with softmax mixers everywhere."""
     family = FAMILIES[next(name for name in values["architectures"] if name in FAMILIES)]
     try:
-        sizes_of(values)
+        check_values(values)
         _refuse_what_we_lack(values, family)
         sizes = {name: values[name] for name in SIZES if values.get(name) is not None}
         sizes.setdefault("head_dim", family.head_dim)
         return RadladsConfig(
             **sizes,
-            tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
+            tie_word_embeddings=values.get("tie_word_embeddings") or False,
             attention_bias=family.attention_bias,
             qk_norm=family.qk_norm,
             rope_parameters=rope_parameters(values),

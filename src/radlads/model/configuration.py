@@ -85,6 +85,8 @@ class RadladsConfig(PreTrainedConfig):
             raise ValueError(f"time_mixers and channel_mixers must name one mixer for each of the {layers} layers")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
+        if self.head_dim % 2 and (self.use_rope or not set(FULL_ATTENTION_MIXERS).isdisjoint(self.time_mixers)):
+            raise ValueError(f"head_dim must be even for RoPE, which turns pairs of channels, not {self.head_dim}")
         if self.gate_rank_type not in (0, 1, 2):
             raise ValueError(
                 f"gate_rank_type must be 0 (none), 1 (full rank) or 2 (low rank), not {self.gate_rank_type}"
