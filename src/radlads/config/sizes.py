@@ -37,7 +37,7 @@ def sizes_of(values: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises ValueError naming what is missing or no size of a model.
     """
-    missing = [name for name in _REQUIRED if values.get(name) is None]
+    missing = [name for name in _REQUIRED if not isinstance(values.get(name), int)]
     if missing:
         raise ValueError(f"lacks {', '.join(missing)}")
     for name in (*_REQUIRED, *_OPTIONAL):
