@@ -90,7 +90,7 @@ def _reason(folder: Path) -> str:
         return f"{WEIGHTS_INDEX} is missing, which names its {len(others)} shards: copy it too"
     if others or (folder / "original").is_dir():
         named = others[0] if others else "original/"
-        return f"{named} is not in transformers' format: take the {WEIGHTS_FILE} of the same model, or its shards"
+        return f"{named} is not what transformers reads: take the {WEIGHTS_FILE} of the same model, or its shards"
     if pickles := sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern)):
         return (
             f"{pickles[0]} is a pickle, which could run code: save the model as safetensors, with transformers' "
