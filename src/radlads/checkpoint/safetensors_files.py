@@ -35,7 +35,7 @@ def shard_names(folder: Path) -> set[str]:
     return set(_index(folder).values()) if (folder / WEIGHTS_INDEX).is_file() else set()
 
 
-def opened(path: Path):
+def opened(path: Path) -> safe_open:
     """A safetensors file to read tensors from. Raises ValueError if it is truncated or not safetensors."""
     try:
         return safe_open(path, framework="pt")
