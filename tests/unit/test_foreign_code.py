@@ -63,7 +63,7 @@ def change_json(path, **values):
 
 @pytest.fixture
 def loaded_kernels(monkeypatch):
-    """What transformers was asked for beside its own attention, where it turns to its loader of kernels from the hub."""
+    """Attention other than torch's that transformers was asked for; it takes such names to its loader of kernels."""
     names, check = [], PreTrainedModel._check_and_adjust_attn_implementation
 
     def checked(self, attn_implementation, *arguments, **keys):
