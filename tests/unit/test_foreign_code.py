@@ -202,7 +202,8 @@ def test_a_mixer_path_without_mixers_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["a.b", "../x", "", "x y"])
-def test_a_name_that_is_no_modules_is_unknown(name):
+def test_a_name_that_is_no_modules_is_unknown(theirs, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)  # tmix/ is on the import path then
     with pytest.raises(ValueError, match="no mixer named"):
         RadladsForCausalLM(RadladsConfig(**tiny.SIZES, time_mixers=[name] * 3))
 

@@ -136,6 +136,7 @@ class SafetensorsFolder(StoredWeights):
     def __init__(self, folder: Path):
         self.folder = folder
         self._file_of = tensor_files(folder)
+        self._described: dict[Path, dict[str, tuple[tuple[int, ...], str]]] = {}
         if not self._file_of:
             raise ValueError(f"{folder} holds no weights: copy it anew")
 
@@ -147,14 +148,16 @@ class SafetensorsFolder(StoredWeights):
             return file.get_tensor(name)
 
     def info(self, name: str) -> TensorInfo:
-        with opened(self._file_of[name]) as file:
-            stored = file.get_slice(name)
-            if stored.get_dtype() not in _DTYPES:
-                raise ValueError(
-                    f"{name} in {self._file_of[name]} holds {stored.get_dtype()}, which is not supported: "
-                    "take a checkpoint in bf16 or another float type"
-                )
-            return TensorInfo(tuple(stored.get_shape()), _DTYPES[stored.get_dtype()])
+        path = self._file_of[name]
+        if path not in self._described:  # a header at a time: opening a file takes longer than reading its header
+            self._described[path] = _shapes_and_kinds(path)
+        shape, kind = self._described[path][name]
+        if kind not in _DTYPES:
+            raise ValueError(
+                f"{name} in {path} holds {kind}, which is not supported: "
+                "take a checkpoint in bf16 or another float type"
+            )
+        return TensorInfo(shape, _DTYPES[kind])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
@@ -270,6 +273,13 @@ def rows_of(whole: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
     """This process's of as many groups of rows as the mesh has processes, as torch's Shard(0) cuts them."""
     chunks, rank = whole.chunk(mesh.size()), mesh.get_local_rank()
     return chunks[rank] if rank < len(chunks) else whole[:0]
+
+
+def _shapes_and_kinds(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and safetensors' name for the type of every tensor of a file."""
+    with opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        return {name: (tuple(stored.get_shape()), stored.get_dtype()) for name, stored in slices.items()}
 
 
 def _check_shape(parameter: torch.Tensor, found: tuple[int, ...], name: str, origin: Path | str) -> None:
