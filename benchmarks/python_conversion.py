@@ -42,7 +42,7 @@ from radlads.train.fit import run_stage
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 STUDENTS = {"rad_rwkv7": "rad_rwkv7.yaml", "rad_rwkv7_group_norm": "qwerky7.yaml", "rad_rwkv6": "rad_rwkv6.yaml"}
-STAGES = {"align": "distill1.yaml", "distill": "distill2.yaml", "extend": "distill3.yaml"}
+STAGES = {"align": "paper_distill1.yaml", "distill": "paper_distill2.yaml", "extend": "paper_distill3.yaml"}
 _PROGRESS_EVERY_S = 5
 
 
@@ -240,7 +240,7 @@ def convert(run: Run, name: str, source: TeacherSource, teacher: RadladsForCausa
 
 
 def stage_config(run: Run, name: str, stage: str) -> Config:
-    """A stage of a student: the published files, then the plan's budget, rates and shapes, then the run's overrides."""
+    """A stage of a student: the paper's files, then the plan's budget, rates and shapes, then the run's overrides."""
     plan, on_gpu = run.plan, run.device == "cuda"
     context, batch_tokens = plan.context, plan.batch_tokens
     if stage == "extend":

@@ -9,7 +9,6 @@ the steps, which leaves compiling out. `--size tiny --accelerator cpu` shows how
 """
 
 import argparse
-import csv
 import json
 import statistics
 import subprocess
@@ -30,6 +29,7 @@ from radlads.convert.hf_source import open_teacher
 from radlads.convert.student import build_student
 from radlads.data.binidx import BinIdxWriter
 from radlads.planning.models import QWEN25
+from radlads.report.run_folder import read_csv
 
 TINY = (2, 128, 256, 4, 2, 512, False)
 STAGES = {"align": 1, "distill": 2}
@@ -138,7 +138,7 @@ class Runs:
         if done.returncode:
             return figure | {"failed": (done.stderr.strip() or done.stdout.strip())[-2000:]}
         out = self.folder / f"{stage}-{name}"
-        speed, metrics = table(out / "speed.csv"), table(out / "metrics.csv")
+        speed, metrics = read_csv(out / "speed.csv"), read_csv(out / "metrics.csv")
         later = speed[len(speed) // 2 :]
         peaks = [row["peak_memory_gb"] for row in later if "peak_memory_gb" in row]
         return figure | {
@@ -175,11 +175,6 @@ def save_corpus(stem: Path, vocabulary: int, num_tokens: int = 4_000_000) -> Non
     with BinIdxWriter(stem, vocabulary) as writer:
         for document in np.split(np.cumsum(steps) % vocabulary, 100):
             writer.add_document(document)
-
-
-def table(path: Path) -> list[dict[str, float]]:
-    with path.open(newline="") as file:
-        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def drift(found: list[float], expected: list[float]) -> dict[str, float]:

@@ -191,6 +191,13 @@ def export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def verify(arguments: argparse.Namespace) -> int:
+    """Compare files with the hashes beside them, and say what differs; 1 if something does."""
+    from radlads.recipes.verify import verify as verify_files
+
+    return 0 if verify_files(arguments.path, Terminal()) else FAILED
+
+
 def bench(arguments: argparse.Namespace) -> int:
     """Measure speed and memory on this machine; 1 if a case failed."""
     from radlads.bench.command import bench_of
@@ -240,7 +247,7 @@ def _parser() -> argparse.ArgumentParser:
     from radlads.evaluation.long_context import add_options as add_long_context_options
     from radlads.inference.options import add_chat_options, add_generate_options, add_serve_options
     from radlads.planning.command import add_options as add_plan_options
-    from radlads.recipes.command import add_demo_options, add_export_options
+    from radlads.recipes.command import add_demo_options, add_export_options, add_verify_options
 
     parser = argparse.ArgumentParser(
         prog="radlads", description="Turn softmax transformers into linear-attention decoders."
@@ -261,6 +268,8 @@ def _parser() -> argparse.ArgumentParser:
     add("longcontext", long_context, add_long_context_options, what)
     add("report", report, _add_report_options, "one page on a conversion, with plots: RUN/report.html")
     add("export", export, add_export_options, "write a finished model as a folder to publish, and upload it")
+    what = "whether models and corpora are still what the hashes beside them say"
+    add("verify", verify, add_verify_options, what)
     add("bench", bench, add_bench_options, "measure speed and memory on this machine, random weights")
     add("plan", plan, add_plan_options, "memory, hours and cost of the stages on a machine, before renting it")
     return parser

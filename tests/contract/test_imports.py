@@ -75,7 +75,7 @@ print(*sorted({name.partition(".")[0] for name in sys.modules} & set(SLOW)))
 
 COMMANDS = (
     *("", "demo", "train", "config", "data", "generate", "chat", "serve", "eval", "longcontext"),
-    *("report", "export", "bench", "plan"),
+    *("report", "export", "verify", "bench", "plan"),
 )
 
 

@@ -11,7 +11,7 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src"
 # A package imports only from packages before it
 ORDER = [
-    *("console", "config", "data", "model", "checkpoint", "convert", "distill", "train", "inference"),
+    *("console", "checksums", "config", "data", "model", "checkpoint", "convert", "distill", "train", "inference"),
     *("report", "evaluation", "recipes", "bench", "planning", "cli"),
 ]
 MODEL_MAY_IMPORT = {"torch", "transformers", "triton", *sys.stdlib_module_names}

@@ -74,6 +74,14 @@ def test_the_export_is_the_last_stage_with_the_teachers_tokenizer(finished, teac
     assert AutoTokenizer.from_pretrained(finished / "hf").decode([65, 66])
 
 
+def test_all_files_of_a_conversion_can_be_verified(finished, capsys):
+    assert main(["verify", str(finished)]) == 0
+    said = capsys.readouterr().out
+    records = [f"{n}-{s}/manifest.json" for n, s in enumerate(STAGES, start=1)] + ["hf/checksums.json"]
+    for record in [*records, "teacher.checksums.json"]:
+        assert f"{finished}/{record}: all " in said
+
+
 def test_a_finished_conversion_is_shown_again_and_another_refused(finished, teacher, corpus_folder, capsys):
     before = (finished / "summary.json").read_bytes()
     assert main(command(teacher, corpus_folder, finished)) == 0

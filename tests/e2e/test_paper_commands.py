@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from radlads.checkpoint.model_folder import load_model
 from radlads.cli import main
@@ -23,6 +24,9 @@ train:
   my_exit_tokens: 320
   precision: fp32
   accelerator: cpu
+  devices: 1
+  optimizer: adamw
+  magic_prime: auto
   warmup_steps: -1
 """
 # What a machine without network can ask
@@ -69,9 +73,11 @@ def test_the_documented_commands_convert_a_teacher(teacher, corpus_folder, tmp_p
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     assert main(["config", "from-hf", str(teacher)]) == 0
-    (tmp_path / "sizes.yaml").write_text(capsys.readouterr().out)
+    sizes = yaml.safe_load(capsys.readouterr().out)
+    (tmp_path / "sizes.yaml").write_text(json.dumps(sizes))
     (tmp_path / "tiny.yaml").write_text(f"{TINY}  data_file: {corpus_folder / 'train'}\n")
-    (tmp_path / "teacher.yaml").write_text(f"train: {{teacher: {{hf_path: {teacher}}}}}")
+    named = {"path": "out/Qwen2.5-7B-Instruct.pth", **sizes}
+    (tmp_path / "teacher.yaml").write_text(json.dumps({"train": {"teacher": named}}))
     (tmp_path / "out").mkdir()
     write_task(tmp_path / "tasks")
     stages = {f"-c configs/{name}.yaml": f"-c configs/{name}.yaml -c tiny.yaml" for name in STAGE_FILES}

@@ -118,6 +118,13 @@ def test_folder_is_refused(tmp_path):
         BinIdxReader(tmp_path)
 
 
+def test_what_is_no_corpus_is_not_replaced_by_one(tmp_path):
+    (tmp_path / "x.idx").write_text("a list of mine")
+    with pytest.raises(ValueError, match=r"x\.idx is no corpus that a new one could replace"):
+        write(tmp_path / "x", [[1]])
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["a list of mine"]
+
+
 def test_folder_of_the_same_name_does_no_harm(stem):
     stem.mkdir()
     assert BinIdxReader(stem).num_tokens == 8

@@ -156,7 +156,7 @@ def test_an_older_configuration_with_rope_theta_at_the_top_is_read(teacher, tmp_
 @pytest.mark.parametrize("opened", [open_teacher, locate_tokenizer])
 @pytest.mark.parametrize("name", ["no/such/folder", "./missing", "nothing"])
 def test_neither_folder_nor_hub_name(name, opened):
-    with pytest.raises(ValueError, match="neither a folder nor a hub name"):
+    with pytest.raises(ValueError, match="is no folder, GGUF file, named model"):
         opened(name)
 
 

@@ -12,6 +12,7 @@ from root_scripts import largest_file, run_script
 
 from radlads.cli import main
 from radlads.data.binidx import BinIdxReader, BinIdxWriter
+from radlads.data.inspect_corpus import replace_trailing
 
 datasets = pytest.importorskip("datasets")
 
@@ -192,6 +193,46 @@ def test_check_refuses_documents_without_eos_and_fixeos_mends_them(tmp_path, tok
     assert code == 0 and "2 of 4 documents ended in 0 and now end in 256" in out
     assert BinIdxReader(stem).tokens.tolist() == [5, 0, EOS, 7, EOS, 0, 9, EOS]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx"]
+
+
+@pytest.fixture
+def built(tmp_path, tokenizer, capsys):
+    """A corpus that data build wrote, by the options of data check, and its name."""
+    rows = write_rows(tmp_path / "rows.jsonl", ["ab", "c"])
+    where = ["--dataset", rows, "--tokenizer", tokenizer, "--out", tmp_path / "x"]
+    assert run(capsys, "data", "build", *where)[0] == 0
+    return where, tmp_path / "x"
+
+
+@pytest.mark.parametrize("kind", ["bin", "idx"])
+def test_a_flipped_bit_of_a_built_corpus_is_noticed(built, capsys, kind):
+    where, stem = built
+    for name in (stem, f"{stem}.{kind}"):
+        code, out, _ = run(capsys, "verify", name)
+        assert code == 0 and out.endswith(f"\n{stem}.checksums.json: all 2 files are as described\n")
+    path = stem.with_suffix(f".{kind}")
+    content = bytearray(path.read_bytes())
+    content[0 if kind == "bin" else -1] ^= 1
+    path.write_bytes(bytes(content))
+    code, out, _ = run(capsys, "verify", stem)
+    assert code == 1
+    assert f"\n{path} is not the file its x.checksums.json describes (its SHA-256 is another one)\n" in out
+    code, _, error = run(capsys, "data", "check", *where)
+    assert code == 2 and str(path) in error
+
+
+def test_a_corpus_that_is_written_again_has_checksums_of_its_own_or_none(built, tokenizer, capsys):
+    _, stem = built
+    before = stem.with_name("x.checksums.json").read_bytes()
+    eos_is_another = ["--dataset", "x", "--tokenizer", tokenizer, "--out", stem]
+    replace_trailing(BinIdxReader(stem), old=EOS, new=0)
+    assert stem.with_name("x.checksums.json").read_bytes() != before
+    assert run(capsys, "verify", stem)[0] == 0
+    assert run(capsys, "data", "fixeos", *eos_is_another)[0] == 0
+    assert stem.with_name("x.checksums.json").read_bytes() == before
+    with BinIdxWriter(stem, 260) as writer:
+        writer.add_document([5, EOS])
+    assert run(capsys, "verify", stem)[0] == 2
 
 
 def test_fixeos_on_a_full_disk_keeps_the_corpus(tmp_path, tokenizer, capsys):

@@ -316,7 +316,7 @@ def test_an_unknown_teacher_is_asked_for(teacher, tmp_path, capsys):
     moved = stage(teacher, tmp_path / "moved")
     text = (moved / "config.yaml").read_text().replace(str(teacher), str(tmp_path / "gone"))
     (moved / "config.yaml").write_text(text)
-    assert "gone is neither a folder nor a hub name" in refused(capsys, moved, tmp_path / "out")
+    assert "gone is no folder, GGUF file, named model" in refused(capsys, moved, tmp_path / "out")
     assert export(moved, tmp_path / "out", "--teacher", teacher) == 0
 
 
@@ -491,6 +491,16 @@ def test_uploads_that_cannot_be_are_refused_before_anything_is_written(run, tmp_
 def test_what_is_no_export_is_not_uploaded(run, hub, capsys):
     assert "is no exported model" in refused(capsys, run, "--push-to-hub", "me/model")
     assert hub.asked == {}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_damaged_export_is_neither_uploaded_nor_blessed_by_another(exported, tmp_path, hub, capsys, name):
+    content = (exported / name).read_bytes()
+    (exported / name).write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+    assert f"{name} is not the file its checksums.json" in refused(capsys, exported, "--push-to-hub", "me/model")
+    assert hub.asked == {}
+    if name == "model.safetensors":
+        assert "its SHA-256 is another one" in refused(capsys, exported, tmp_path / "again")
 
 
 @pytest.mark.parametrize("reachable", [True, False])

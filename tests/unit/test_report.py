@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import tiny_run
 
+from radlads.checksums import sha256
 from radlads.cli import main
 from radlads.report.charts import COLOURS, Chart
 from radlads.report.page import _recipe_row, write_page
@@ -284,6 +285,31 @@ def test_damage_is_one_sentence(own, capsys, damage, message):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "heldout.csv"])
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (lambda text: "", "is empty"),
+        (lambda text: "\n", "is empty"),
+        (lambda text: text.splitlines()[0] + "\n", "is empty"),
+        (lambda text: text[:-1], "is cut short"),
+        (lambda text: text[:-4] + "\n", "is cut short"),
+        (lambda text: "\0" * len(text), "is empty"),
+        (lambda text: text.replace("29000", "29\0"), "holds something else than numbers"),
+        (lambda text: text.replace("29000", "29001"), "is not the file its manifest.json describes"),
+    ],
+)
+def test_damaged_curves_are_not_called_not_measured(own, capsys, name, damage, what):
+    path = own / "2-distill" / name
+    edit(path.with_name("manifest.json"), lambda manifest: manifest.update(sha256={name: sha256(path)}))
+    path.write_text(damage(path.read_text()))
+    assert main(["report", str(own)]) == 2
+    error = capsys.readouterr().err
+    assert (
+        error == f"radlads: {path} is damaged: it {what}; copy it anew, or remove it to have it called not measured\n"
+    )
 
 
 @pytest.mark.parametrize(("manifest", "devices", "batch"), [(96, 8, "96"), (None, 1, "8"), (None, 8, "not recorded")])

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from radlads.checkpoint.atomic import unfinished_folder
 from radlads.checkpoint.model_folder import load_model
+from radlads.checkpoint.own_files import MARK
 from radlads.checkpoint.weights import SafetensorsFolder
 from radlads.config.compare import differences
 from radlads.convert.hf_source import open_teacher
@@ -128,7 +129,9 @@ def test_a_stopped_run_ends_as_one_that_never_stopped(teacher, corpus_folder, tm
     assert_same(folder, tmp_path / "straight")
     assert not (folder / "checkpoints").exists()
     facts = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("straight", "run")]
-    assert facts[0]["tokens"] == facts[1]["tokens"] and facts[0]["sha256"] == facts[1]["sha256"]
+    assert facts[0]["tokens"] == facts[1]["tokens"]
+    straight, resumed = (each["sha256"] for each in facts)
+    assert straight.pop("speed.csv") and resumed.pop("speed.csv") and straight == resumed
 
 
 @pytest.mark.parametrize("forgotten", ["restore_optimizers", None])
@@ -242,7 +245,45 @@ def test_never_starts_over_and_says_so(stopped):
     chosen, console = first(stopped, "never")
     assert chosen is None
     assert console.lines == [f"{stopped}.partial: an unfinished run (3 checkpoints) is thrown away and started over"]
-    assert list(stopped.with_name("run.partial").iterdir()) == []
+    assert [path.name for path in stopped.with_name("run.partial").iterdir()] == [MARK]
+
+
+@pytest.mark.parametrize("mine", ["notes.txt", "checkpoints/step-000003/notes.txt", "checkpoints/best/run.json"])
+def test_a_run_is_not_thrown_away_with_files_of_its_user(stopped, mine):
+    path = stopped.with_name("run.partial") / mine
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    with pytest.raises(ValueError, match=f"{mine} is in the way, and no run wrote it"):
+        first(stopped, "never")
+    assert len(held(stopped)) == 3 and path.exists()
+
+
+def test_linked_checkpoints_are_refused(stopped, tmp_path):
+    run_is, checkpoints = described(stopped), stopped.with_name("run.partial") / "checkpoints"
+    checkpoints.rename(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "step-000004").rename(tmp_path / "elsewhere" / "step-000004.partial")
+    checkpoints.symlink_to(tmp_path / "elsewhere")
+    for setting in ("auto", "never"):
+        with pytest.raises(ValueError, match="checkpoints is a symbolic link"):
+            first_checkpoint(setting, checkpoints.parent, run_is, tiny.Silent())
+    assert len(list((tmp_path / "elsewhere").iterdir())) == 3
+
+
+def test_an_old_checkpoint_with_files_of_its_user_stays_and_the_run_goes_on(teacher, corpus_folder, straight, stopped):
+    (held(stopped)[0] / "notes.txt").write_text("mine")
+    lines = run(teacher, config_of(corpus_folder, **CHECKPOINTS), stopped)
+    assert any("step-000002 stays: " in line and "notes.txt is in the way" in line for line in lines)
+    assert (stopped / "checkpoints" / "step-000002" / "notes.txt").read_text() == "mine"
+    assert_same(stopped, straight)
+
+
+def test_a_folder_without_a_mark_is_not_started_over(teacher, corpus_folder, tmp_path):
+    model = tmp_path / "run.partial" / "model.safetensors"
+    model.parent.mkdir()
+    model.write_text("a model of mine")
+    with pytest.raises(ValueError, match=r"run\.partial is in the way, and nothing in it says that radlads wrote it"):
+        run(teacher, config_of(corpus_folder), tmp_path / "run")
+    assert model.read_text() == "a model of mine"
 
 
 def test_a_named_checkpoint_is_gone_on_with_and_newer_ones_go(teacher, corpus_folder, straight, stopped):

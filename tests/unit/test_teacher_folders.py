@@ -290,22 +290,26 @@ def test_a_tokenizer_that_cannot_be_read_is_told_before_the_weights(folder, tmp_
 
 
 @pytest.fixture
-def hub(folder, monkeypatch):
-    """A hub that holds the folder as owner/name; what was fetched from it."""
-    fetched = []
+def hub(folder, tmp_path, monkeypatch):
+    """A hub whose owner/name is the folder in two shards, beside other weights; the names of what was fetched of it."""
+    shards_alone(folder)
+    (folder / "consolidated.safetensors").touch()
+    cache, fetched = tmp_path / "cache", []
 
     def fetch(name, patterns, what):
-        fetched.extend(patterns)
-        return folder
+        cache.mkdir(exist_ok=True)
+        for path in (path for pattern in patterns for path in folder.glob(pattern)):
+            shutil.copyfile(path, cache / path.name)
+            fetched.append(path.name)
+        return cache
 
     monkeypatch.setattr(hf_source, "locate_folder", fetch)
     return fetched
 
 
-def test_of_a_hub_model_the_files_that_are_read_are_fetched(folder, hub):
-    shards_alone(folder)
-    open_teacher("owner/name")
-    assert [name for name in hub if "safetensors" in name] == [SINGLE, *SHARDS]
+def test_of_a_hub_model_the_files_that_are_read_are_fetched(hub):
+    assert open_teacher("owner/name").weights[UP].shape == (96, 64)
+    assert [name for name in hub if name.endswith(".safetensors")] == SHARDS
 
 
 @pytest.mark.parametrize(
@@ -322,4 +326,4 @@ def test_no_weights_are_fetched_of_a_hub_model_that_cannot_be_read(folder, hub, 
     change_config(folder, **values)
     with pytest.raises(ValueError):
         open_teacher("owner/name")
-    assert not [name for name in hub if "safetensors" in name]
+    assert hub and not [name for name in hub if name.endswith(".safetensors")]

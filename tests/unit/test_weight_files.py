@@ -85,7 +85,8 @@ def test_shards_hold_what_they_may_and_the_index_names_them(tmp_path):
     torch.save(weights, tmp_path / "in.pth")
     convert_to_safetensors(tmp_path / "in.pth", tmp_path / "out", shard_bytes=900)
     names = [f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [*names, "model.safetensors.index.json"]
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == ["checksums.json", *names, "model.safetensors.index.json"]
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 2000
     assert index["weight_map"]["layer.2"] == names[1]

@@ -3,12 +3,13 @@
 import fcntl
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from radlads.checkpoint.own_files import MARK, empty_marked, mark, refuse_links, remove_marked
 
 
 def write_text(path: Path, text: str) -> None:
@@ -53,40 +54,56 @@ def unfinished_folder(target: Path, *, keep_failed: bool = True, keep_earlier: b
     """Give a new folder `NAME.partial` to fill; at the end sync its files and rename it to `target`.
 
     After an exception the partial folder stays, for a look at what went wrong, unless keep_failed is False; `target`
-    never exists half-written. An older partial folder is removed first, unless keep_earlier gives it as it is. Raises
-    ValueError if `target` exists or another process is filling its partial folder, and OSError that names a file or
-    `target`.
+    never exists half-written. An older partial folder that this function made, by its mark, is emptied first, unless
+    keep_earlier gives it as it is. Raises ValueError if `target` exists, another process is filling its partial folder,
+    or that is a link or somebody else's, and OSError that names a file or `target`.
     """
     check_new(target)
     partial = partial_name(target)
-    if partial.exists() and not keep_earlier:
-        with _only_process_in(partial):
-            shutil.rmtree(partial)
-    partial.mkdir(parents=True, exist_ok=keep_earlier)
-    try:
-        with _only_process_in(partial), _naming(target):
-            yield partial
-            for path in partial.rglob("*"):
-                if path.is_file():
-                    _sync(path)
-            _sync(partial)
-            os.replace(partial, target)
-    except BaseException:
-        if not keep_failed:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
+    refuse_links(partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    with _only_process_in(partial):
+        if not keep_earlier:
+            empty_marked(partial)
+        try:
+            with _naming(target):
+                if not any(partial.iterdir()):
+                    mark(partial)
+                yield partial
+                for path in partial.rglob("*"):
+                    if path.is_file():
+                        _sync(path)
+                _sync(partial)
+                os.replace(partial, target)
+        except BaseException:
+            if not keep_failed:
+                with suppress(OSError, ValueError):
+                    remove_marked(partial)
+            raise
+    (target / MARK).unlink(missing_ok=True)  # not before: a folder that a killed run has left bears either
     _sync(target.parent)
 
 
+def discard(folder: Path) -> None:
+    """Remove a folder, all of it. It loses its name first, to one that unfinished_folder would empty: so a run that is
+    killed meanwhile leaves none that looks whole."""
+    partial = partial_name(folder)
+    if partial.exists():
+        remove_marked(partial)
+    mark(folder)
+    folder.rename(partial)
+    remove_marked(partial)
+
+
 @contextmanager
-def _only_process_in(folder: Path) -> Iterator[None]:
-    """Hold a lock on a folder, which ends with the process. Raises ValueError while another process holds it."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _only_process_in(path: Path) -> Iterator[None]:
+    """Hold a lock on a folder or file, which ends with the process. Raises ValueError while another one holds it."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(descriptor)
-        raise ValueError(f"{folder} is being written by another process: wait for it, or choose another one") from error
+        raise ValueError(f"{path} is being written by another process: wait for it, or choose another one") from error
     except OSError:  # a file system without locks
         pass
     try:
@@ -97,23 +114,26 @@ def _only_process_in(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def unfinished_file(target: Path) -> Iterator[Path]:
-    """Give the name `NAME.partial` to write a file under; at the end sync it and rename it to `target`.
+    """Give a hidden name to write a file under, which nobody else gives; at the end sync it and rename it to `target`.
 
-    After an exception nothing is left. Raises ValueError if `target` exists or its folder does not, and OSError that
-    names the file if it cannot be written.
+    After an exception nothing is left. Raises ValueError if `target` exists, its folder does not, or another process is
+    writing it, and OSError that names the file if it cannot be written.
     """
     check_new(target)
     if not target.parent.is_dir():
         raise ValueError(f"{target.parent} is not a folder: make it first, or choose another one for {target.name}")
-    partial = partial_name(target)
-    try:
-        with _naming(target):
-            yield partial
-            _sync(partial)
-            os.replace(partial, target)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    unfinished = target.with_name(f".{target.name}{MARK}")
+    refuse_links(unfinished)
+    unfinished.touch()
+    with _only_process_in(unfinished):
+        try:
+            with _naming(target):
+                yield unfinished
+                _sync(unfinished)
+                os.replace(unfinished, target)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
     _sync(target.parent)
 
 

@@ -27,7 +27,7 @@ def refuse_quantised(values: Mapping[str, Any], folder: Path) -> None:
             )
 
 
-def refuse_links(folder: Path, patterns: Iterable[str]) -> None:
+def refuse_links_out(folder: Path, patterns: Iterable[str]) -> None:
     """Raise ValueError if a file of these patterns is a link out of the folder: what is exported may be published.
 
     Links in the hub's cache lead from a snapshot to the blobs of the same model, which are its own.

@@ -9,11 +9,14 @@ from types import MappingProxyType
 import torch
 
 import radlads.model
-from radlads.checkpoint.atomic import read_json, unfinished_folder, write_text
-from radlads.checkpoint.foreign_folders import refuse_links
+from radlads.checkpoint.atomic import discard, read_json, unfinished_folder, write_text
+from radlads.checkpoint.foreign_folders import refuse_links_out
+from radlads.checkpoint.manifest import write_folder_checksums
 from radlads.checkpoint.model_folder import save_model
+from radlads.checkpoint.own_files import check_names, refuse_links
 from radlads.checkpoint.safetensors_writer import SHARD_BYTES
 from radlads.checkpoint.tokenizer_files import copy_tokenizer
+from radlads.checksums import CHECKSUMS, differences, read_checksums
 from radlads.model.configuration import RadladsConfig, names_code
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.registry import is_registered
@@ -33,6 +36,22 @@ def export(model: RadladsForCausalLM, teacher_folder: Path, target: Path, *, dty
     check_exportable(model.config)
     with unfinished_folder(target) as partial:
         write_export(model, teacher_folder, partial, dtype=dtype)
+        write_folder_checksums(partial)
+
+
+def remove_export(folder: Path) -> None:
+    """Remove what `export` wrote, if it is there, and no more. Raises ValueError, and leaves it, if it is a link, holds
+    other files, or has been changed."""
+    refuse_links(folder)
+    if not folder.exists():
+        return
+    keep = f"move {folder} elsewhere, or remove it"
+    if not (folder / CHECKSUMS).is_file():
+        raise ValueError(f"{folder} is in the way, and has no {CHECKSUMS} to tell what was exported: {keep}")
+    for difference in differences(folder / CHECKSUMS):
+        raise ValueError(f"{folder} is in the way, but {difference}: {keep}")
+    check_names(folder, [CHECKSUMS, *read_checksums(folder / CHECKSUMS)[1]])
+    discard(folder)
 
 
 def write_export(
@@ -76,7 +95,7 @@ def copy_all_but_weights(
     `tokenizer_folder`: where the tokenizer is, if not in `folder`. `dtype`: what the weights have been cast to.
     `changed`: new values in config.json.
     """
-    refuse_links(folder, ["config.json"])
+    refuse_links_out(folder, ["config.json"])
     if (folder / "config.json").is_file():
         values = read_json(folder / "config.json") | dict(changed)
         values = {key: value for key, value in values.items() if key != "auto_map" and not names_code(key)}

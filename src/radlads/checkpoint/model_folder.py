@@ -10,7 +10,7 @@ from radlads.checkpoint.atomic import read_json
 from radlads.checkpoint.config_values import check_values
 from radlads.checkpoint.described_weights import check_described, keep_own_head
 from radlads.checkpoint.foreign_folders import refuse_adapter, refuse_quantised
-from radlads.checkpoint.manifest import MANIFEST, read_manifest
+from radlads.checkpoint.manifest import check_model_files
 from radlads.checkpoint.published import (
     ARCHITECTURE_OF,
     ARCHITECTURES,
@@ -81,25 +81,24 @@ class StoredModel(NamedTuple):
     used: StoredWeights
 
 
-def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> RadladsForCausalLM:
+def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, verify: bool = False) -> RadladsForCausalLM:
     """The model of a folder that save_model or an export wrote, or of a published checkpoint, in evaluation mode.
 
-    Raises ValueError as open_model, for weights that do not fit (load_strict), and for those that are not the ones a
-    manifest beside them describes.
+    Raises ValueError as open_checked, and for weights that do not fit (load_strict).
     """
-    stored = open_checked(folder)
+    stored = open_checked(folder, verify=verify)
     model = unfilled_model(stored.config, dtype)
     load_strict(model, stored.used, folder)
     return model.eval()
 
 
-def open_checked(folder: Path) -> StoredModel:
-    """open_model, once the weights are found to be those that a manifest beside them describes.
+def open_checked(folder: Path, *, verify: bool = False) -> StoredModel:
+    """open_model, once its files are found to be those that hashes beside them describe (check_model_files).
 
-    Raises ValueError, also for weights that do not fit a model of ours, for which no memory is taken then.
+    verify: every byte of an export too. Raises ValueError, also for weights that do not fit a model of ours, for which
+    no memory is taken then.
     """
-    if (folder / MANIFEST).is_file():
-        read_manifest(folder)
+    check_model_files(folder, whole=verify)
     stored = open_model(folder)
     if is_registered(stored.config):
         check_fit(unplaced_model(stored.config, torch.float32), stored.used, folder)

@@ -57,7 +57,8 @@ def write_pth(weights: StoredWeights, path: Path) -> None:
     """
     infos = {name: weights.info(name) for name in weights}
     with unfinished_file(path) as partial:
-        _write_without_data(infos, partial)
+        with _as_os_error(path):
+            _write_without_data(infos, partial)
         _reserve(partial)
         for names in _portions(infos):
             with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
@@ -95,8 +96,7 @@ def _write_without_data(infos: dict[str, TensorInfo], path: Path) -> None:
     """The file at its full size, with everything in place but the tensors' numbers."""
     with FakeTensorMode(), torch.serialization.skip_data(materialize_fake_tensors=True):
         empty = {name: torch.empty(info.shape, dtype=info.dtype) for name, info in infos.items()}
-        with _as_os_error(path):
-            torch.save(empty, path)
+        torch.save(empty, path)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from radlads.checkpoint.atomic import unfinished_folder, write_text
-from radlads.checkpoint.model_folder import open_model
+from radlads.checkpoint.manifest import write_folder_checksums
+from radlads.checkpoint.model_folder import open_checked
 from radlads.checkpoint.published import (
     ARCHITECTURE_OF,
     MIXER_OF,
@@ -45,13 +46,14 @@ def convert_to_published(
     if tokenizer_folder is not None:
         read_tokenizer(tokenizer_folder)
     check_copyable(tokenizer_folder or source)
-    stored = open_model(source)
+    stored = open_checked(source, verify=True)
     with torch.device("meta"):
         described = RadladsForCausalLM(stored.config)
     check_fit(described, stored.used, source)
     with unfinished_folder(target, keep_failed=False) as partial:
         write_published(stored.config, stored.weights, partial, dtype=dtype, shard_bytes=shard_bytes)
         copy_tokenizer(tokenizer_folder or source, partial)
+        write_folder_checksums(partial)
 
 
 def write_published(

@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from radlads.checkpoint.atomic import read_json, write_text
-from radlads.checkpoint.foreign_folders import refuse_links
+from radlads.checkpoint.foreign_folders import refuse_links_out
 from radlads.checkpoint.hub_folder import DESCRIBING_FILES, locate_folder
 from radlads.checkpoint.safetensors_files import refuse_pointer
 
@@ -82,7 +82,7 @@ def num_ids(tokenizer: Tokenizer) -> int:
 
 def check_copyable(source: Path) -> None:
     """Raise ValueError if a file that exports take from the folder `source` is a link to somewhere else."""
-    refuse_links(source, (*TOKENIZER_FILES, *LICENCE_FILES))
+    refuse_links_out(source, (*TOKENIZER_FILES, *LICENCE_FILES))
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

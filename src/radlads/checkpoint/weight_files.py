@@ -7,7 +7,7 @@ import torch
 
 from radlads.checkpoint.atomic import unfinished_file, unfinished_folder
 from radlads.checkpoint.hf_export import copy_all_but_weights
-from radlads.checkpoint.manifest import MANIFEST
+from radlads.checkpoint.manifest import MANIFEST, check_model_files, write_folder_checksums
 from radlads.checkpoint.pth import PthFile, write_pth
 from radlads.checkpoint.safetensors_writer import SHARD_BYTES, write_safetensors, write_shards
 from radlads.checkpoint.tokenizer_files import check_copyable, copy_tokenizer, read_tokenizer
@@ -47,7 +47,8 @@ def starting_point(named: str) -> Path | None:
 
 
 def convert_to_pth(source: Path, target: Path) -> None:
-    """Write the weights of a folder or file as a `.pth` file. Errors as open_weights and write_pth."""
+    """Write the weights of a folder or file as a `.pth` file. Errors as open_weights, check_model_files, write_pth."""
+    check_model_files(source, whole=True)
     write_pth(open_weights(source), target)
 
 
@@ -67,9 +68,10 @@ def convert_to_safetensors(
     AutoModelForCausalLM can load it, with the tokenizer of `tokenizer_folder` if it is given. `retie`: drop the head of
     a model folder whose teacher's head was its embedding, which is the head again from then on.
 
-    Raises ValueError if `target` exists, the weights cannot be read, or there is no head to be tied, and OSError if the
-    disk is full; nothing is left then.
+    Raises ValueError if `target` exists, the weights cannot be read or are not those that hashes beside them describe,
+    or there is no head to be tied, and OSError if the disk is full; nothing is left then.
     """
+    check_model_files(source, whole=True)
     weights: StoredWeights = CastWeights(open_weights(source), dtype)
     if retie:
         _check_can_be_tied(weights, source, target)
@@ -91,6 +93,7 @@ def convert_to_safetensors(
             copy_all_but_weights(source, partial, tokenizer_folder=tokenizer_folder, dtype=dtype, changed=changed)
         elif tokenizer_folder is not None:
             copy_tokenizer(tokenizer_folder, partial)
+        write_folder_checksums(partial)
 
 
 def _check_can_be_tied(weights: StoredWeights, source: Path, target: Path) -> None:

@@ -30,6 +30,9 @@ class _Setting(NamedTuple):
 
 _Settings = dict[str, _Setting]
 
+# Where released files name the teacher's folder; ours is the key that every reader knows
+_RELEASED_NAMES = {"train.teacher.model.hf_path": "train.teacher.hf_path"}
+
 
 def parse_config(argv: Sequence[str], write: Callable[[str], None]) -> Config:
     """The configuration that a command line asks for.
@@ -98,7 +101,8 @@ def _settings(mapping: Mapping[Any, object], place: str, prefix: str = "") -> _S
         if key in _leaves():
             if value is None and not _accepts(key, None):
                 raise ValueError(_wrong_type(key, None, place))
-            settings[key] = _Setting(_spelt_as(_leaves()[key], value), place)
+            ours = _RELEASED_NAMES.get(key, key) if value else key  # a dumped configuration has '' here
+            settings[ours] = _Setting(_spelt_as(_leaves()[key], value), place)
         elif key not in _groups():
             raise ValueError(_unknown_key(key, place))
         elif isinstance(value, Mapping):

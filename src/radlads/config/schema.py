@@ -127,9 +127,10 @@ class TeacherConfig:
     """The frozen softmax model to learn from, and how much."""
 
     path: str = ""
-    """The teacher, a Hugging Face folder or hub name; '' = hf_path; both '' = no teacher."""
+    """The teacher: a Hugging Face folder, hub name or weights file; '' = hf_path; both '' = no teacher, or in the align
+    stage what the student is set up from."""
     hf_path: str = ""
-    """As path, which comes first where both are set."""
+    """As path, which comes first where both are set. Released files say train.teacher.model.hf_path."""
     kl_weight: float = 0.5
     """Weight of KL(teacher || student) on logits. Extend stage only; naming a teacher there switches it on."""
     ce_weight: float = 0.5

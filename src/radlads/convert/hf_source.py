@@ -97,12 +97,13 @@ def locate(path_or_name: str | Path) -> Path:
     Raises ValueError if there is neither, or its config.json is of no model that can be read.
     """
     folder = locate_folder(path_or_name, DESCRIBING_FILES, _WHAT)
-    if Path(path_or_name).expanduser().is_dir():
+    shards = sorted(shard_names(folder))
+    if Path(path_or_name).expanduser().is_dir() or all((folder / name).is_file() for name in shards or [WEIGHTS_FILE]):
         return folder
     values = read_config(folder, *_READABLE)
     if set(values["architectures"]) & set(SUPPORTED_ARCHITECTURES):
         teacher_config(values, folder)
-    return locate_folder(path_or_name, (WEIGHTS_FILE, *sorted(shard_names(folder)), *DESCRIBING_FILES), _WHAT)
+    return locate_folder(path_or_name, (WEIGHTS_FILE, *shards, *DESCRIBING_FILES), _WHAT)
 
 
 def teacher_config(values: dict, folder: Path) -> RadladsConfig:

@@ -16,6 +16,8 @@ from typing import Any, BinaryIO, NamedTuple, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from radlads.checksums import corpus_record
+
 _MAGIC = b"MMIDIDX\0\0"
 _VERSION = 1
 # magic, version, dtype code, number of sizes, number of document indices
@@ -92,7 +94,7 @@ class BinIdxWriter:
 
     Ids are stored as uint16 if every id below `vocab_size` fits, else as int32. The files grow under temporary names in
     the folder of `path_stem` (created if missing), which an exception removes. A corpus of that name is replaced.
-    Raises ValueError on leaving the block if no token was added.
+    Raises ValueError if what bears the corpus's name is none, and on leaving the block if no token was added.
     """
 
     def __init__(self, path_stem: str | Path, vocab_size: int) -> None:
@@ -111,6 +113,7 @@ class BinIdxWriter:
 
     def __enter__(self) -> Self:
         self._bin_temporary.parent.mkdir(parents=True, exist_ok=True)
+        _check_replaceable(_pair(self.path_stem)[1])
         with ExitStack() as stack:
             stack.callback(self._bin_temporary.unlink, missing_ok=True)
             stack.callback(self._idx_temporary.unlink, missing_ok=True)
@@ -165,6 +168,7 @@ class BinIdxWriter:
         bin_path, idx_path = _pair(self.path_stem)
         # Without its index an old corpus cannot be read, so no reader ever sees the new .bin with the old .idx.
         idx_path.unlink(missing_ok=True)
+        corpus_record(self.path_stem).unlink(missing_ok=True)
         os.replace(self._bin_temporary, bin_path)
         os.replace(self._idx_temporary, idx_path)
 
@@ -191,6 +195,15 @@ def _path_stem(path: str | Path) -> Path:
 
 def _pair(stem: Path) -> tuple[Path, Path]:
     return stem.parent / f"{stem.name}.bin", stem.parent / f"{stem.name}.idx"
+
+
+def _check_replaceable(idx_path: Path) -> None:
+    """Raise ValueError if what bears the name of a corpus's index is something else."""
+    if not idx_path.exists():
+        return
+    with open(idx_path, "rb") as file:
+        if file.read(len(_MAGIC)) != _MAGIC:
+            raise ValueError(f"{idx_path} is no corpus that a new one could replace: remove it, or choose another name")
 
 
 def _require_files(given: Path, bin_path: Path, idx_path: Path) -> None:

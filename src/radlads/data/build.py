@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from radlads.data.binidx import BinIdxReader, BinIdxWriter
+from radlads.data.corpus_checksums import record_checksums
 
 Ids = NDArray[np.int32]
 
@@ -49,6 +50,7 @@ def build_binidx(
     on_progress: Callable[[BuiltCorpus], None] = lambda so_far: None,
 ) -> BuiltCorpus:
     """Encode `documents`, each followed by one EOS, into `path_stem`.bin and .idx; nothing is left there on an error.
+    Their hashes go into `path_stem`.checksums.json.
 
     Stops at `max_tokens`, cutting the last document short (it still ends in EOS). No special tokens are added, and the
     tokenizer's own padding and truncation are ignored. `processes` > 1 encodes in that many worker processes and gives
@@ -81,6 +83,7 @@ def build_binidx(
             if full:
                 break
     _verify(BinIdxReader(path_stem), writer, ends)
+    record_checksums(writer.path_stem)
     return BuiltCorpus(writer.num_tokens, writer.num_documents, num_bytes)
 
 

@@ -125,12 +125,14 @@ def build_lines(arguments: argparse.Namespace, open_tokenizer: OpenTokenizer, co
 def check_lines(arguments: argparse.Namespace, open_tokenizer: OpenTokenizer) -> Iterator[str]:
     """Read a built corpus as a whole. Raises ValueError for one that its tokenizer cannot have made."""
     from radlads.data.binidx import BinIdxReader
+    from radlads.data.corpus_checksums import check_checksums
     from radlads.data.inspect_corpus import describe, documents_ending_in
     from radlads.data.loader import check_vocabulary
 
     opened = open_tokenizer(arguments.tokenizer)
     stem = corpus_stem(arguments)
     reader = BinIdxReader(stem)
+    check_checksums(reader.path_stem)
     check_vocabulary(reader, opened.vocab_size, f"{stem}.bin")
     yield from describe(reader, (arguments.ctxlen,), opened.text_of)
     ended = documents_ending_in(reader, opened.eos)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radlads.data.binidx import BinIdxReader
+from radlads.data.corpus_checksums import forget_checksums, record_checksums
 from radlads.data.sampling import magic_prime
 
 _EXCERPT_TOKENS = 32
@@ -114,7 +115,10 @@ def _rewrite(reader: BinIdxReader, positions: NDArray[np.int64], token_id: int) 
                 file.write(block.tobytes())
             file.flush()
             os.fsync(file.fileno())
+        had_checksums = forget_checksums(reader.path_stem)
         os.replace(temporary, path)
+        if had_checksums:
+            record_checksums(reader.path_stem)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ TEACHER, WINDOWED, SETUP = "teacher", "teacher 64+4", "setup"
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """What to evaluate, and how. folders: model folders or hub names. tokenizer: a folder or hub name, instead of the
-    models' own."""
+    models' own. metadata: what lm-eval's tasks are told (open_tasks)."""
 
     folders: Sequence[str]
     tasks: Sequence[str]
@@ -35,6 +35,7 @@ class Evaluation:
     teacher: str | None = None
     baselines: bool = False
     include_path: Path | None = None
+    metadata: Mapping[str, Any] | None = None
     tokenizer: str | None = None
     device: str = "auto"
     cache: Path | None = None
@@ -101,6 +102,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--include-path", "--include_path", type=Path, metavar="DIR", help="task files of your own")
     parser.add_argument(
+        "--metadata",
+        metavar="JSON",
+        help="for tasks that make their own questions, such as RULER's: '{\"max_seq_lengths\": [1024, 4096]}'",
+    )
+    parser.add_argument(
         "--tokenizer", metavar="DIR", help="for all models (default: each one's own, else the teacher's)"
     )
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="a GPU where there is one")
@@ -128,11 +134,22 @@ def evaluation_of(arguments: argparse.Namespace) -> Evaluation:
         teacher=arguments.teacher,
         baselines=arguments.baselines,
         include_path=arguments.include_path,
+        metadata=None if arguments.metadata is None else _metadata(arguments.metadata),
         tokenizer=arguments.tokenizer,
         device=arguments.device,
         cache=arguments.cache,
         output=arguments.output,
     )
+
+
+def _metadata(text: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f'--metadata is not JSON ({error}): write {{"max_seq_lengths": [4096]}}') from error
+    if not isinstance(values, dict):
+        raise ValueError('--metadata must be a JSON object: write {"max_seq_lengths": [4096]}')
+    return values
 
 
 def evaluate(evaluation: Evaluation, console: Console) -> list[str]:
@@ -155,7 +172,7 @@ def evaluate(evaluation: Evaluation, console: Console) -> list[str]:
         if evaluation.settings.chat_template:
             ChatTemplate(folder, sys.maxsize)
     tells = share_work(device)
-    tasks = open_tasks(task_names(evaluation.tasks), evaluation.include_path)
+    tasks = open_tasks(task_names(evaluation.tasks), evaluation.include_path, _told(entries, evaluation))
     results = {}
     for entry in entries:
         if tells:
@@ -169,6 +186,13 @@ def evaluate(evaluation: Evaluation, console: Console) -> list[str]:
     if evaluation.output is not None:
         write_results(evaluation, results, found)
     return table(found, TEACHER if evaluation.teacher else None)
+
+
+def _told(entries: Sequence[_Entry], evaluation: Evaluation) -> dict[str, Any] | None:
+    """--metadata, with the first model's tokenizer, by which RULER measures lengths, unless it names one."""
+    if evaluation.metadata is None:
+        return None
+    return {"tokenizer": str(_tokenizer_folder(entries[0].folder, evaluation)), **evaluation.metadata}
 
 
 def write_results(evaluation: Evaluation, results: dict[str, Any], found: dict[str, list[Score]]) -> None:

@@ -32,13 +32,15 @@ _BOOTSTRAP_DRAWS = 1000
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """How tasks are run. limit: questions of each task, below 1 a share of them; None = all. num_fewshot: None leaves
-    it to the task. max_tokens: of one text; None = the model's max_position_embeddings."""
+    it to the task. max_tokens: of one text; None = the model's max_position_embeddings. questions: the numbers of those
+    to ask, by task, in place of a limit."""
 
     batch_rows: int = 8
     num_fewshot: int | None = None
     limit: float | None = None
     max_tokens: int | None = None
     chat_template: bool = False
+    questions: Mapping[str, Sequence[int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,22 +63,25 @@ def share_work(device: torch.device) -> bool:
     return bool(Accelerator(cpu=device.type == "cpu", kwargs_handlers=[waiting]).is_main_process)
 
 
-def open_tasks(names: Sequence[str], include_path: Path | None = None) -> Tasks:
+def open_tasks(
+    names: Sequence[str], include_path: Path | None = None, metadata: Mapping[str, Any] | None = None
+) -> Tasks:
     """The tasks of these names or patterns (`mmlu_*`), from a folder of task files first, then lm-eval's own.
 
-    Raises ValueError for a missing lm-eval or folder, and for names that nothing answers to.
+    metadata: what tasks that make their own questions are told, such as RULER's `max_seq_lengths` and `tokenizer`. Raises ValueError for a missing lm-eval or folder, and for names that nothing answers to.
     """
     _check_lm_eval()
     from lm_eval.tasks import TaskManager
 
+    told = None if metadata is None else dict(metadata)
     if include_path is not None:
         if not include_path.is_dir():
             raise ValueError(f"{include_path} is not a folder: --include-path takes one with lm-eval's task files")
-        own = TaskManager(include_path=str(include_path), include_defaults=False)
+        own = TaskManager(include_path=str(include_path), include_defaults=False, metadata=told)
         found = {name: own.match_tasks([name]) for name in names}
         if all(found.values()) and not {name for some in found.values() for name in some} & set(own.all_groups):
             return Tasks(_flat(found), own)  # all of lm-eval's own take ten seconds to index
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    manager = TaskManager(include_path=None if include_path is None else str(include_path), metadata=told)
     found = {name: manager.match_tasks([name]) for name in names}
     for name in (name for name, matches in found.items() if not matches):
         near = difflib.get_close_matches(name, manager.all_tasks, n=3)
@@ -110,6 +115,7 @@ def run_tasks(
         num_fewshot=settings.num_fewshot,
         batch_size=settings.batch_rows,
         limit=int(limit) if limit is not None and limit >= 1 else limit,
+        samples=None if settings.questions is None else {name: list(each) for name, each in settings.questions.items()},
         use_cache=None if cache is None else str(cache),
         apply_chat_template=settings.chat_template,
         bootstrap_iters=_BOOTSTRAP_DRAWS,

@@ -15,8 +15,14 @@ from radlads.model.modeling import RadladsForCausalLM
 
 
 def open_model(folder: Path, dtype: torch.dtype) -> RadladsForCausalLM:
-    """A teacher's, a stage's, an exported or a published folder as our model, with its generation defaults."""
-    model = build_teacher(open_teacher(folder), dtype=dtype) if is_teacher(folder) else load_model(folder, dtype=dtype)
+    """A teacher's, a stage's, an exported or a published folder as our model, with its generation defaults.
+
+    Every byte of a model with hashes is compared with them: what is measured takes longer.
+    """
+    if is_teacher(folder):
+        model = build_teacher(open_teacher(folder), dtype=dtype)
+    else:
+        model = load_model(folder, dtype=dtype, verify=True)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model

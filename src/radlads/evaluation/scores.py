@@ -20,6 +20,8 @@ PAPER = {
 SUITES = {"paper": tuple(PAPER)}
 _SHARES = {"acc", "acc_norm", "exact_match"}  # of right answers; what else there is has no chance level
 
+_NOT_ASKED = -1  # RULER's score at a length that has no questions; its metrics are lengths
+
 
 @dataclass(frozen=True)
 class Score:
@@ -61,6 +63,8 @@ def _scores_of(task: str, results: Mapping[str, Any]) -> list[Score]:
     for key, value in values.items():
         metric, comma, chosen_by = key.partition(",")
         if not comma or metric.endswith("_stderr") or PAPER.get(task, metric) != metric:
+            continue
+        if metric.isdigit() and value == _NOT_ASKED:
             continue
         stderr = values.get(f"{metric}_stderr,{chosen_by}")
         name = metric if chosen_by == "none" else f"{metric} {chosen_by}"

@@ -150,7 +150,7 @@ def open_conversation(arguments: argparse.Namespace, notice: Callable[[str], Non
     template = ChatTemplate(arguments.folder, open_model(arguments.folder).config.vocab_size)
     if missing := template.missing_tokens():
         notice(f"warning: the chat template writes {', '.join(missing)}, which the tokenizer has no token for")
-    model = load_model(arguments.folder, dtype=dtype).to(device)  # type: ignore[arg-type]
+    model = load_model(arguments.folder, dtype=dtype, verify=arguments.verify).to(device)  # type: ignore[arg-type]
     return Conversation(model, template, sampling, system=system)
 
 

@@ -87,7 +87,7 @@ def _prompt(arguments: argparse.Namespace) -> str:
 
 def _open(arguments: argparse.Namespace) -> _Model:
     device, dtype = generate.choose_device(arguments.device)
-    model = load_model(arguments.folder, dtype=dtype).to(device)  # type: ignore[arg-type]
+    model = load_model(arguments.folder, dtype=dtype, verify=arguments.verify).to(device)  # type: ignore[arg-type]
     tokenizer = open_tokenizer(arguments.folder, model.config.vocab_size)
     return _Model(arguments.folder, model, tokenizer._tokenizer, stop_ids(arguments.folder))
 

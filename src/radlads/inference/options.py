@@ -31,7 +31,7 @@ def add_generate_options(parser: argparse.ArgumentParser) -> None:
         "--load-state", type=Path, metavar="FILE", help="go on from such a state; a prompt is read after it, if given"
     )
     _add_sampling_options(parser, max_tokens=256)
-    _add_device_option(parser)
+    _add_loading_options(parser)
 
 
 def add_chat_options(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +39,7 @@ def add_chat_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="DIR", help="a model folder with a chat template")
     parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
     _add_sampling_options(parser, max_tokens=1024)
-    _add_device_option(parser)
+    _add_loading_options(parser)
 
 
 def add_serve_options(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +54,7 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         default=1_000_000,
         help="refuse longer prompts (default 1000000; a model without softmax layers has no limit of its own)",
     )
-    _add_device_option(parser)
+    _add_loading_options(parser)
 
 
 def sampling_of(arguments: argparse.Namespace) -> "Sampling":
@@ -78,7 +78,10 @@ def _add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int) -
     parser.add_argument("--seed", type=int, help="for a repeatable text")
 
 
-def _add_device_option(parser: argparse.ArgumentParser) -> None:
+def _add_loading_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", choices=["auto", "cpu", "cuda"], help="a GPU where there is one, by default"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="compare every byte of the model with the hashes beside it"
     )

@@ -58,7 +58,7 @@ def build_server(arguments: argparse.Namespace) -> "uvicorn.Server":
     transformers.logging.set_verbosity_error()  # it warns of every request
     logging.getLogger("uvicorn.error").addFilter(_is_worth_a_line)
     device, dtype = choose_device(arguments.device)
-    model = load_model(arguments.folder, dtype=dtype)
+    model = load_model(arguments.folder, dtype=dtype, verify=arguments.verify)
     tokenizer = open_tokenizer(arguments.folder, model.config.vocab_size)
     model.generation_config = generation_config(arguments.folder, model, tokenizer)
     served = ServedModel(

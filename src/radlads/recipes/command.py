@@ -1,4 +1,4 @@
-"""`radlads demo` and `radlads export`: their options, and the conversion or export that these ask for.
+"""`radlads demo`, `export` and `verify`: their options, and the conversion or export that these ask for.
 
 Imports no torch before it has to.
 """
@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 def add_demo_options(parser: argparse.ArgumentParser) -> None:
     """The options of `radlads demo`."""
-    parser.add_argument("--teacher", help="a Hugging Face folder or hub name such as Qwen/Qwen2.5-0.5B-Instruct")
+    parser.add_argument(
+        "--teacher",
+        help="a Hugging Face folder, a hub name such as Qwen/Qwen2.5-0.5B-Instruct, a GGUF file, or smollm2, which is fetched",
+    )
     parser.add_argument("--mixer", default="rad_rwkv7", help="rad_rwkv7 (default) or rad_rwkv6")
     parser.add_argument(
         "--variant",
@@ -50,6 +53,12 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload to the Hugging Face hub")
     parser.add_argument("--private", action="store_true", help="make the repository a private one, if it is new")
     parser.add_argument("--dry-run", action="store_true", help="list what would be uploaded instead")
+
+
+def add_verify_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `radlads verify`."""
+    what = "a conversion's folder, a stage's, a checkpoint's or an export's, or a corpus by its .bin file"
+    parser.add_argument("path", type=Path, metavar="DIR_OR_CORPUS", help=what)
 
 
 def overrides_of(arguments: argparse.Namespace) -> dict[str, str]:
@@ -107,7 +116,8 @@ def summary_lines(summary: Mapping[str, Any], out: Path) -> Iterator[str]:
         cost = f"{values['tokens']:12,}{values['seconds']:9.0f}" if "tokens" in values else ""
         yield f"{row:12}{values['loss']:9.4f}{values['kl']:9.4f}{values['top1']:8.1%}{cost}"
     yield f"\n{summary['gap_closed']:.1%} of the gap between setup and teacher is closed"
-    yield f"\n{'':12}{'state in kB at 1k, 8k, 64k tokens':>36}{'ms per token at position 100, 8000':>40}"
+    positions = ", ".join(summary["decode_ms"]["student"])
+    yield f"\n{'':12}{'state in kB at 1k, 8k, 64k tokens':>36}{f'ms per token at position {positions}':>40}"
     for name in ("teacher", "student"):
         state = " ".join(f"{value / 1000:10,.0f}" for value in summary["bytes"][name].values())
         decode = " ".join(f"{value:8.2f}" for value in summary["decode_ms"][name].values())

@@ -3,7 +3,6 @@
 import fcntl
 import json
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -18,10 +17,13 @@ from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
 
 from radlads.checkpoint.atomic import partial_name, read_json, write_text
-from radlads.checkpoint.hf_export import export
-from radlads.checkpoint.manifest import MANIFEST, read_manifest, sha256, versions, weights_hash
+from radlads.checkpoint.gguf_file import origin_note
+from radlads.checkpoint.hf_export import export, remove_export
+from radlads.checkpoint.manifest import MANIFEST, joint_hash, read_manifest, versions, weights_hash
 from radlads.checkpoint.model_folder import load_model
+from radlads.checkpoint.named_models import NAMED_MODELS, is_fetched
 from radlads.checkpoint.tokenizer_files import check_copyable, locate_tokenizer, read_tokenizer
+from radlads.checksums import sha256
 from radlads.config.compare import deciding, differences
 from radlads.config.load import load_config
 from radlads.config.schema import Config
@@ -36,11 +38,13 @@ from radlads.distill.heldout import Heldout, measure
 from radlads.inference.generate import Sampling, decode_ms, stream_text
 from radlads.model.configuration import state_bytes
 from radlads.model.modeling import RadladsForCausalLM
+from radlads.recipes.demo_recipes import DemoRecipe, recipe_file, recipe_for
 from radlads.recipes.reload_check import reload_max_abs_diff
 from radlads.recipes.report import write_report
+from radlads.recipes.teacher_record import check_teacher, record_teacher, teacher_changes, teacher_checksums
 from radlads.report.page import write_page
 from radlads.train.fit import recipe_hash, run_stage
-from radlads.train.hardware import check_hardware
+from radlads.train.hardware import check_hardware, only_device
 from radlads.train.processes import ALONE, check_processes
 
 Variant = Literal["balanced", "group_norm"]
@@ -48,14 +52,11 @@ Variant = Literal["balanced", "group_norm"]
 STAGES = ("align", "distill", "extend")
 SUMMARY, MARKER = "summary.json", "conversion.json"
 RELOAD_TOLERANCE = 1e-4
-HELDOUT_TOKENS = 65536
 HELDOUT_CONTEXT = 512
 MEMORY_CONTEXTS = (1024, 8192, 65536)
-DECODE_POSITIONS = (100, 8000)
 PROMPT = "def main(argv=None):"
 _SPLITS: tuple[Split, Split] = ("train", "heldout")
-_ASSETS = files("radlads") / "assets"
-BUNDLED_TEACHER = Path(str(_ASSETS / "teacher"))
+BUNDLED_TEACHER = Path(str(files("radlads") / "assets" / "teacher"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,11 +94,14 @@ def run_conversion(conversion: Conversion, console: Console) -> dict[str, Any]:
     its newest checkpoint. Raises ValueError if `out` holds another conversion or another process works in it, and for a
     teacher or data that do not fit.
     """
+    if (name := str(conversion.teacher)) in NAMED_MODELS and not is_fetched(name):
+        model = NAMED_MODELS[name]
+        console.line(f"fetching {model.title} ({model.num_bytes / 1e6:.0f} MB, {model.licence}), once")
     described = locate_tokenizer(conversion.teacher)
     read_tokenizer(described)  # before any weights are fetched
     check_copyable(described)
     source = open_teacher(conversion.teacher)
-    for note in source.notes:
+    for note in filter(None, (origin_note(source.folder), *source.notes)):
         console.line(note)
     if conversion.retie and not source.config.tie_word_embeddings:
         raise ValueError(f"{source.folder} has a head of its own, not its embedding: convert it without --retie")
@@ -107,11 +111,13 @@ def run_conversion(conversion: Conversion, console: Console) -> dict[str, Any]:
         for config in configs.values():
             check_processes(config.train, ALONE)
             check_hardware(config.train)
-    claim_folder(conversion.out, _identity(conversion, source, configs), _settings(configs), console)
+    teacher_files = teacher_checksums(source.folder)
+    claim_folder(conversion.out, _identity(conversion, teacher_files["sha256"], configs), _settings(configs), console)
     with only_process_in(conversion.out):
         if (conversion.out / SUMMARY).is_file():
             console.line(f"{conversion.out} holds this conversion already; remove the folder to run it again")
             return read_json(conversion.out / SUMMARY)
+        record_teacher(conversion.out, teacher_files)
         return _convert(conversion, source, tokenizer, configs, console)
 
 
@@ -122,11 +128,14 @@ def _convert(
     if conversion.data is None:
         build_corpus(source, tokenizer, out, console)
     torch.manual_seed(configs["align"].train.seed_everything)
+    device, recipe = only_device(configs["align"].train), _recipe(conversion, configs)
     teacher = build_teacher(source)
     student, rows = build_student(source, configs["align"].model)
+    for model in (teacher, student):
+        model.to(device)  # type: ignore[arg-type]
     console.line("setup   " + ", ".join(f"{count} weights {_PAST[action]}" for action, count in sorted(rows.items())))
     heldout_reader = BinIdxReader(conversion.corpus("heldout"))
-    heldout = heldout_batches(heldout_reader)
+    heldout = heldout_batches(heldout_reader, recipe.heldout_tokens)
     console.progress("measuring teacher and setup ...")
     summary: dict[str, Any] = {
         "teacher": _measured(measure(teacher, teacher, heldout)),
@@ -145,14 +154,15 @@ def _convert(
     setup, end = summary["setup"]["loss"], summary["extend"]["loss"]
     summary["gap_closed"] = (setup - end) / (setup - summary["teacher"]["loss"])
     console.progress("measuring decoding and the export ...")
-    if (out / "hf").exists():
-        shutil.rmtree(out / "hf")  # whatever it holds may be older than the last stage
+    check_teacher(out)
+    remove_export(out / "hf")  # it may be older than the last stage
     if conversion.retie:
         retie(student, source)
         summary["retied"] = _measured(measure(student, teacher, heldout))
+    prompt_ids = torch.from_numpy(heldout_reader.tokens[: max(recipe.decode_positions)].astype("int64"))
+    summary |= _measure_use(student, teacher, source, tokenizer, prompt_ids, recipe)
+    student.cpu()  # as the process that reloads the export runs it
     export(student, source.folder, out / "hf")
-    prompt_ids = torch.from_numpy(heldout_reader.tokens[: max(DECODE_POSITIONS)].astype("int64"))
-    summary |= _measure_use(student, teacher, source, tokenizer, prompt_ids)
     summary["reload_max_abs_diff"] = reload_max_abs_diff(student, (out / "hf").resolve(), prompt_ids[:64].tolist())
     if summary["reload_max_abs_diff"] > RELOAD_TOLERANCE:
         raise ValueError(f"{out / 'hf'} gives other logits than the student: please report this")
@@ -183,13 +193,23 @@ def stage_configs(conversion: Conversion) -> dict[str, Config]:
     data = {"train.data_file": str(conversion.corpus("train"))}
     data |= {"train.validation_data_file": str(conversion.corpus("heldout"))}
     data |= {"train.teacher.hf_path": str(conversion.teacher), "train.proj_dir": str(conversion.out)}
+    recipe = recipe_for(conversion.teacher, _device_type(overrides))
     return {
         stage: load_config(
-            [str(_ASSETS / "recipe" / f"{name}.yaml") for name in (*names, stage)],
+            [*map(recipe_file, names), *recipe.stage_files(stage)],
             {**data, **_STAGE_KEYS.get(stage, {}), **overrides},
         )
         for stage in STAGES
     }
+
+
+def _device_type(overrides: Mapping[str, object]) -> str:
+    """`cuda` or `cpu`: where stages run, by train.accelerator or by what is there."""
+    return only_device(load_config([recipe_file("align")], dict(overrides)).train).type
+
+
+def _recipe(conversion: Conversion, configs: Mapping[str, Config]) -> DemoRecipe:
+    return recipe_for(conversion.teacher, only_device(configs["align"].train).type)
 
 
 # Stage 3 has the teacher for its held-out KL alone; its loss is the labels'.
@@ -201,6 +221,7 @@ _OWNED_KEYS = {
     "train.load_model",
     "train.teacher.path",
     "train.teacher.hf_path",
+    "train.teacher.model.hf_path",
     "model.tmix",
 }
 _PAST = {"copy": "copied", "transform": "transformed", "fresh": "fresh", "drop": "dropped"}
@@ -214,6 +235,7 @@ def claim_folder(out: Path, identity: dict[str, str], settings: dict[str, Any], 
         held = read_json(marker)
         if different := [key for key in identity if held.get(key) != identity[key]]:
             changes = differences(held["settings"], settings) if "settings" in held else []
+            changes += teacher_changes(out) if "teacher" in different else []
             raise ValueError(
                 f"{out} holds another conversion (different: {', '.join(different)}): "
                 f"{'; '.join([*changes, 'remove it'])}, or choose another --out"
@@ -256,9 +278,9 @@ def build_corpus(source: TeacherSource, tokenizer: Tokenizer, out: Path, console
         )
 
 
-def heldout_batches(reader: BinIdxReader) -> DataLoader:
+def heldout_batches(reader: BinIdxReader, num_tokens: int) -> DataLoader:
     """The held-out windows that every row of the summary is measured on."""
-    windows = HeldoutWindows(reader, HELDOUT_CONTEXT, HELDOUT_TOKENS)
+    windows = HeldoutWindows(reader, HELDOUT_CONTEXT, num_tokens)
     return DataLoader(windows, batch_size=8)
 
 
@@ -279,7 +301,7 @@ def _run_or_reuse(
                 f"{folder} was made by another recipe or from another parent: remove it to run the stage again"
             )
         console.line(f"{folder.name}: finished earlier, kept")
-        return load_model(folder), True
+        return load_model(folder).to(teacher.device), True  # type: ignore[arg-type]
     torch.manual_seed(config.train.seed_everything)
     own = with_own_checkpoint(config, folder)
     result = run_stage(own, student, teacher, folder, console, parent=parent, recipe=recipe)
@@ -302,6 +324,7 @@ def _measure_use(
     source: TeacherSource,
     tokenizer: Tokenizer,
     prompt: torch.Tensor,
+    recipe: DemoRecipe,
 ) -> dict[str, Any]:
     """Decode times, state sizes (in bf16, as one would serve them) and one continuation, for both models."""
     models = {"student": student, "teacher": teacher}
@@ -309,7 +332,10 @@ def _measure_use(
     sampling = Sampling(temperature=0.7, top_p=0.9, max_tokens=80, seed=1)
     return {
         "decode_ms": {
-            name: {str(position): decode_ms(model, prompt[None, :position]) for position in DECODE_POSITIONS}
+            name: {
+                str(position): decode_ms(model, prompt[None, :position].to(model.device))
+                for position in recipe.decode_positions
+            }
             for name, model in models.items()
         },
         "bytes": {
@@ -321,16 +347,16 @@ def _measure_use(
     }
 
 
-def _identity(conversion: Conversion, source: TeacherSource, configs: dict[str, Config]) -> dict[str, str]:
-    """What a folder's conversion is told apart by: each entry names one thing that decides the result."""
+def _identity(conversion: Conversion, teacher: Mapping[str, str], configs: dict[str, Config]) -> dict[str, str]:
+    """What a folder's conversion is told apart by: each entry names one thing that decides the result. `teacher`:
+    its files' hashes."""
     data = f"Python {versions()['python']}"
     if conversion.data is not None:
         stems = (BinIdxReader(conversion.corpus(split)).path_stem for split in _SPLITS)
         data = recipe_hash(*(sha256(Path(f"{stem}.{kind}")) for stem in stems for kind in ("idx", "bin")))
-    described = [source.folder / name for name in ("config.json", "tokenizer.json")]
     return {
         "radlads": versions().get("radlads", ""),
-        "teacher": recipe_hash(weights_hash(source.folder), *(sha256(path) for path in described)),
+        "teacher": recipe_hash(joint_hash(teacher), *(teacher[name] for name in ("config.json", "tokenizer.json"))),
         "data": data,
         "mixer": recipe_hash(configs["align"].model),
         "stages": recipe_hash(*(deciding(config) for config in configs.values())),

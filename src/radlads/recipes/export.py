@@ -4,7 +4,6 @@ Owns which model a run's folder stands for, and the order of checks. Leaves form
 model_card.py, llama.cpp to llama_cpp.py and the hub to hub_upload.py.
 """
 
-import hashlib
 import math
 import shutil
 from dataclasses import dataclass
@@ -15,7 +14,14 @@ from transformers import GenerationConfig
 
 from radlads.checkpoint.atomic import check_new, unfinished_folder, write_text
 from radlads.checkpoint.hf_export import check_exportable, write_export
-from radlads.checkpoint.manifest import MANIFEST, read_manifest
+from radlads.checkpoint.manifest import (
+    MANIFEST,
+    check_every_file,
+    check_model_files,
+    joint_hash,
+    read_manifest,
+    write_folder_checksums,
+)
 from radlads.checkpoint.model_folder import StoredModel, load_model, open_model
 from radlads.checkpoint.tokenizer_files import (
     GENERATION_FILE,
@@ -106,6 +112,7 @@ def export_run(export: Export, console: Console) -> None:
         for line in listing(folder, export.repo):
             console.line(line)
     elif export.repo is not None:
+        check_every_file(folder)
         console.line(f"uploaded to {upload(folder, export.repo, private=export.private)}")
 
 
@@ -126,6 +133,7 @@ def find_source(run: Path, teacher: str | None) -> Source:
     if (run / "config.json").is_file() and not (run / MANIFEST).is_file():
         tokenizer_folder = run if teacher is None else locate_tokenizer(teacher)
         read_tokenizer(tokenizer_folder)
+        check_model_files(run, whole=True)
         return Source(
             run, tokenizer_folder, teacher, read_measurements(run), [], retied=False, earlier=read_card(run / CARD)
         )
@@ -185,8 +193,7 @@ def _ancestors(stage: Stage) -> list[Stage]:
 
 def _recorded_digest(stage: Stage) -> str:
     """manifest.weights_hash by the manifest's own hashes, which are not computed again."""
-    digests = "".join(digest for _, digest in sorted((stage.manifest.get("sha256") or {}).items()))
-    return hashlib.sha256(digests.encode()).hexdigest()
+    return joint_hash(stage.manifest.get("sha256") or {})
 
 
 def _write(export: Export, out: Path, console: Console) -> None:
@@ -202,6 +209,7 @@ def _write(export: Export, out: Path, console: Console) -> None:
     with unfinished_folder(out, keep_failed=False) as partial:
         console.progress(f"reading {source.folder} and writing {out} ...")
         expected = _write_model(export, source, partial, dtype, token_ids)
+        write_folder_checksums(partial)  # before the card and licences, which their reader may edit
         console.progress("loading what was written ...")
         difference = _difference(expected, partial.resolve(), dtype, token_ids, for_llama_cpp=export.for_llama_cpp)
         _add_licence_files(source.tokenizer_folder, partial)

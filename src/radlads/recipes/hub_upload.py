@@ -8,7 +8,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from radlads.checkpoint.foreign_folders import refuse_links
+from radlads.checkpoint.foreign_folders import refuse_links_out
 
 # What a refused or broken connection raises: the error of the HTTP library that this huggingface_hub is built on
 _HTTP_ERROR = cast("type[Exception]", HfHubHTTPError.__mro__[1])
@@ -31,7 +31,7 @@ def uploaded_files(folder: Path) -> list[Path]:
     if not (folder / "config.json").is_file() or not (folder / "README.md").is_file():
         raise ValueError(f"{folder} is no exported model (config.json and README.md): name OUT too, to export it first")
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    refuse_links(folder, [glob.escape(path.name) for path in files])
+    refuse_links_out(folder, [glob.escape(path.name) for path in files])
     return files
 
 

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from radlads.checkpoint.model_folder import read_config
 from radlads.checkpoint.tokenizer_files import locate_tokenizer
 from radlads.checkpoint.weight_files import is_weights_file, open_weights, starting_point
 from radlads.checkpoint.weights import StoredWeights
-from radlads.config.schema import Config, ModelConfig, check_available, stage_of
+from radlads.config.schema import SIZE_KEYS, Config, ModelConfig, check_available, stage_of
 from radlads.config.sizes import check_sizes
 from radlads.console import Console
 from radlads.convert.bare_weights import is_teachers, shape_of, student_from_teacher, student_of
@@ -39,9 +40,11 @@ from radlads.train.samples import open_corpora
 def train_stage(config: Config, console: Console, processes: Processes = ALONE) -> StageResult:
     """Run the stage a configuration describes and write its folder; of several processes all have to.
 
-    The student comes from train.load_model; without one, the align stage sets it up from the teacher. Raises ValueError
-    if neither is possible, and as run_stage does.
+    The student comes from train.load_model; without one, the align stage sets it up from the teacher. An align stage
+    that names no teacher learns from what its student is set up from. Raises ValueError if neither is possible, and as
+    run_stage does.
     """
+    config = _with_teacher(config)
     train = config.train
     # What can be known cheaply is said before the models are read
     check_available(config)
@@ -68,12 +71,33 @@ def train_stage(config: Config, console: Console, processes: Processes = ALONE) 
     return run_stage(config, models.student, models.teacher, folder, console, parent=parent, processes=processes)
 
 
+def _with_teacher(config: Config) -> Config:
+    """The configuration, in which an align stage without a teacher gets the model that its student is set up from."""
+    train = config.train
+    if stage_of(train) != "align" or train.teacher.path or train.teacher.hf_path:
+        return config
+    start = starting_point(train.load_model)
+    if start is None:
+        origin = config.model.hf_path
+    else:
+        origin = str(start) if is_weights_file(start) and is_teachers(open_weights(start)) else ""
+    if not origin:
+        return config
+    sizes = replace(train.teacher.model, **{key: getattr(config.model, key) for key in SIZE_KEYS})
+    return replace(config, train=replace(train, teacher=replace(train.teacher, path=origin, model=sizes)))
+
+
 def check_student(config: Config, student: RadladsConfig, teacher: RadladsConfig | None) -> None:
     """Raise ValueError if the models are not of the sizes and mixers that are configured, or do not fit each other."""
     check_sizes(config.model, "model", student.to_dict())
     if teacher is not None:
         check_sizes(config.train.teacher.model, "train.teacher.model", teacher.to_dict())
     wanted = layer_mixers(config.model, student.num_hidden_layers)
+    if stage_of(config.train) == "align" and set(wanted) == {"qwen2"}:
+        raise ValueError(
+            f"model.tmix is {config.model.tmix!r}, so no layer has a mixer to align: pass the mixer's file with -c, "
+            "after the size file, which names the teacher's attention"
+        )
     if student.time_mixers != wanted:
         raise ValueError(
             f"{config.train.load_model} holds the mixers {_counted(student.time_mixers)}, but the configuration "
@@ -141,6 +165,11 @@ def _teacher(config: Config, path: str) -> TeacherSource:
     """The teacher of a folder, hub name or weights file."""
     if not is_weights_file(Path(path)):
         return open_teacher(path)
+    if not Path(path).exists():
+        raise ValueError(
+            f"the teacher's weights {path} do not exist: make them with `python3 convert_hf_to_pth.py FOLDER {path}`, "
+            "or name the teacher's folder or hub name with --train.teacher.path"
+        )
     weights, described = open_weights(Path(path)), [config.train.teacher.hf_path, config.model.hf_path]
     return teacher_source(Path(path), _shape(weights, Path(path), described, config.train.teacher.model), weights)
 

@@ -395,6 +395,7 @@ def _configuration(run: Run) -> str:
         f"{stage.folder.name}/{name}": f"sha256 {digest}"
         for stage in run.stages
         for name, digest in stage.manifest.get("sha256", {}).items()
+        if name.endswith(".safetensors")
     }
     return "\n".join([versions, *recipes, html.heading("Weights"), html.facts(hashes)])
 

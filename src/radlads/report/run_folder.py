@@ -1,6 +1,7 @@
 """A run's folder, read: what `radlads demo`, `train`, `eval` and `longcontext` left in it. Computes nothing."""
 
 import csv
+import io
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ import yaml
 from radlads.checkpoint.atomic import read_json
 from radlads.checkpoint.manifest import MANIFEST
 from radlads.checkpoint.weights import SafetensorsFolder
+from radlads.checksums import sha256
 
 SUMMARY = "summary.json"
 EVALUATION = "eval.json"
@@ -162,12 +164,34 @@ def _need(row: dict[str, Any], *columns: str) -> None:
 
 
 def read_csv(path: Path) -> list[dict[str, float]]:
-    """Rows of a file of numbers, empty cells left out. Raises ValueError for a cell that is no number."""
-    with path.open(newline="", encoding="utf-8") as file:
-        try:
-            return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} is damaged: it holds something else than numbers") from error
+    """Rows of a file of numbers, one at least, empty cells left out.
+
+    Raises ValueError for a file that is empty, cut short, or not of numbers: of what was not measured there is none.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace")
+    header, *rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row] or [[]]
+    if not rows:
+        raise _damaged(path, "is empty")
+    if not text.endswith("\n") or any(len(row) != len(header) for row in rows):
+        raise _damaged(path, "is cut short")
+    try:
+        return [{name: float(cell) for name, cell in zip(header, row, strict=True) if cell} for row in rows]
+    except ValueError as error:
+        raise _damaged(path, "holds something else than numbers") from error
+
+
+def _read_log(path: Path, hashes: Mapping[str, str]) -> list[dict[str, float]]:
+    """read_csv, of a file that has its hash among these if they know it; nothing where there is no file."""
+    if not path.is_file():
+        return []
+    rows = read_csv(path)
+    if path.name in hashes and sha256(path) != hashes[path.name]:
+        raise _damaged(path, f"is not the file its {MANIFEST} describes")
+    return rows
+
+
+def _damaged(path: Path, what: str) -> ValueError:
+    return ValueError(f"{path} is damaged: it {what}; copy it anew, or remove it to have it called not measured")
 
 
 def _stage_folders(folder: Path) -> Iterator[Path]:
@@ -186,8 +210,8 @@ def _read_stage(folder: Path) -> Stage:
         folder=folder,
         manifest=manifest,
         model=_json(folder / "config.json") or {},
-        metrics=read_csv(folder / "metrics.csv") if (folder / "metrics.csv").is_file() else [],
-        heldout=read_csv(folder / "heldout.csv") if (folder / "heldout.csv").is_file() else [],
+        metrics=_read_log(folder / "metrics.csv", manifest.get("sha256", {})),
+        heldout=_read_log(folder / "heldout.csv", manifest.get("sha256", {})),
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
     )
 

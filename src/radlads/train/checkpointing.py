@@ -116,6 +116,13 @@ class Checkpointing(L.Callback):
         )
         if module.processes.is_first:
             for old in checkpoints_in(self._folder)[: -self._train.keep_checkpoints]:
-                remove(old)
+                self._remove(old)
         self._written, module.checkpoint_agreed = self._clock(), False
         return path
+
+    def _remove(self, old: Path) -> None:
+        """Remove a checkpoint; one that holds somebody's own files stays, which is no reason to end a run."""
+        try:
+            remove(old)
+        except ValueError as reason:
+            self._console.line(f"{old} stays: {reason}")

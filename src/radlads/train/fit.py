@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import shutil
 import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -43,7 +42,7 @@ from radlads.train.samples import (
     training_samples,
 )
 from radlads.train.sharding import settle
-from radlads.train.snapshots import CHECKPOINTS, Position, read_position, restore_student
+from radlads.train.snapshots import CHECKPOINTS, Position, read_position, remove_all, restore_student
 from radlads.train.spike_guard import SpikeGuard
 from radlads.train.stopping import StopRequests
 from radlads.train.strategies import strategy_arguments
@@ -135,11 +134,19 @@ def run_stage(
         processes.wait_for_all()
         # Only now: a run that is killed before its folder has the name still needs them
         if processes.is_first:
-            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+            _remove_checkpoints(folder, console)
         if stop.agreed is not None:
             console.line(f"{stop.agreed.name}: stopped, with the stage finished in {folder}")
             raise stop.stopped()
     return StageResult(folder, module.tokens_done, seconds, last, begin is not None)
+
+
+def _remove_checkpoints(stage_folder: Path, console: Console) -> None:
+    """Of a stage that is finished, which it stays whatever becomes of them."""
+    try:
+        remove_all(stage_folder)
+    except (ValueError, OSError) as reason:
+        console.line(f"{stage_folder / CHECKPOINTS} stays: {reason}")
 
 
 def _begin(checkpoint: Path | None, module: StageModule, stage_folder: Path, console: Console) -> Position:

@@ -1,7 +1,6 @@
 """Where a stage begins: anew, or at one of its checkpoints, and only at one of the same run."""
 
 import hashlib
-import shutil
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
@@ -11,16 +10,27 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from radlads.checkpoint.atomic import read_json
-from radlads.checkpoint.manifest import sha256
+from radlads.checkpoint.manifest import MANIFEST, sha256
+from radlads.checkpoint.own_files import MARK, check_marked, check_names, remove_each
 from radlads.checkpoint.weights import EMBEDDING, HEAD
 from radlads.config.compare import deciding, differences
 from radlads.config.schema import Config
 from radlads.console import Console
 from radlads.data.binidx import BinIdxReader
 from radlads.model.modeling import RadladsForCausalLM
+from radlads.train.loggers import WANDB_RUN
+from radlads.train.metrics_csv import METRICS, SPEED
 from radlads.train.processes import ALONE, Processes
 from radlads.train.samples import sequences_per_step
-from radlads.train.snapshots import CHECKPOINTS, RUN, checkpoints_in, fault_of, remove
+from radlads.train.snapshots import (
+    CHECKPOINT_FILES,
+    CHECKPOINTS,
+    RUN,
+    checkpoints_in,
+    fault_of,
+    remove,
+    remove_incomplete,
+)
 
 # Of every tensor, so that models that differ are told apart without reading all of a large one
 _NUMBERS_COMPARED = 1024
@@ -39,6 +49,21 @@ _MAY_CHANGE = frozenset(
 )
 """What may be another value than the checkpoint's where the user names it: neither data nor schedule shift by it."""
 
+
+STAGE_FILES = (
+    *("config.yaml", "config.json", "model*.safetensors", "model.safetensors.index.json", MANIFEST),
+    *(
+        METRICS,
+        SPEED,
+        "heldout.csv",
+        WANDB_RUN,
+        "wandb/**",
+        "tensorboard/events.out.tfevents.*",
+        "tensorboard/hparams.yaml",
+    ),
+    *(f"{CHECKPOINTS}/step-*/{name}" for name in CHECKPOINT_FILES),
+)
+"""What a run leaves in its unfinished folder; anything else there is its user's."""
 
 _SPREAD = frozenset(
     f"train.{name}"
@@ -94,11 +119,10 @@ def first_checkpoint(setting: str, stage_folder: Path, run: dict[str, Any], cons
 
     Call with the stage's unfinished folder locked. What is of no use to the run is removed from it, and said so.
     Raises ValueError if the checkpoint is damaged, naming the one before; if it is another run's, with all that
-    differs; or if there is none where one is named.
+    differs; if there is none where one is named; or if what would have to be removed was not written by a run.
     """
     held = checkpoints_in(stage_folder)
-    for incomplete in (stage_folder / CHECKPOINTS).glob("step-*.partial"):
-        shutil.rmtree(incomplete)
+    remove_incomplete(stage_folder)
     if setting == "never" or (setting == "auto" and not held):
         _empty(stage_folder, held, console)
         return None
@@ -114,11 +138,12 @@ def first_checkpoint(setting: str, stage_folder: Path, run: dict[str, Any], cons
 
 
 def _empty(stage_folder: Path, held: list[Path], console: Console) -> None:
-    if any(stage_folder.iterdir()):
+    check_marked(stage_folder)
+    check_names(stage_folder, STAGE_FILES)
+    if written := [path for path in stage_folder.iterdir() if path.name != MARK]:
         what = f"{len(held)} checkpoints" if held else "no checkpoint"
         console.line(f"{stage_folder}: an unfinished run ({what}) is thrown away and started over")
-    for path in stage_folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        remove_each(written)
 
 
 def _named(path: Path, stage_folder: Path, held: list[Path]) -> Path:

@@ -10,7 +10,6 @@ The frozen teacher is in none. Leaves to others when to write one, and which to 
 import json
 import random
 import re
-import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -22,8 +21,10 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from radlads.checkpoint.atomic import read_json, unfinished_folder, write_text
-from radlads.checkpoint.manifest import MANIFEST, sha256, versions
+from radlads.checkpoint.manifest import MANIFEST, versions
 from radlads.checkpoint.model_folder import save_model
+from radlads.checkpoint.own_files import MARK, check_names, refuse_links, remove_folder
+from radlads.checkpoint.safetensors_files import WEIGHTS_FILE
 from radlads.checkpoint.safetensors_writer import file_order, write_safetensors
 from radlads.checkpoint.weights import (
     ModelWeights,
@@ -36,15 +37,18 @@ from radlads.checkpoint.weights import (
     own_part,
     own_rows,
 )
+from radlads.checksums import sha256
 from radlads.distill.heldout import Heldout
 from radlads.model.modeling import RadladsForCausalLM
-from radlads.train.loggers import carry
+from radlads.train.loggers import CARRIED, carry
 from radlads.train.processes import ALONE, Processes
 from radlads.train.sharding import is_sharded
 
 CHECKPOINTS = "checkpoints"
 STATE, POSITION, RUN = "state.safetensors", "position.json", "run.json"
 SHARD, WEIGHT = "shard-{:05d}-of-{:05d}.safetensors", "weight."
+CHECKPOINT_FILES = ("config.json", WEIGHTS_FILE, STATE, "shard-*.safetensors", POSITION, RUN, MANIFEST, *CARRIED)
+"""What a checkpoint holds, whole or not; nothing else is removed with one."""
 _SHARD_NAME = re.compile(r"shard-\d+-of-(\d+)\.safetensors")
 
 
@@ -112,7 +116,7 @@ def write_checkpoint(
             write_text(folder / POSITION, json.dumps(content) + "\n")
             write_text(folder / RUN, json.dumps(run, indent=2) + "\n")
             carry(stage_folder, folder)
-            hashes |= {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name not in hashes}
+            hashes |= {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name not in (*hashes, MARK)}
             write_text(folder / MANIFEST, json.dumps({"versions": versions(), "sha256": hashes}, indent=2) + "\n")
         elif held.gathered:
             for part in (held.weights, held.moments):
@@ -140,10 +144,27 @@ def _write_shards(folder: Path, student: RadladsForCausalLM, held: Held, process
 
 
 def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint, which loses its name first: a run killed in between leaves none that looks whole."""
+    """Remove a checkpoint, which loses its name first: a run killed in between leaves none that looks whole.
+
+    Raises ValueError, and leaves it as it is, if it is a link or holds what no run wrote.
+    """
+    check_names(checkpoint, CHECKPOINT_FILES)
     doomed = checkpoint.with_name(f"{checkpoint.name}.partial")
     checkpoint.rename(doomed)
-    shutil.rmtree(doomed)
+    remove_folder(doomed, CHECKPOINT_FILES)
+
+
+def remove_incomplete(stage_folder: Path) -> None:
+    """Remove what killed runs have left of checkpoints without their name. Raises ValueError as `remove`."""
+    refuse_links(stage_folder / CHECKPOINTS)
+    for path in (stage_folder / CHECKPOINTS).glob("step-*.partial"):
+        remove_folder(path, CHECKPOINT_FILES)
+
+
+def remove_all(stage_folder: Path) -> None:
+    """Remove a stage's checkpoints, whole or not, and their folder. Raises ValueError as `remove`, before the first."""
+    if (stage_folder / CHECKPOINTS).exists():
+        remove_folder(stage_folder / CHECKPOINTS, [f"step-*/{name}" for name in CHECKPOINT_FILES])
 
 
 def fault_of(checkpoint: Path) -> str | None:

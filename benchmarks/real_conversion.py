@@ -1,0 +1,421 @@
+"""Convert a model that others trained: SmolLM2-135M-Instruct, by the paper's recipe, with rates that fit its size.
+
+    python benchmarks/real_text.py --out data/real        # once, where there is a package index
+    python benchmarks/real_conversion.py --data data/real --out out/real [--device cuda]
+
+Align and distill at 512 tokens of context, extend at 4096 on labels alone, all on equal parts of English and Python.
+Budgets and rates were chosen before the first run; nothing is selected by the held-out text. Beside the student after
+each step stand its teacher, and the teacher seeing 64 tokens and 4 sinks, which nobody trained: a student below that row
+has learnt less than a mask gives for nothing. The last seed is a second conversion, of which the final row is measured.
+
+Writes DIR/results.json after everything measured; the same command goes on where it stopped. --tiny does the same in two
+minutes on a CPU, with the bundled teacher and text of this Python.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import real_measures
+import torch
+from python_conversion import TimedConsole, device_name, knob
+from python_teacher import autocast
+from real_text import SOURCES, write_tiny_text
+
+from radlads.checkpoint.atomic import read_json, write_text
+from radlads.checkpoint.hf_export import export
+from radlads.checkpoint.manifest import MANIFEST, read_manifest, versions
+from radlads.checkpoint.model_folder import load_model
+from radlads.config.load import load_config
+from radlads.config.schema import Config
+from radlads.convert.hf_source import TeacherSource, open_teacher
+from radlads.convert.student import build_student, build_teacher
+from radlads.evaluation.baselines import windowed_teacher
+from radlads.evaluation.harness import Tasks
+from radlads.model.modeling import RadladsForCausalLM
+from radlads.train.fit import run_stage
+
+ROOT = Path(__file__).resolve().parents[1]
+MIXER = ROOT / "configs" / "rad_rwkv7.yaml"
+STAGES = {"align": 1, "distill": 2, "extend": -1}
+ROWS = ("teacher", "window_untrained", "setup", *STAGES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Every number of a run."""
+
+    align_tokens: int = knob(20_000_000, "Budget of stage 1")
+    distill_tokens: int = knob(40_000_000, "Budget of stage 2")
+    extend_tokens: int = knob(5_000_000, "Budget of stage 3")
+    align_lr: float = knob(1e-3, "Rate of stage 1, the paper's; falls to 1 % of it")
+    distill_lr: float = knob(3e-4, "Rate of stage 2; falls to 3 %. The paper's 1e-5 is for billions of parameters")
+    extend_lr: float = knob(3e-5, "Rate of stage 3; falls to a third")
+    context: int = knob(512, "Tokens in a sequence of stages 1 and 2, and in the windows of the headline figures")
+    batch_tokens: int = knob(8192, "Tokens in a step of stages 1 and 2")
+    long_context: int = knob(4096, "Tokens in a sequence of stage 3, and in the windows of the figures by position")
+    long_batch_tokens: int = knob(16_384, "Tokens in a step of stage 3")
+    measure_tokens: int = knob(262_144, "Held-out tokens of each kind for the headline figures")
+    position_tokens: int = knob(262_144, "Held-out tokens of each kind for the figures by position")
+    recall_samples: int = knob(20, "Prompts in each cell of the passkey's and the needle's grid")
+    ruler_samples: int = knob(20, "Questions of each RULER task at each length")
+    reply_tokens: int = knob(96, "Longest reply to a chat prompt")
+    seed: int = knob(1337, "Seed of the first conversion; the second one's is the next number")
+
+    @property
+    def edges(self) -> tuple[int, ...]:
+        """Bins of the figures by position: the short context, then doubling."""
+        edges = [0, self.context]
+        while edges[-1] < self.long_context:
+            edges.append(min(2 * edges[-1], self.long_context))
+        return tuple(edges)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Lengths of RULER's questions, which need 1024 tokens, and with half of that of the grids' prompts."""
+        return tuple(length for length in (1024, 2048, 4096) if length <= self.long_context)
+
+
+TINY = Plan(
+    align_tokens=2048,
+    distill_tokens=2048,
+    extend_tokens=2048,
+    context=128,
+    batch_tokens=256,
+    long_context=1024,
+    long_batch_tokens=1024,
+    measure_tokens=1024,
+    position_tokens=2048,
+    recall_samples=2,
+    ruler_samples=1,
+    reply_tokens=8,
+)
+
+
+class Results:
+    """results.json: what has been measured so far, and by which plan."""
+
+    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
+        self._path = path
+        self.content: dict[str, Any] = read_json(path) if path.is_file() else {**facts, "rows": {}, "seeds": {}}
+        if self.content["plan"] != facts["plan"]:
+            raise ValueError(f"{path} holds a run of another plan: remove its folder, or choose another --out")
+
+    def once(self, *keys: str, measure: Callable[[], object]) -> None:
+        """Put what `measure` gives at a path of keys, unless there is something."""
+        place = self.content
+        for key in keys[:-1]:
+            place = place.setdefault(key, {})
+        if keys[-1] not in place:
+            place[keys[-1]] = measure()
+            write_text(self._path, json.dumps(self.content, indent=1) + "\n")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What stays the same for a whole run."""
+
+    plan: Plan
+    out: Path
+    data: Path
+    device: str
+    console: TimedConsole
+    results: Results
+    source: TeacherSource
+    ruler_names: Sequence[str]
+
+    @cached_property
+    def teacher(self) -> RadladsForCausalLM:
+        """The teacher in fp32, on the device."""
+        return build_teacher(self.source).to(self.device)  # type: ignore[arg-type]
+
+    @cached_property
+    def ruler_tasks(self) -> Tasks:
+        """RULER's questions, the same for all rows."""
+        return real_measures.ruler_tasks(self.ruler_names, self.source.folder, self.plan.lengths)
+
+    def stage_folder(self, seed: int, stage: str) -> Path:
+        """Where a conversion's stage is."""
+        return self.out / f"seed-{seed}" / f"{list(STAGES).index(stage) + 1}-{stage}"
+
+    def model_of(self, row: str) -> RadladsForCausalLM:
+        """A row's model in fp32, on the device."""
+        if row == "teacher":
+            return self.teacher
+        if row == "window_untrained":
+            return windowed_teacher(self.source).to(self.device)  # type: ignore[arg-type]
+        if row == "setup":
+            return self.set_up(self.plan.seed)
+        return load_model(self.stage_folder(self.plan.seed, row)).to(self.device)  # type: ignore[arg-type]
+
+    def set_up(self, seed: int) -> RadladsForCausalLM:
+        """A student before any training."""
+        torch.manual_seed(seed)
+        student, _ = build_student(self.source, stage_config(self, seed, "align").model)
+        return student.to(self.device)  # type: ignore[arg-type]
+
+
+def convert(run: Run, seed: int, measured: Sequence[str]) -> None:
+    """Train a student through the three stages; measure agreement after those that are named."""
+    student, parent = run.set_up(seed), f"setup of {run.source.folder.name}"
+    for stage in STAGES:
+        folder = run.stage_folder(seed, stage)
+        if (folder / MANIFEST).is_file():
+            student = load_model(folder).to(run.device)  # type: ignore[arg-type]
+        else:
+            taught = None if stage == "extend" else run.teacher
+            run_stage(stage_config(run, seed, stage), student, taught, folder, run.console, parent=parent)
+        parent = f"seed-{seed}/{folder.name}"
+        if stage in measured:
+            keys = ("rows", stage) if seed == run.plan.seed else ("seeds", str(seed))
+            record_agreement(run, student, *keys)
+            manifest = read_manifest(folder)
+            for name in ("tokens", "seconds"):
+                run.results.once(*keys, name, measure=lambda name=name, facts=manifest: facts[name])  # type: ignore[misc]
+
+
+def stage_config(run: Run, seed: int, stage: str) -> Config:
+    """A stage by the paper's recipe with the plan's numbers."""
+    plan, on_gpu = run.plan, run.device == "cuda"
+    context, batch = plan.context, plan.batch_tokens
+    if stage == "extend":
+        context, batch = plan.long_context, plan.long_batch_tokens
+    tokens = {"align": plan.align_tokens, "distill": plan.distill_tokens, "extend": plan.extend_tokens}[stage]
+    first = {"align": plan.align_lr, "distill": plan.distill_lr, "extend": plan.extend_lr}[stage]
+    share = {"align": 0.01, "distill": 0.03, "extend": 1 / 3}[stage]
+    corpora = ",".join(f"{run.data / f'{kind}-train'}:0.5" for kind in real_measures.KINDS)
+    keys: dict[str, object] = {
+        "model.ctx_len": context,
+        "train.attention_distillation_stage": STAGES[stage],
+        "train.my_exit_tokens": tokens,
+        "train.micro_bsz": max(1, batch // context),
+        "train.lr_init": first,
+        "train.lr_final": first * share,
+        "train.beta2": 0.95,
+        "train.warmup_steps": max(1, tokens // batch // 40),
+        "train.log_every_n_steps": 20,
+        "train.seed_everything": seed,
+        "train.data_file": corpora,
+        "train.proj_dir": str(run.out / f"seed-{seed}"),
+        "train.teacher.hf_path": "" if stage == "extend" else str(run.source.folder),
+        "train.accelerator": "gpu" if on_gpu else "cpu",
+        "train.precision": "bf16" if on_gpu else "fp32",
+    }
+    return load_config([MIXER], keys)
+
+
+def record_agreement(run: Run, model: RadladsForCausalLM, *keys: str) -> None:
+    """Measure loss, KL and top-1 on both kinds of held-out text."""
+    plan = run.plan
+
+    def measure() -> dict[str, dict[str, Any]]:
+        with autocast(run.device):
+            return real_measures.agreements(
+                model,
+                run.teacher,
+                run.data,
+                context_tokens=plan.context,
+                edges=plan.edges,
+                measure_tokens=plan.measure_tokens,
+                position_tokens=plan.position_tokens,
+            )
+
+    found: dict[str, Any] = {}
+    for kind in real_measures.KINDS:
+        run.results.once(*keys, kind, measure=lambda kind=kind: (found or found.update(measure()) or found)[kind])  # type: ignore[misc]
+    row = run.results.content[keys[0]][keys[1]]
+    run.console.line(f"{keys[1]:17}" + "; ".join(_figures(kind, row[kind]) for kind in real_measures.KINDS))
+
+
+def _figures(kind: str, values: dict[str, float]) -> str:
+    return f"{kind} loss {values['loss']:.3f}, KL {values['kl']:.3f}, top-1 {values['top1']:.1%}"
+
+
+def record_use(run: Run, row: str) -> None:
+    """Measure recall, RULER, costs and replies of a row's model, in the precision that one would use it in."""
+    plan, keys = run.plan, ("rows", row)
+    if "replies" in run.results.content["rows"].get(row, {}):
+        return
+    dtype = torch.bfloat16 if run.device == "cuda" else torch.float32
+    model, folder = copy.deepcopy(run.model_of(row)).to(dtype).eval(), run.source.folder  # type: ignore[arg-type]
+    depths, lengths = (0.0, 0.25, 0.5, 0.75, 1.0), (512, *plan.lengths)
+    run.results.once(
+        *keys,
+        "recall",
+        measure=lambda: real_measures.recall(
+            model, folder, run.data, lengths=lengths, depths=depths, samples=plan.recall_samples
+        ),
+    )
+    run.results.once(
+        *keys,
+        "ruler",
+        measure=lambda: real_measures.ruler(
+            model, folder, run.ruler_tasks, lengths=plan.lengths, samples=plan.ruler_samples
+        ),
+    )
+    contexts = (plan.context, plan.long_context)
+    run.results.once(*keys, "costs", measure=lambda: real_measures.costs(model, run.data, contexts))
+    run.results.once(*keys, "replies", measure=lambda: real_measures.replies(model, folder, plan.reply_tokens))
+    run.console.line(f"{row:17}{_use_line(run.results.content['rows'][row])}")
+
+
+def _use_line(row: dict[str, Any]) -> str:
+    grids = ", ".join(f"{task} {_share(cells):.0%}" for task, cells in row["recall"].items())
+    scores = [score for by_length in row["ruler"].values() for score in by_length.values()]
+    last = row["costs"][-1]
+    return (
+        f"{grids}, RULER {statistics.mean(scores):.0%}, {last['decode_ms']:.2f} ms a token and "
+        f"{last['state_bytes'] / 1e6:.2f} MB after {last['context_tokens']:,} tokens"
+    )
+
+
+def _share(cells: Sequence[dict[str, Any]]) -> float:
+    return sum(cell["num_right"] for cell in cells) / sum(cell["num_samples"] for cell in cells)
+
+
+def table(content: dict[str, Any]) -> Iterator[str]:
+    """The rows' headline figures, KL by position, recall and RULER."""
+    bins = [f"{each['first']}-{each['end']}" for each in content["rows"]["teacher"]["english"]["by_position"]]
+    for kind in real_measures.KINDS:
+        yield f"\n{kind:18}{'loss':>8}{'KL':>8}{'top-1':>8}" + "".join(f"KL {name}".rjust(14) for name in bins)
+        second = {f"extend, seed {seed}": row for seed, row in content["seeds"].items()}
+        for name, row in (content["rows"] | second).items():
+            values = row[kind]
+            yield f"{name:18}{values['loss']:8.3f}{values['kl']:8.3f}{values['top1']:8.1%}" + "".join(
+                f"{each['kl']:14.3f}" for each in values["by_position"]
+            )
+    lengths = list(next(iter(content["rows"]["teacher"]["ruler"].values())))
+    yield (
+        f"\n{'':18}{'passkey':>9}{'needle':>9}"
+        + "".join(f"RULER {length}".rjust(12) for length in lengths)
+        + (f"{'ms a token':>12}{'state MB':>10}")
+    )
+    for name, row in content["rows"].items():
+        ruler = [statistics.mean(task[length] for task in row["ruler"].values()) for length in lengths]
+        grids = "".join(f"{_share(row['recall'][task]):9.0%}" for task in ("passkey", "needle"))
+        last = row["costs"][-1]
+        yield (
+            f"{name:18}{grids}"
+            + "".join(f"{score:12.0%}" for score in ruler)
+            + (f"{last['decode_ms']:12.2f}{last['state_bytes'] / 1e6:10.2f}")
+        )
+
+
+def conversations(content: dict[str, Any]) -> Iterator[str]:
+    """Each prompt with the teacher's reply and the finished student's."""
+    rows = content["rows"]
+    for number, prompt in enumerate(real_measures.PROMPTS):
+        yield f"\n> {prompt}"
+        for name in ("teacher", "extend"):
+            yield f"[{name}] {rows[name]['replies'][number]}"
+
+
+def write_report_files(run: Run) -> None:
+    """Leave in the first conversion's folder what `radlads report` reads: the export, scores and grids."""
+    folder, rows = run.out / f"seed-{run.plan.seed}", run.results.content["rows"]
+    if not (folder / "hf").exists():
+        export(load_model(run.stage_folder(run.plan.seed, "extend")), run.source.folder, folder / "hf")
+    means = {
+        name: {key: statistics.mean(row[kind][key] for kind in real_measures.KINDS) for key in ("loss", "kl", "top1")}
+        for name, row in rows.items()
+        if name != "window_untrained"
+    }
+    names = {"student": "extend", "teacher": "teacher"}
+    costs = {name: rows[row]["costs"] for name, row in names.items()}
+    summary = means | {
+        "decode_ms": {name: {str(c["context_tokens"]): c["decode_ms"] for c in each} for name, each in costs.items()},
+        "bytes": {name: {str(c["context_tokens"]): c["state_bytes"] for c in each} for name, each in costs.items()},
+        "sample": {"prompt": real_measures.PROMPTS[0]} | {n: rows[row]["replies"][0] for n, row in names.items()},
+    }
+    write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+
+
+def commit() -> str:
+    """The checkout's commit; empty outside of one."""
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip()
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; `plan` is the default or TINY, with the numbers given."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for everything")
+    parser.add_argument("--data", type=Path, help="folder that real_text.py wrote (with --tiny: made in --out)")
+    parser.add_argument("--teacher", help="a folder, GGUF file or name (default: smollm2, with --tiny the bundled one)")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--commit", default=commit(), help="what results.json names (default: the checkout's)")
+    parser.add_argument("--tiny", action="store_true", help="start from numbers for a CPU and two minutes")
+    for name, default in asdict(Plan()).items():
+        kind = Plan.__dataclass_fields__[name]
+        text = f"{kind.metadata['help']} (default {default})".replace("%", "%%")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), help=text)
+    arguments = parser.parse_args(argv)
+    given = {name: value for name in asdict(Plan()) if (value := getattr(arguments, name)) is not None}
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA GPU is here: choose --device cpu, and --tiny with it")
+    if arguments.data is None and not arguments.tiny:
+        parser.error("--data is missing: write the text with benchmarks/real_text.py first")
+    if arguments.data is not None and not (arguments.data / SOURCES).is_file():
+        parser.error(f"{arguments.data} holds no {SOURCES}: write it with benchmarks/real_text.py")
+    arguments.plan = replace(TINY if arguments.tiny else Plan(), **given)
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Convert twice, measure everything, print the tables."""
+    arguments = parse(argv)
+    out, plan = arguments.out, arguments.plan
+    out.mkdir(parents=True, exist_ok=True)
+    console = TimedConsole(time.monotonic())
+    teacher, data = arguments.teacher or "smollm2", arguments.data
+    if arguments.tiny and data is None:
+        teacher, data = write_tiny_text(out / "text")
+    facts = {
+        "plan": asdict(plan),
+        "commit": arguments.commit,
+        "date": time.strftime("%Y-%m-%d"),
+        "command": " ".join(["python", "benchmarks/real_conversion.py", *(argv or sys.argv[1:])]),
+        "device": device_name(arguments.device),
+        "versions": versions(),
+        "sources": read_json(data / SOURCES),
+    }
+    try:
+        run = Run(
+            plan=plan,
+            out=out,
+            data=data,
+            device=arguments.device,
+            console=console,
+            results=Results(out / "results.json", facts),
+            source=open_teacher(teacher),
+            # The bundled tokenizer needs more than 1024 tokens for a question of the others
+            ruler_names=real_measures.RULER_TASKS[: 2 if arguments.tiny else None],
+        )
+        for row in ("teacher", "window_untrained", "setup"):
+            record_agreement(run, run.model_of(row), "rows", row)
+        convert(run, plan.seed, measured=list(STAGES))
+        for row in ("teacher", "extend", "window_untrained", "distill", "align", "setup"):
+            record_use(run, row)
+        convert(run, plan.seed + 1, measured=["extend"])
+    except ValueError as error:
+        print(f"real_conversion: {error}", file=sys.stderr)
+        return 2
+    write_report_files(run)
+    for line in (*table(run.results.content), *conversations(run.results.content)):
+        print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
