@@ -116,7 +116,7 @@ def teacher_config(values: dict, folder: Path) -> RadladsConfig:
         sizes.setdefault("head_dim", family.head_dim)
         return RadladsConfig(
             **sizes,
-            tie_word_embeddings=values.get("tie_word_embeddings") or False,
+            tie_word_embeddings=bool(values.get("tie_word_embeddings")),
             attention_bias=family.attention_bias,
             qk_norm=family.qk_norm,
             rope_parameters=rope_parameters(values),
