@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 FAILED = 1
 USER_ERROR = 2
 INTERRUPTED = 130
+# The commands, beside train, that load models whose config.json may name any mixer
+_LOADING = ("generate", "chat", "serve", "eval", "longcontext", "export")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return train(rest)
         arguments = _parser().parse_args(argv or ["--help"])
         arguments.argv = argv
+        _find_mixers_in(vars(arguments).get("mixer_path"))
         run: Callable[[argparse.Namespace], int] = arguments.run
         return run(arguments)
     except (ValueError, OSError) as error:
@@ -62,7 +65,9 @@ def train(argv: Sequence[str]) -> int:
     """Run one stage from configuration files and overrides."""
     from radlads.config.load import parse_config
 
+    own, argv = _mixer_path_option().parse_known_args(argv)
     config = parse_config(argv, write=print)
+    _find_mixers_in(own.mixer_path)
     from radlads.console import Silent
     from radlads.recipes.single_stage import train_stage
     from radlads.train.processes import joined
@@ -270,6 +275,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _mixer_path_option() -> argparse.ArgumentParser:
+    """The option of all commands that load a model whose config.json may name mixers of the user's own."""
+    parser = argparse.ArgumentParser(prog="radlads", add_help=False, allow_abbrev=False)
+    what = "where mixers of your own are, in DIR/tmix and DIR/cmix (default: the import path)"
+    parser.add_argument("--mixer-path", type=Path, metavar="DIR", help=what)
+    return parser
+
+
+def _find_mixers_in(folder: Path | None) -> None:
+    if folder is None:
+        return
+    from radlads.model.registry import add_mixer_path
+
+    add_mixer_path(folder)
+
+
 def _add(
     commands: Any,
     name: str,
@@ -277,7 +298,7 @@ def _add(
     add_options: Callable[[argparse.ArgumentParser], None],
     what: str,
 ) -> None:
-    command = commands.add_parser(name, help=what)
+    command = commands.add_parser(name, help=what, parents=[_mixer_path_option()] if name in _LOADING else [])
     add_options(command)
     command.set_defaults(run=run)
 

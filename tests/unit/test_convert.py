@@ -169,8 +169,11 @@ def test_truncated_weights_are_refused(teacher, tmp_path):
     ("values", "message"),
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "names GPT2LMHeadModel, but only Qwen2ForCausalLM"),
-        ({"architectures": None}, "no architecture"),
-        ({"use_sliding_window": True}, "sliding-window"),
+        ({"architectures": None, "model_type": "gpt2"}, "no architecture"),
+        (
+            {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2, "layer_types": None},
+            "sliding-window",
+        ),
         ({"hidden_act": "gelu"}, "activation 'gelu'"),
         (
             {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
@@ -274,6 +277,7 @@ def test_a_saved_model_comes_back_bit_equal(teacher, tmp_path):
 
 def test_a_missing_shard_is_named(teacher, tmp_path):
     folder = copy_of(teacher, tmp_path)
+    (folder / "model.safetensors").unlink()
     index = {"weight_map": {NORM: "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"model-00001-of-00002\.safetensors is missing"):

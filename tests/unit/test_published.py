@@ -332,7 +332,11 @@ def test_tied_heads(teacher, tmp_path, head, tied):
         ("7", {"hidden_act": "gelu"}, "activation 'gelu'"),
         ("7", {"attention_output_bias": True}, "bias on its attention output"),
         ("7", {"num_attention_layers": 4}, "4 softmax layers among 3"),
-        ("7", {"num_attention_layers": 1, "use_sliding_window": True}, "sliding-window"),
+        (
+            "7",
+            {"num_attention_layers": 1, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2},
+            "sliding-window",
+        ),
         ("6", {"rope_scaling": {"type": "longrope"}}, "longrope"),
     ],
 )

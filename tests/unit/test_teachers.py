@@ -162,6 +162,60 @@ def test_a_qwen3_without_head_dim_has_128(tmp_path):
     assert teacher_config(values, tmp_path).head_dim == 128
 
 
+WINDOW = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0, "layer_types": None}
+TWO_ROPES = {
+    "rope_scaling": {"type": "linear", "factor": 2.0},
+    "rope_parameters": tiny.PLAIN_ROPE | {"rope_theta": 5e5},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("qwen3", {"hidden_act": "swish"}),
+        ("llama3", {"hidden_act": "swish"}),
+        ("qwen2-yarn", WINDOW | {"max_window_layers": 3}),
+        ("qwen3", WINDOW | {"max_window_layers": 28}),
+        ("qwen3", WINDOW | {"sliding_window": None}),
+        ("qwen3", WINDOW | {"layer_types": ["full_attention"] * 3}),
+        ("llama-plain", TWO_ROPES),
+        ("llama-plain", TWO_ROPES | {"rope_theta": 1e5}),
+        ("llama3", {"original_max_position_embeddings": 32}),
+        ("qwen2-yarn", {"original_max_position_embeddings": 32}),
+    ],
+    ids=str,
+)
+def test_configurations_in_other_words_are_read_as_transformers_reads_them(folder, changes, ids):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    theirs, ours = pair_of(folder)
+    with torch.no_grad():
+        assert (ours(ids).logits - theirs(ids).logits).abs().max() < PARITY
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (WINDOW | {"max_window_layers": 2}, "it uses sliding-window attention"),
+        (WINDOW | {"max_window_layers": None}, "max_window_layers must be a number of layers, not None"),
+        ({"layer_types": ["full_attention", "full_attention", "sliding_attention"]}, "uses sliding-window attention"),
+        ({"layer_types": ["full_attention"]}, "has layer_types .* which are not 3 of full_attention"),
+        ({"rope_parameters": {"full_attention": tiny.PLAIN_ROPE}}, "a RoPE of its own for full_attention"),
+        ({"rope_parameters": tiny.LINEAR_ROPE, "partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}, "max_position_embeddings": None},
+            "its RoPE of type 'yarn' needs original_max_position_embeddings",
+        ),
+        ({"tie_word_embeddings": "false"}, "has tie_word_embeddings 'false', which is not true or false"),
+    ],
+    ids=str,
+)
+def test_configurations_that_would_be_misread_are_refused(tmp_path, changes, message):
+    values = Qwen2Config(**tiny.SIZES).to_dict() | {"architectures": ["Qwen2ForCausalLM"]}
+    with pytest.raises(ValueError, match=message):
+        teacher_config(values | changes, tmp_path)
+
+
 @pytest.mark.parametrize("architecture", ["Qwen3ForCausalLM", "LlamaForCausalLM"])
 def test_biases_that_would_need_one_on_the_output_are_refused(tmp_path, architecture):
     values = LlamaConfig(**tiny.SIZES, attention_bias=True).to_dict() | {"architectures": [architecture]}

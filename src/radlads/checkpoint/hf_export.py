@@ -10,13 +10,14 @@ import torch
 
 import radlads.model
 from radlads.checkpoint.atomic import discard, read_json, unfinished_folder, write_text
+from radlads.checkpoint.foreign_folders import refuse_links_out
 from radlads.checkpoint.manifest import write_folder_checksums
 from radlads.checkpoint.model_folder import save_model
 from radlads.checkpoint.own_files import check_names, refuse_links
 from radlads.checkpoint.safetensors_writer import SHARD_BYTES
 from radlads.checkpoint.tokenizer_files import copy_tokenizer
 from radlads.checksums import CHECKSUMS, differences, read_checksums
-from radlads.model.configuration import RadladsConfig
+from radlads.model.configuration import RadladsConfig, names_code
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.registry import is_registered
 
@@ -89,11 +90,15 @@ def copy_all_but_weights(
 ) -> None:
     """Copy what makes weights a model: config.json if there is one, tokenizer, and our code for a model of ours.
 
+    Of config.json, keys that choose code are left out: the code that a folder brings along is not copied.
+
     `tokenizer_folder`: where the tokenizer is, if not in `folder`. `dtype`: what the weights have been cast to.
     `changed`: new values in config.json.
     """
+    refuse_links_out(folder, ["config.json"])
     if (folder / "config.json").is_file():
         values = read_json(folder / "config.json") | dict(changed)
+        values = {key: value for key, value in values.items() if key != "auto_map" and not names_code(key)}
         if dtype is not None:
             values["torch_dtype" if "torch_dtype" in values else "dtype"] = str(dtype).removeprefix("torch.")
         _write_config(values, target)

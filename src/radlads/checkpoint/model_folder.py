@@ -7,27 +7,39 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from radlads.checkpoint.atomic import read_json
+from radlads.checkpoint.config_values import check_values
+from radlads.checkpoint.described_weights import check_described, keep_own_head
+from radlads.checkpoint.foreign_folders import refuse_adapter, refuse_quantised
 from radlads.checkpoint.manifest import check_model_files
 from radlads.checkpoint.published import (
+    ARCHITECTURE_OF,
     ARCHITECTURES,
     UsedWeights,
     published_config,
     published_kind,
-    untie_if_head_differs,
 )
+from radlads.checkpoint.safetensors_files import WEIGHTS_FILE
 from radlads.checkpoint.safetensors_writer import SHARD_BYTES, file_order, shards_of, write_safetensors, write_shards
 from radlads.checkpoint.weights import (
-    WEIGHTS_FILE,
     CastWeights,
     ModelWeights,
     SafetensorsFolder,
     StoredWeights,
+    TiedWeights,
+    check_fit,
     load_strict,
 )
-from radlads.config.sizes import sizes_of
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.registry import is_registered
+
+_ARCHITECTURE_OF = {
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    RadladsConfig.model_type: RadladsForCausalLM.__name__,
+    **ARCHITECTURE_OF,
+}
 
 
 def save_model(
@@ -81,10 +93,16 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, verify: bool
 
 
 def open_checked(folder: Path, *, verify: bool = False) -> StoredModel:
-    """open_model, once its files are found to be those that hashes beside them describe (check_model_files). Raises
-    ValueError. verify: every byte of an export too."""
+    """open_model, once its files are found to be those that hashes beside them describe (check_model_files).
+
+    verify: every byte of an export too. Raises ValueError, also for weights that do not fit a model of ours, for which
+    no memory is taken then.
+    """
     check_model_files(folder, whole=verify)
-    return open_model(folder)
+    stored = open_model(folder)
+    if is_registered(stored.config):
+        check_fit(unplaced_model(stored.config, torch.float32), stored.used, folder)
+    return stored
 
 
 def unfilled_model(config: RadladsConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> RadladsForCausalLM:
@@ -111,37 +129,57 @@ def unplaced_model(config: RadladsConfig, dtype: torch.dtype) -> RadladsForCausa
 def open_model(folder: Path) -> StoredModel:
     """A model folder's configuration and its tensors, of which none is read yet.
 
-    Raises ValueError for a folder that is none, another architecture, sizes that make no model, and weights that are
-    missing or unreadable.
+    A head that is stored beside the embedding is used where the two differ, whatever config.json says. Raises
+    ValueError for a folder that is none, another architecture, sizes that make no model, and weights that are missing,
+    unreadable, quantised or of other sizes.
     """
     values = read_config(folder, RadladsForCausalLM.__name__, *ARCHITECTURES)
     config, weights = config_of(values, folder), SafetensorsFolder(folder)
-    if published_kind(values) is None:
-        return StoredModel(config, weights, weights)
-    untie_if_head_differs(config, weights)
-    return StoredModel(config, weights, UsedWeights(weights, config))
+    check_described(config, weights, folder)
+    keep_own_head(config, weights)
+    if published_kind(values) is not None:
+        return StoredModel(config, weights, UsedWeights(weights, config))
+    return StoredModel(config, weights, TiedWeights(weights) if config.tie_word_embeddings else weights)
 
 
 def config_of(values: dict, folder: Path) -> RadladsConfig:
-    """The configuration that our or a published config.json's values are. Raises ValueError for one of no model."""
+    """The configuration that our or a published config.json's values are, less the code that the folder brings along.
+
+    Raises ValueError for one of no model.
+    """
     try:
-        sizes_of(values)
-        return RadladsConfig.from_dict(values) if published_kind(values) is None else published_config(values, folder)
+        check_values(values)
+        if published_kind(values) is not None:
+            return published_config(values, folder)
+        return RadladsConfig.from_dict({key: value for key, value in values.items() if key != "auto_map"})
     except (StrictDataclassError, ValueError, TypeError, AttributeError, LookupError) as error:
         reason = str(error).replace("\n", " ")
         raise ValueError(f"{folder}/config.json describes no model that can be read here: {reason}") from error
 
 
 def read_config(folder: Path, *architectures: str) -> dict:
-    """A folder's config.json as a dictionary. Raises ValueError if missing, no JSON, or of another architecture."""
+    """A folder's config.json as a dictionary, with an architecture of these.
+
+    Raises ValueError if it is missing, no JSON, or of another architecture, and for adapters and quantised models.
+    """
+    refuse_adapter(folder)
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} is not a model folder: it has no config.json")
     values = read_json(path)
-    found = values.get("architectures") or []
-    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+    found = architectures_of(values)
+    if not all(isinstance(name, str) for name in found):
         raise ValueError(f"{path} is not a model's configuration: copy it anew")
     if not set(found) & set(architectures):
         named = ", ".join(found) or "no architecture"
         raise ValueError(f"{path} names {named}, but only {' and '.join(architectures)} can be read here")
-    return values
+    refuse_quantised(values, folder)
+    return values | {"architectures": found}
+
+
+def architectures_of(values: dict) -> list[str]:
+    """The architectures that a config.json's values name; the one of its model_type if they name none."""
+    found = values.get("architectures")
+    if not found:
+        found = _ARCHITECTURE_OF.get(str(values.get("model_type")))
+    return found if isinstance(found, list) else [found] if found else []

@@ -12,8 +12,6 @@ from radlads.checkpoint.manifest import write_folder_checksums
 from radlads.checkpoint.model_folder import open_checked
 from radlads.checkpoint.published import (
     ARCHITECTURE_OF,
-    EMBEDDING,
-    HEAD,
     MIXER_OF,
     OPTIONAL,
     RANKS,
@@ -23,8 +21,8 @@ from radlads.checkpoint.published import (
     stored_only,
 )
 from radlads.checkpoint.safetensors_writer import SHARD_BYTES, write_shards
-from radlads.checkpoint.tokenizer_files import copy_tokenizer, read_tokenizer
-from radlads.checkpoint.weights import CastWeights, StoredWeights, TensorInfo, check_fit
+from radlads.checkpoint.tokenizer_files import check_copyable, copy_tokenizer, read_tokenizer
+from radlads.checkpoint.weights import EMBEDDING, HEAD, CastWeights, StoredWeights, TensorInfo, check_fit
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 
@@ -49,6 +47,7 @@ def convert_to_published(
         raise ValueError(f"{target} would be one file, but a published checkpoint is a folder: name a folder to write")
     if tokenizer_folder is not None:
         read_tokenizer(tokenizer_folder)
+    check_copyable(tokenizer_folder or source)
     stored = open_checked(source, verify=True)
     with torch.device("meta"):
         described = RadladsForCausalLM(stored.config)

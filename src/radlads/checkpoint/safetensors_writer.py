@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from radlads.checkpoint.atomic import write_text
-from radlads.checkpoint.weights import DTYPE_NAMES, WEIGHTS_FILE, WEIGHTS_INDEX, StoredWeights
+from radlads.checkpoint.safetensors_files import WEIGHTS_FILE, WEIGHTS_INDEX
+from radlads.checkpoint.weights import DTYPE_NAMES, StoredWeights
 
 SHARD_BYTES = 5 * 10**9
 

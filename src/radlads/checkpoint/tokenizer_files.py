@@ -7,13 +7,17 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from radlads.checkpoint.atomic import read_json, write_text
+from radlads.checkpoint.foreign_folders import refuse_links_out
 from radlads.checkpoint.hub_folder import DESCRIBING_FILES, locate_folder
+from radlads.checkpoint.safetensors_files import refuse_pointer
 
 TOKENIZER_FILE = "tokenizer.json"
+_SENTENCEPIECE_FILE = "tokenizer.model"
 GENERATION_FILE = "generation_config.json"
+_CONFIG_FILE = "tokenizer_config.json"
 TOKENIZER_FILES = (
     TOKENIZER_FILE,
-    "tokenizer_config.json",
+    _CONFIG_FILE,
     "special_tokens_map.json",
     "vocab.json",
     "merges.txt",
@@ -21,6 +25,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     GENERATION_FILE,
 )
+LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*")
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -51,8 +56,14 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     Raises ValueError if it is missing, unreadable or empty.
     """
     path = folder / TOKENIZER_FILE
+    if not path.is_file() and (folder / _SENTENCEPIECE_FILE).is_file():
+        raise ValueError(
+            f"{folder} has a {_SENTENCEPIECE_FILE} but no {TOKENIZER_FILE}: make it, with transformers' "
+            "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+        )
     if not path.is_file():
         raise ValueError(f"{folder} has no {TOKENIZER_FILE}: copy the teacher's tokenizer files into it")
+    refuse_pointer(path)
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing more specific
@@ -69,17 +80,32 @@ def num_ids(tokenizer: Tokenizer) -> int:
     return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
 
+def check_copyable(source: Path) -> None:
+    """Raise ValueError if a file that exports take from the folder `source` is a link to somewhere else."""
+    refuse_links_out(source, (*TOKENIZER_FILES, *LICENCE_FILES))
+
+
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the tokenizer's files (and generation defaults) that the folder `source` has.
+    """Copy the tokenizer's files (and generation defaults) that the folder `source` has, without its own code.
 
     `folder` holds the model's config.json already. Where its embedding is padded, generation_config.json will have
-    transformers' generate suppress the ids that are no tokens.
+    transformers' generate suppress the ids that are no tokens. Raises ValueError as check_copyable.
     """
+    check_copyable(source)
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    _drop_code(folder / _CONFIG_FILE)
     if (folder / TOKENIZER_FILE).is_file() and (folder / "config.json").is_file():
         _suppress_padding(folder, read_json(folder / "config.json"))
+
+
+def _drop_code(path: Path) -> None:
+    """Have a tokenizer_config.json name no code, which is not copied: transformers' own class reads tokenizer.json."""
+    values = read_json(path) if path.is_file() else {}
+    if "auto_map" in values:
+        kept = {key: value for key, value in values.items() if key != "auto_map"}
+        write_text(path, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
 
 
 def _suppress_padding(folder: Path, config: dict) -> None:

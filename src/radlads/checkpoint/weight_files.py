@@ -13,7 +13,7 @@ from radlads.checkpoint.pth import PthFile, write_pth
 from radlads.checkpoint.published import ARCHITECTURES, stored_in_pth
 from radlads.checkpoint.published_export import FormatTensors
 from radlads.checkpoint.safetensors_writer import SHARD_BYTES, write_safetensors, write_shards
-from radlads.checkpoint.tokenizer_files import copy_tokenizer, read_tokenizer
+from radlads.checkpoint.tokenizer_files import check_copyable, copy_tokenizer, read_tokenizer
 from radlads.checkpoint.weights import EMBEDDING, HEAD, CastWeights, SafetensorsFolder, StoredWeights, TiedWeights
 from radlads.model.modeling import RadladsForCausalLM
 
@@ -97,6 +97,8 @@ def convert_to_safetensors(
         weights = TiedWeights(weights)
     if tokenizer_folder is not None:
         read_tokenizer(tokenizer_folder)
+    if source.is_dir() or tokenizer_folder is not None:
+        check_copyable(tokenizer_folder or source)
     if target.suffix == ".safetensors":
         if tokenizer_folder is not None:
             raise ValueError(f"{target} is one file, which holds no tokenizer: name a folder to write, or leave it out")

@@ -6,15 +6,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from radlads.checkpoint.atomic import read_json
-
-WEIGHTS_FILE = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
-
+from radlads.checkpoint.safetensors_files import opened, tensor_files
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -33,6 +28,9 @@ DTYPE_NAMES = {
 """What safetensors calls the types of numbers."""
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""The types that weights are stored in; fewer bits need scales, which only quantised models' own code knows."""
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -132,12 +130,13 @@ class TiedWeights(SelectedWeights):
 class SafetensorsFolder(StoredWeights):
     """The tensors of a folder's safetensors files, or of one such file, by name.
 
-    Raises ValueError if the folder holds no weights, a shard is missing, or a file is truncated or not safetensors.
+    Raises ValueError as tensor_files does.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._file_of = _tensor_files(folder)
+        self._file_of = tensor_files(folder)
+        self._described: dict[Path, dict[str, tuple[tuple[int, ...], str]]] = {}
         if not self._file_of:
             raise ValueError(f"{folder} holds no weights: copy it anew")
 
@@ -145,18 +144,20 @@ class SafetensorsFolder(StoredWeights):
         return name in self._file_of  # Mapping's own reads the tensor
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        with _opened(self._file_of[name]) as file:
-            return _present(file, name, self._file_of[name]).get_tensor(name)
+        with opened(self._file_of[name]) as file:
+            return file.get_tensor(name)
 
     def info(self, name: str) -> TensorInfo:
-        with _opened(self._file_of[name]) as file:
-            stored = _present(file, name, self._file_of[name]).get_slice(name)
-            if stored.get_dtype() not in _DTYPES:
-                raise ValueError(
-                    f"{name} in {self._file_of[name]} holds {stored.get_dtype()}, which is not supported: "
-                    "take a checkpoint in bf16 or another float type"
-                )
-            return TensorInfo(tuple(stored.get_shape()), _DTYPES[stored.get_dtype()])
+        path = self._file_of[name]
+        if path not in self._described:  # a header at a time: opening a file takes longer than reading its header
+            self._described[path] = _shapes_and_kinds(path)
+        shape, kind = self._described[path][name]
+        if kind not in _DTYPES:
+            raise ValueError(
+                f"{name} in {path} holds {kind}, which is not supported: "
+                "take a checkpoint in bf16 or another float type"
+            )
+        return TensorInfo(shape, _DTYPES[kind])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
@@ -230,6 +231,12 @@ def check_fit(model: torch.nn.Module, weights: StoredWeights, origin: Path | str
         _check_shape(parameter, weights.info(name).shape, name, origin)
 
 
+def check_floats(weights: StoredWeights, origin: Path | str) -> None:
+    """Raise ValueError that names the tensor if one holds integers or 8-bit floats. None is read."""
+    for name in weights:
+        _check_float(weights.info(name).dtype, name, origin)
+
+
 def check_names(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], origin: Path | str) -> None:
     """Raise ValueError that names the tensor if one of the model's parameters is missing, or one more is there."""
     parameters = dict(model.named_parameters())
@@ -242,8 +249,9 @@ def check_names(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], ori
 
 
 def copy_checked(parameter: torch.nn.Parameter, tensor: torch.Tensor, name: str, origin: Path | str) -> None:
-    """Copy a tensor into a parameter. Raises ValueError for another shape, NaN or infinity."""
+    """Copy a tensor into a parameter. Raises ValueError for another shape, fewer than 16 bits, NaN or infinity."""
     _check_shape(parameter, tensor.shape, name, origin)
+    _check_float(tensor.dtype, name, origin)
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{name} in {origin} holds NaN or infinity: the checkpoint is broken, take an earlier one")
     with torch.no_grad():
@@ -267,6 +275,13 @@ def rows_of(whole: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
     return chunks[rank] if rank < len(chunks) else whole[:0]
 
 
+def _shapes_and_kinds(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and safetensors' name for the type of every tensor of a file."""
+    with opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        return {name: (tuple(stored.get_shape()), stored.get_dtype()) for name, stored in slices.items()}
+
+
 def _check_shape(parameter: torch.Tensor, found: tuple[int, ...], name: str, origin: Path | str) -> None:
     if found != parameter.shape:
         raise ValueError(
@@ -275,39 +290,12 @@ def _check_shape(parameter: torch.Tensor, found: tuple[int, ...], name: str, ori
         )
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    if folder.is_file():
-        with _opened(folder) as file:
-            return dict.fromkeys(file.keys(), folder)
-    index = folder / WEIGHTS_INDEX
-    if index.is_file():
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-            raise ValueError(f"{index} is not an index of safetensors shards: copy it anew")
-        return {name: _existing(folder / shard) for name, shard in shards.items()}
-    if not (folder / WEIGHTS_FILE).is_file():
-        raise ValueError(f"{folder} holds no weights: {WEIGHTS_FILE} (or {WEIGHTS_INDEX} and its shards) is missing")
-    with _opened(folder / WEIGHTS_FILE) as file:
-        return dict.fromkeys(file.keys(), folder / WEIGHTS_FILE)
-
-
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: copy all shards that {WEIGHTS_INDEX} names")
-    return path
-
-
-def _present(file, name: str, path: Path):
-    if name not in set(file.keys()):
-        raise ValueError(f"{path} lacks {name}, which {WEIGHTS_INDEX} says it holds: copy the folder anew")
-    return file
-
-
-def _opened(path: Path):
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file ({error}): copy it anew") from error
+def _check_float(dtype: torch.dtype, name: str, origin: Path | str) -> None:
+    if dtype not in FLOATS:
+        kind = str(dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{name} in {origin} holds {kind}, as quantised weights do: take the checkpoint in bf16, fp16 or fp32"
+        )
 
 
 def _some(names: list[str]) -> str:

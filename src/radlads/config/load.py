@@ -20,7 +20,7 @@ import yaml
 from radlads.config.schema import Config
 
 ON_COMMAND_LINE = "on the command line"
-USAGE = "radlads train [-c FILE ...] [--KEY VALUE ...] [--print_config]"
+USAGE = "radlads train [-c FILE ...] [--KEY VALUE ...] [--mixer-path DIR] [--print_config]"
 
 
 class _Setting(NamedTuple):

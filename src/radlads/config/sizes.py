@@ -10,6 +10,9 @@ import yaml
 from radlads.config.schema import SIZE_KEYS, ModelConfig
 
 _REQUIRED = ("vocab_size", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+_OPTIONAL = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+# Far beyond any model: what is larger is damage, and would take hours or all memory to find out
+LARGEST_SIZE, _MOST_LAYERS = 2**26, 4096
 
 
 def sizes_from_hf(folder: Path) -> str:
@@ -30,10 +33,18 @@ def sizes_from_hf(folder: Path) -> str:
 
 
 def sizes_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The size keys of a model section, from the values of a config.json. Raises ValueError naming what is missing."""
-    missing = [name for name in _REQUIRED if not (isinstance(values.get(name), int) and values[name] > 0)]
+    """The size keys of a model section, from the values of a config.json.
+
+    Raises ValueError naming what is missing or no size of a model.
+    """
+    missing = [name for name in _REQUIRED if not isinstance(values.get(name), int)]
     if missing:
         raise ValueError(f"lacks {', '.join(missing)}")
+    for name in (*_REQUIRED, *_OPTIONAL):
+        _check_size(name, values.get(name))
+    epsilon = values.get("rms_norm_eps")
+    if epsilon is not None and not (isinstance(epsilon, int | float) and 0 <= epsilon < 1):
+        raise ValueError(f"has rms_norm_eps {epsilon!r:.40}, which is not a number from 0 to 1")
     heads, channels = values["num_attention_heads"], values["hidden_size"]
     head_size = values.get("head_dim") or channels // heads
     rope = values.get("rope_parameters") or {}
@@ -48,6 +59,15 @@ def sizes_of(values: Mapping[str, Any]) -> dict[str, Any]:
         "rms_norm_eps": float(values.get("rms_norm_eps") or 1e-6),
         "rope": {"base": float(rope.get("rope_theta") or values.get("rope_theta") or 10000.0)},
     }
+
+
+def _check_size(name: str, value: Any) -> None:
+    """Raise ValueError for what is no size; an optional one may be null or 0, which leaves it to the others."""
+    if name in _OPTIONAL and (value is None or value == 0):
+        return
+    most = _MOST_LAYERS if name == "num_hidden_layers" else LARGEST_SIZE
+    if type(value) is not int or not 0 < value <= most:
+        raise ValueError(f"has {name} {value!r:.40}, which is not a whole number from 1 to {most}")
 
 
 def check_sizes(section: ModelConfig, prefix: str, values: Mapping[str, Any]) -> None:

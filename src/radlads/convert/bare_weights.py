@@ -3,12 +3,12 @@
 from collections import Counter
 from pathlib import Path
 
-from radlads.checkpoint.published import EMBEDDING, HEAD, UsedWeights
-from radlads.checkpoint.weights import StoredWeights, load_strict
+from radlads.checkpoint.published import UsedWeights
+from radlads.checkpoint.weights import EMBEDDING, HEAD, StoredWeights, load_strict
 from radlads.config.schema import ModelConfig
 from radlads.convert.blueprint import Blueprint
-from radlads.convert.hf_source import TeacherSource
-from radlads.convert.student import student_blueprint, student_config, teacher_blueprint
+from radlads.convert.hf_source import teacher_source
+from radlads.convert.student import student_blueprint, student_config
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 
@@ -54,11 +54,6 @@ def shape_of(weights: StoredWeights, model: ModelConfig, origin: Path) -> Radlad
     )
 
 
-def teacher_of(weights: StoredWeights, shape: RadladsConfig, origin: Path) -> Blueprint:
-    """The teacher with these weights."""
-    return teacher_blueprint(TeacherSource(origin, shape, weights))
-
-
 def student_of(weights: StoredWeights, shape: RadladsConfig, model: ModelConfig, origin: Path) -> Blueprint:
     """The student that an earlier stage left as these weights."""
 
@@ -71,7 +66,7 @@ def student_of(weights: StoredWeights, shape: RadladsConfig, model: ModelConfig,
 
 def student_from_teacher(weights: StoredWeights, shape: RadladsConfig, model: ModelConfig, origin: Path) -> Blueprint:
     """The student set up from a teacher's weights (see student.student_blueprint)."""
-    return student_blueprint(TeacherSource(origin, shape, weights), model)
+    return student_blueprint(teacher_source(origin, shape, weights), model)
 
 
 def is_teachers(weights: StoredWeights) -> bool:

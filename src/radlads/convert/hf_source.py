@@ -6,17 +6,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from radlads.checkpoint.atomic import read_json
+from radlads.checkpoint.config_values import check_values
+from radlads.checkpoint.described_weights import check_described, keep_own_head
 from radlads.checkpoint.hub_folder import DESCRIBING_FILES, locate_folder
 from radlads.checkpoint.model_folder import read_config
-from radlads.checkpoint.published import rope_parameters
+from radlads.checkpoint.published import ARCHITECTURES, refuse_activation, rope_parameters, slides
+from radlads.checkpoint.safetensors_files import WEIGHTS_FILE, shard_names
 from radlads.checkpoint.tokenizer_files import TOKENIZER_FILE, num_ids, read_tokenizer
 from radlads.checkpoint.weights import SafetensorsFolder, StoredWeights
-from radlads.config.sizes import sizes_of
 from radlads.model.configuration import RadladsConfig
+from radlads.model.modeling import RadladsForCausalLM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +38,8 @@ FAMILIES = {
     "LlamaForCausalLM": Family(attention_bias=False, qk_norm=False),
 }
 SUPPORTED_ARCHITECTURES = tuple(FAMILIES)
-_TEACHER_FILES = ("*.safetensors", *DESCRIBING_FILES)
+_READABLE = (*SUPPORTED_ARCHITECTURES, RadladsForCausalLM.__name__, *ARCHITECTURES)
+_WHAT = "config.json and the safetensors weights"
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -55,60 +60,80 @@ SIZES = (
 class TeacherSource:
     """A teacher on disk: `config` describes it as a stack of qwen2 mixers, `weights` are its tensors by name.
 
-    `folder`: where they are, which is a file where weights come without a config.json.
+    `folder`: where they are, which is a file where weights come without a config.json. `notes`: what a user should know
+    of it, a sentence each.
     """
 
     folder: Path
     config: RadladsConfig
     weights: StoredWeights
+    notes: tuple[str, ...] = ()
 
 
 def open_teacher(path_or_name: str | Path) -> TeacherSource:
     """Open a teacher's folder, or fetch one by hub name (`owner/name`).
 
-    Raises ValueError if there is no such folder or hub entry, it is of another architecture, uses a feature we lack
-    (sliding windows, another RoPE scaling or activation, more biases), or has no readable safetensors weights.
+    Raises ValueError if there is no such folder or hub entry, it is of another architecture, an adapter or quantised,
+    uses a feature we lack (sliding windows, another RoPE scaling or activation, more biases), or has no readable
+    safetensors weights of its sizes.
     """
     folder = locate(path_or_name)
     config = teacher_config(read_config(folder, *SUPPORTED_ARCHITECTURES), folder)
-    return TeacherSource(folder, config, SafetensorsFolder(folder))
+    return teacher_source(folder, config, SafetensorsFolder(folder))
+
+
+def teacher_source(origin: Path, config: RadladsConfig, weights: StoredWeights) -> TeacherSource:
+    """A teacher of these weights, with the head that they hold. Raises ValueError if config does not describe them."""
+    check_described(config, weights, origin)
+    if not keep_own_head(config, weights):
+        return TeacherSource(origin, config, weights)
+    note = f"{origin} says that its head is its embedding, but stores another lm_head.weight, which is used"
+    return TeacherSource(origin, config, weights, (note,))
 
 
 def locate(path_or_name: str | Path) -> Path:
-    """The local folder of a path or hub name. Raises ValueError if there is neither."""
-    return locate_folder(path_or_name, _TEACHER_FILES, "config.json and the safetensors weights")
+    """The local folder of a path or hub name. Of the latter, weights are fetched once its config.json has been read.
+
+    Raises ValueError if there is neither, or its config.json is of no model that can be read.
+    """
+    folder = locate_folder(path_or_name, DESCRIBING_FILES, _WHAT)
+    shards = sorted(shard_names(folder))
+    if Path(path_or_name).expanduser().is_dir() or all((folder / name).is_file() for name in shards or [WEIGHTS_FILE]):
+        return folder
+    values = read_config(folder, *_READABLE)
+    if set(values["architectures"]) & set(SUPPORTED_ARCHITECTURES):
+        teacher_config(values, folder)
+    return locate_folder(path_or_name, (WEIGHTS_FILE, *shards, *DESCRIBING_FILES), _WHAT)
 
 
 def teacher_config(values: dict, folder: Path) -> RadladsConfig:
     """The config.json of a supported architecture as our configuration with softmax mixers everywhere."""
     family = FAMILIES[next(name for name in values["architectures"] if name in FAMILIES)]
-    _refuse_what_we_lack(values, family, folder)
-    sizes = {name: values[name] for name in SIZES if values.get(name) is not None}
-    sizes.setdefault("head_dim", family.head_dim)
     try:
-        sizes_of(values)
+        check_values(values)
+        _refuse_what_we_lack(values, family)
+        sizes = {name: values[name] for name in SIZES if values.get(name) is not None}
+        sizes.setdefault("head_dim", family.head_dim)
         return RadladsConfig(
             **sizes,
-            tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
+            tie_word_embeddings=bool(values.get("tie_word_embeddings")),
             attention_bias=family.attention_bias,
             qk_norm=family.qk_norm,
             rope_parameters=rope_parameters(values),
             time_mixers=["qwen2"] * sizes["num_hidden_layers"],
         )
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder}/config.json describes no teacher we can read: {error}") from error
+    except (StrictDataclassError, ValueError, TypeError, AttributeError) as error:
+        reason = str(error).replace("\n", " ")
+        raise ValueError(f"{folder}/config.json describes no teacher we can read: {reason}") from error
 
 
-def _refuse_what_we_lack(values: dict, family: Family, folder: Path) -> None:
-    if values.get("use_sliding_window") or "sliding_attention" in str(values.get("layer_types")):
-        raise ValueError(
-            f"{folder} uses sliding-window attention, which is not supported: choose a full-attention teacher"
-        )
-    if values.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{folder} uses the activation {values['hidden_act']!r}: only silu is supported")
+def _refuse_what_we_lack(values: dict, family: Family) -> None:
+    if slides(values):
+        raise ValueError("it uses sliding-window attention, which is not supported: choose a full-attention teacher")
+    refuse_activation(values)
     for name in ("attention_bias", "mlp_bias"):
         if values.get(name) and not (name == "attention_bias" and family.attention_bias):
-            raise ValueError(f"{folder} sets {name}, which is not supported for its architecture: choose one without")
+            raise ValueError(f"it sets {name}, which is not supported for its architecture: choose one without")
 
 
 def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:

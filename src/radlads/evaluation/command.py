@@ -160,6 +160,7 @@ def evaluate(evaluation: Evaluation, console: Console) -> list[str]:
     """
     from radlads.checkpoint.tokenizer_files import read_tokenizer
     from radlads.evaluation.harness import open_tasks, share_work
+    from radlads.evaluation.models import notes_on
     from radlads.inference.chat_template import ChatTemplate
     from radlads.inference.generate import choose_device
 
@@ -175,7 +176,8 @@ def evaluate(evaluation: Evaluation, console: Console) -> list[str]:
     results = {}
     for entry in entries:
         if tells:
-            console.line(f"{entry.label}: {entry.folder}")
+            for line in (f"{entry.label}: {entry.folder}", *notes_on(entry.folder)):
+                console.line(line)
         if (result := _results(entry, tasks, evaluation, device)) is not None:
             results[entry.label] = result
     if not tells:

@@ -147,7 +147,7 @@ def measure_long_context(settings: LongContext, console: Console) -> dict[str, A
     """
     from radlads.checkpoint.tokenizer_files import choose_tokenizer
     from radlads.convert.hf_source import locate, open_tokenizer
-    from radlads.evaluation.models import model_config, open_model
+    from radlads.evaluation.models import model_config, notes_on, open_model
     from radlads.inference.generate import check_memory, choose_device
     from radlads.report.plots import long_context_charts
 
@@ -166,7 +166,8 @@ def measure_long_context(settings: LongContext, console: Console) -> dict[str, A
     with _corpus(settings, tokenizer, tokenizer_folder, vocab_size) as corpus:
         _check_room(settings, tokenizer, corpus)
         for name, folder in folders.items():
-            console.line(f"{name}: {folder}")
+            for line in (f"{name}: {folder}", *notes_on(folder)):
+                console.line(line)
             model = open_model(folder, dtype).to(device)  # type: ignore[arg-type]
             measured: dict[str, Any] = {"folder": str(folder)}
             results["models"][name] = measured

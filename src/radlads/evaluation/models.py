@@ -6,7 +6,7 @@ import torch
 from transformers import GenerationConfig
 
 from radlads.checkpoint.atomic import read_json
-from radlads.checkpoint.model_folder import config_of, load_model, read_config
+from radlads.checkpoint.model_folder import architectures_of, config_of, load_model, read_config
 from radlads.checkpoint.published import ARCHITECTURES
 from radlads.convert.hf_source import SUPPORTED_ARCHITECTURES, open_teacher, teacher_config
 from radlads.convert.student import build_teacher
@@ -28,10 +28,15 @@ def open_model(folder: Path, dtype: torch.dtype) -> RadladsForCausalLM:
     return model
 
 
+def notes_on(folder: Path) -> tuple[str, ...]:
+    """What a user should know of the folder's model, a sentence each."""
+    return open_teacher(folder).notes if is_teacher(folder) else ()
+
+
 def is_teacher(folder: Path) -> bool:
     """Whether the folder's architecture is one that we convert, not one that we made."""
     path = folder / "config.json"
-    return path.is_file() and bool(set(read_json(path).get("architectures") or ()) & set(SUPPORTED_ARCHITECTURES))
+    return path.is_file() and bool(set(architectures_of(read_json(path))) & set(SUPPORTED_ARCHITECTURES))
 
 
 def model_config(folder: Path) -> RadladsConfig:

@@ -85,6 +85,8 @@ class RadladsConfig(PreTrainedConfig):
             raise ValueError(f"time_mixers and channel_mixers must name one mixer for each of the {layers} layers")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
+        if self.head_dim % 2 and (self.use_rope or not set(FULL_ATTENTION_MIXERS).isdisjoint(self.time_mixers)):
+            raise ValueError(f"head_dim must be even for RoPE, which turns pairs of channels, not {self.head_dim}")
         if self.gate_rank_type not in (0, 1, 2):
             raise ValueError(
                 f"gate_rank_type must be 0 (none), 1 (full rank) or 2 (low rank), not {self.gate_rank_type}"
@@ -104,14 +106,17 @@ class RadladsConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """As transformers', for our own values. Raises ValueError for another model type, whose keys and defaults mean
-        something else, so that from_pretrained would build another model."""
+        something else, so that from_pretrained would build another model.
+
+        Attention code is the caller's choice alone: a config.json that names a kernel as `owner/name` would have it
+        fetched and run, so these keys are dropped."""
         found = config_dict.get("model_type", cls.model_type)
         if found != cls.model_type:
             raise ValueError(
                 f"config.json is of model type {found!r}, not {cls.model_type!r}: load a published checkpoint "
                 "(rwkv6qwen2, rwkv7qwen2) with radlads.checkpoint.model_folder.load_model, others with transformers"
             )
-        return super().from_dict(config_dict, **kwargs)
+        return super().from_dict({key: value for key, value in config_dict.items() if not names_code(key)}, **kwargs)
 
     @property
     def first_value_layer(self) -> int | None:
@@ -122,6 +127,11 @@ class RadladsConfig(PreTrainedConfig):
     def recurrent_layers(self) -> list[int]:
         """Indices of the layers whose state does not grow with the sequence."""
         return [layer for layer, kind in enumerate(self.layer_types) if kind == "linear_attention"]
+
+
+def names_code(key: str) -> bool:
+    """Whether a key of a config.json chooses code for attention or experts."""
+    return "_implementation" in key
 
 
 def low_rank(hidden_size: int, multiplier: float, exponent: float) -> int:

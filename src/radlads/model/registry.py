@@ -1,7 +1,16 @@
-"""Names of mixers, and the paper's rule for a user's own: `tmix.tmix_{name}.TMix_{name}` on the import path."""
+"""Names of mixers, and the paper's rule for a user's own: `tmix.tmix_{name}.TMix_{name}` on the import path.
+
+A model's config.json, which may be anybody's, names mixers too. What only such a file names is never taken from the
+working directory, which may be that model's folder.
+"""
 
 import importlib
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import ModuleType
 
 from .configuration import MIXER_ALIASES, RadladsConfig
 from .rad_rwkv6 import RadRwkv6
@@ -11,6 +20,25 @@ from .swiglu import SwiGLU
 
 TIME_MIXERS: dict[str, Callable] = {"qwen2": SoftmaxAttention, "rad_rwkv6": RadRwkv6, "rad_rwkv7": RadRwkv7}
 CHANNEL_MIXERS: dict[str, Callable] = {"swiglu": SwiGLU, "qwen2": SwiGLU}
+_named_by_user: set[str] = set()
+_mixer_paths: set[str] = set()
+
+
+def add_mixer_path(folder: Path) -> None:
+    """Look for mixers of the user's own in this folder's tmix/ and cmix/ first.
+
+    Raises ValueError if it has neither.
+    """
+    if not (folder / "tmix").is_dir() and not (folder / "cmix").is_dir():
+        raise ValueError(f"{folder} has neither tmix/ nor cmix/: name the folder that holds them")
+    path = os.path.realpath(folder)
+    _mixer_paths.add(path)
+    sys.path.insert(0, path)
+
+
+def name_mixers(*names: str) -> None:
+    """Say that the user asked for these mixers, so that the whole import path is searched for them."""
+    _named_by_user.update(names)
 
 
 def build_time_mixer(config: RadladsConfig, layer_idx: int):
@@ -37,16 +65,50 @@ def is_registered(config: RadladsConfig) -> bool:
 def _find(registered: dict[str, Callable], name: str, folder: str, prefix: str) -> Callable:
     if name in registered:
         return registered[name]
-    module_name = f"{folder}.{folder}_{name}"
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name not in (folder, module_name):
-            raise
-        known = ", ".join(sorted(registered))
+    file = f"{folder}/{folder}_{name}.py"
+    module = _import(name, f"{folder}.{folder}_{name}") if name.isidentifier() else None
+    if module is None and name not in _named_by_user and Path(file).is_file():
         raise ValueError(
-            f"no mixer named {name!r}: use one of {known}, or put {folder}/{folder}_{name}.py on the import path"
-        ) from error
+            f"the model names the mixer {name!r}, but code in the working directory is not run for that: "
+            f"if you trust {file}, give --mixer-path ."
+        )
+    if module is None:
+        known = ", ".join(sorted(registered))
+        raise ValueError(f"no mixer named {name!r}: use one of {known}, or put {file} on the import path")
     if not hasattr(module, f"{prefix}_{name}"):
         raise ValueError(f"{module.__file__} must define a class {prefix}_{name}")
     return getattr(module, f"{prefix}_{name}")
+
+
+def _import(name: str, module_name: str) -> ModuleType | None:
+    """The module of a mixer; None if there is no such file where it may come from."""
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    with nullcontext() if name in _named_by_user else _without_working_directory():
+        try:
+            return importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name not in (module_name.partition(".")[0], module_name):
+                raise
+            return None
+
+
+@contextmanager
+def _without_working_directory() -> Iterator[None]:
+    """Leave the working directory out of the import path, unless the user put it there."""
+    whole = list(sys.path)
+    sys.path[:] = [entry for entry in whole if os.path.realpath(entry) != os.getcwd() or _is_users(entry)]
+    try:
+        yield
+    finally:
+        sys.path[:] = [*whole, *(entry for entry in sys.path if entry not in whole)]
+
+
+def _is_users(entry: str) -> bool:
+    """Whether this entry of the import path is more than where Python happens to have been started: given by
+    --mixer-path or by its full name in PYTHONPATH, or the place of the script that runs."""
+    main = sys.modules["__main__"]
+    script = None if main.__spec__ is not None else main.__dict__.get("__file__")
+    given = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(path)]
+    given += [*_mixer_paths, *([os.path.dirname(os.path.abspath(script))] if script else [])]
+    return os.path.realpath(entry) in map(os.path.realpath, given)

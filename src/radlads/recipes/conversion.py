@@ -22,6 +22,7 @@ from radlads.checkpoint.hf_export import export, remove_export
 from radlads.checkpoint.manifest import MANIFEST, joint_hash, read_manifest, versions, weights_hash
 from radlads.checkpoint.model_folder import load_model
 from radlads.checkpoint.named_models import NAMED_MODELS, is_fetched
+from radlads.checkpoint.tokenizer_files import check_copyable, locate_tokenizer, read_tokenizer
 from radlads.checksums import sha256
 from radlads.config.compare import deciding, differences
 from radlads.config.load import load_config
@@ -96,8 +97,11 @@ def run_conversion(conversion: Conversion, console: Console) -> dict[str, Any]:
     if (name := str(conversion.teacher)) in NAMED_MODELS and not is_fetched(name):
         model = NAMED_MODELS[name]
         console.line(f"fetching {model.title} ({model.num_bytes / 1e6:.0f} MB, {model.licence}), once")
+    described = locate_tokenizer(conversion.teacher)
+    read_tokenizer(described)  # before any weights are fetched
+    check_copyable(described)
     source = open_teacher(conversion.teacher)
-    if (note := origin_note(source.folder)) is not None:
+    for note in filter(None, (origin_note(source.folder), *source.notes)):
         console.line(note)
     if conversion.retie and not source.config.tie_word_embeddings:
         raise ValueError(f"{source.folder} has a head of its own, not its embedding: convert it without --retie")

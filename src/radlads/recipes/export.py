@@ -23,10 +23,16 @@ from radlads.checkpoint.manifest import (
     write_folder_checksums,
 )
 from radlads.checkpoint.model_folder import StoredModel, load_model, open_model
-from radlads.checkpoint.published import EMBEDDING
-from radlads.checkpoint.tokenizer_files import GENERATION_FILE, locate_tokenizer, num_ids, read_tokenizer
+from radlads.checkpoint.tokenizer_files import (
+    GENERATION_FILE,
+    LICENCE_FILES,
+    check_copyable,
+    locate_tokenizer,
+    num_ids,
+    read_tokenizer,
+)
 from radlads.checkpoint.weight_files import parse_size
-from radlads.checkpoint.weights import StoredWeights
+from radlads.checkpoint.weights import EMBEDDING, StoredWeights
 from radlads.console import Console
 from radlads.convert.hf_source import load_tokenizer
 from radlads.recipes.conversion import MARKER, RELOAD_TOLERANCE, STAGES, SUMMARY
@@ -38,7 +44,6 @@ from radlads.report.run_folder import Measurements, Stage, read_measurements, re
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CHECKED_TOKENS = 64
-_LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +201,7 @@ def _write(export: Export, out: Path, console: Console) -> None:
     source = find_source(export.run, export.teacher)
     stored = open_model(source.folder)
     check_exportable(stored.config)
+    check_copyable(source.tokenizer_folder)
     if export.for_llama_cpp:
         check_runs(stored.config)
     dtype = DTYPES[export.dtype] if export.dtype else stored.weights.info(EMBEDDING).dtype
@@ -254,9 +260,8 @@ def _some_tokens(num_tokens: int) -> list[int]:
 
 
 def _add_licence_files(teacher_folder: Path, folder: Path) -> None:
-    for pattern in _LICENCE_FILES:
-        for path in teacher_folder.glob(pattern):
-            shutil.copyfile(path, folder / path.name)
+    for path in (path for pattern in LICENCE_FILES for path in teacher_folder.glob(pattern) if path.is_file()):
+        shutil.copyfile(path, folder / path.name)
 
 
 def _card_facts(export: Export, source: Source, written: StoredModel, name: str, difference: float) -> CardFacts:

@@ -1,11 +1,14 @@
 """An exported folder onto the Hugging Face hub: what would be uploaded, and the upload."""
 
+import glob
 from pathlib import Path
 from typing import cast
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
+
+from radlads.checkpoint.foreign_folders import refuse_links_out
 
 # What a refused or broken connection raises: the error of the HTTP library that this huggingface_hub is built on
 _HTTP_ERROR = cast("type[Exception]", HfHubHTTPError.__mro__[1])
@@ -23,11 +26,13 @@ def check_repo(repo: str, *, needs_token: bool) -> None:
 def uploaded_files(folder: Path) -> list[Path]:
     """The files that an upload takes: all that lie in the folder itself, hidden ones left out.
 
-    Raises ValueError if the folder is no export.
+    Raises ValueError if the folder is no export, or one of them is a link to somewhere else.
     """
     if not (folder / "config.json").is_file() or not (folder / "README.md").is_file():
         raise ValueError(f"{folder} is no exported model (config.json and README.md): name OUT too, to export it first")
-    return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    refuse_links_out(folder, [glob.escape(path.name) for path in files])
+    return files
 
 
 def listing(folder: Path, repo: str) -> list[str]:

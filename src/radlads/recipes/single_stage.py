@@ -11,16 +11,24 @@ import torch
 from radlads.checkpoint.atomic import check_new
 from radlads.checkpoint.manifest import sha256, weights_hash
 from radlads.checkpoint.model_folder import read_config
+from radlads.checkpoint.tokenizer_files import locate_tokenizer
 from radlads.checkpoint.weight_files import is_weights_file, open_weights, starting_point
 from radlads.checkpoint.weights import StoredWeights
 from radlads.config.schema import SIZE_KEYS, Config, ModelConfig, check_available, stage_of
 from radlads.config.sizes import check_sizes
 from radlads.console import Console
-from radlads.convert.bare_weights import is_teachers, shape_of, student_from_teacher, student_of, teacher_of
+from radlads.convert.bare_weights import is_teachers, shape_of, student_from_teacher, student_of
 from radlads.convert.blueprint import Blueprint, stored_blueprint
-from radlads.convert.hf_source import SUPPORTED_ARCHITECTURES, locate, open_teacher, teacher_config
+from radlads.convert.hf_source import (
+    SUPPORTED_ARCHITECTURES,
+    TeacherSource,
+    open_teacher,
+    teacher_config,
+    teacher_source,
+)
 from radlads.convert.student import layer_mixers, student_blueprint, teacher_blueprint
 from radlads.model.configuration import RadladsConfig
+from radlads.model.registry import name_mixers
 from radlads.train.fit import StageResult, run_stage
 from radlads.train.hardware import check_hardware
 from radlads.train.loggers import check_loggers
@@ -44,8 +52,11 @@ def train_stage(config: Config, console: Console, processes: Processes = ALONE) 
     if train.data_file:
         open_corpora(train)
     teacher_path = train.teacher.path or train.teacher.hf_path
+    model = config.model
+    name_mixers(model.tmix, model.tmix2, model.cmix, model.cmix2)
     torch.manual_seed(train.seed_everything)
-    teacher = _teacher(config, teacher_path) if teacher_path else None
+    source = _teacher(config, teacher_path) if teacher_path else None
+    teacher = None if source is None else teacher_blueprint(source)
     student, origin_of = _starting_student(config, teacher_path)
     check_student(config, student.config, None if teacher is None else teacher.config)
     folder = run_folder(config, student.config)
@@ -54,6 +65,8 @@ def train_stage(config: Config, console: Console, processes: Processes = ALONE) 
     models = build_models(config, student, teacher, processes)
     origin = origin_of()
     parent = f"{origin} ({_listed(models.ways)})" if models.ways else origin
+    for note in () if source is None else source.notes:
+        console.line(note)
     console.line(f"{stage_of(train)}: from {parent} to {folder}")
     return run_stage(config, models.student, models.teacher, folder, console, parent=parent, processes=processes)
 
@@ -148,24 +161,24 @@ def _with_hash(path: Path) -> str:
     return f"{path} sha256:{(weights_hash(path) if path.is_dir() else sha256(path))[:16]}"
 
 
-def _teacher(config: Config, path: str) -> Blueprint:
+def _teacher(config: Config, path: str) -> TeacherSource:
     """The teacher of a folder, hub name or weights file."""
     if not is_weights_file(Path(path)):
-        return teacher_blueprint(open_teacher(path))
+        return open_teacher(path)
     if not Path(path).exists():
         raise ValueError(
             f"the teacher's weights {path} do not exist: make them with `python3 convert_hf_to_pth.py FOLDER {path}`, "
             "or name the teacher's folder or hub name with --train.teacher.path"
         )
     weights, described = open_weights(Path(path)), [config.train.teacher.hf_path, config.model.hf_path]
-    return teacher_of(weights, _shape(weights, Path(path), described, config.train.teacher.model), Path(path))
+    return teacher_source(Path(path), _shape(weights, Path(path), described, config.train.teacher.model), weights)
 
 
 def _shape(weights: StoredWeights, path: Path, described: list[str], model: ModelConfig) -> RadladsConfig:
     """The softmax model's configuration: by the first of `described` that is a folder, else by tensors and `model`."""
     for name in described:
         if name and not is_weights_file(Path(name)):
-            folder = locate(name)
+            folder = locate_tokenizer(name)
             return teacher_config(read_config(folder, *SUPPORTED_ARCHITECTURES), folder)
     return shape_of(weights, model, path)
 

@@ -24,9 +24,9 @@ from radlads.checkpoint.atomic import read_json, unfinished_folder, write_text
 from radlads.checkpoint.manifest import MANIFEST, versions
 from radlads.checkpoint.model_folder import save_model
 from radlads.checkpoint.own_files import MARK, check_names, refuse_links, remove_folder
+from radlads.checkpoint.safetensors_files import WEIGHTS_FILE
 from radlads.checkpoint.safetensors_writer import file_order, write_safetensors
 from radlads.checkpoint.weights import (
-    WEIGHTS_FILE,
     ModelWeights,
     PrefixedWeights,
     RowShards,
