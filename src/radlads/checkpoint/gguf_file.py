@@ -160,7 +160,7 @@ def _write_tokenizer(file: Path, folder: Path) -> None:
 
 
 def _drop_invented_tokens(path: Path) -> set[str]:
-    """Take out of tokenizer.json the tokens that its vocabulary lacks, such as a default <|endoftext|>, and return them."""
+    """Take tokens out of tokenizer.json that its vocabulary lacks, such as a default <|endoftext|>, and return them."""
     tokenizer = read_json(path)
     known = tokenizer["model"]["vocab"]
     invented = {token["content"] for token in tokenizer["added_tokens"] if token["content"] not in known}
