@@ -165,10 +165,10 @@ def failing(model):
 def test_logits_that_are_not_finite_end_a_text_naming_the_position(failing):
     model, prompt, sound = failing
     said = []
-    with pytest.raises(NotFinite, match=f"after {len(prompt) + len(sound)} tokens are not finite"):
+    with pytest.raises(NotFinite, match=f"not finite within the first {len(prompt) + len(sound)} tokens"):
         said.extend(stream_tokens(model, prompt, GREEDY))
     assert said == sound
-    with pytest.raises(NotFinite, match=f"after {len(prompt) + len(sound)} tokens"):
+    with pytest.raises(NotFinite, match=f"within the first {len(prompt) + len(sound)} tokens"):
         generate_tokens(model, [prompt, prompt[3:9]], GREEDY)
 
 
@@ -186,7 +186,7 @@ def test_a_prompt_whose_logits_are_not_finite_is_refused_naming_the_piece(model)
     tokens = torch.full((2, 40), 9)
     prefill(broken, tokens, piece=16)
     tokens[1, 31] = 7
-    with pytest.raises(NotFinite, match="after 32 tokens"):
+    with pytest.raises(NotFinite, match="within the first 32 tokens"):
         prefill(broken, tokens, piece=16)
 
 

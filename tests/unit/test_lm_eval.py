@@ -165,6 +165,14 @@ def test_batches_change_nothing(student, by_twos, task_folder):
     assert_same_numbers(run(student, task_folder, batch_rows=1), by_twos)
 
 
+def test_numbers_that_are_not_finite_end_it_naming_the_position(student, task_folder):
+    model = open_model(student, torch.float32)
+    tokenizer = open_tokenizer(student, model.config.vocab_size)
+    model.model.embed_tokens.weight.data[tokenizer("r")["input_ids"]] = torch.nan
+    with pytest.raises(NotFinite, match="not finite within the first 11 tokens"):  # Grass, in spr
+        run_tasks(model, tokenizer, open_tasks(["endings"], task_folder), Settings(batch_rows=1))
+
+
 def test_the_chat_template_wraps_questions(student, task_folder, tmp_path):
     for path in student.iterdir():
         (tmp_path / path.name).symlink_to(path)

@@ -108,9 +108,7 @@ def _scores(model: RadladsForCausalLM, rows: Sequence[_Row], segment_tokens: int
     # Summed by rows on the host: one wait for the device instead of two for each answer
     on_host = zip(values_BT.cpu(), hits_BT.cpu(), last_BV.cpu(), rows, strict=True)
     for values_T, hits_T, last_V, row in on_host:
-        if not values_T.isfinite().all():
-            raise NotFinite(int(values_T.isfinite().long().argmin()) + 1)
-        if last_V.isnan().any():
+        if not values_T.isfinite().all() or last_V.isnan().any():
             raise NotFinite(len(row.tokens))
         yield _Scores(values_T[: len(row.tokens)], hits_T[: len(row.tokens)], last_V)
 

@@ -13,12 +13,15 @@ from radlads.model.modeling import RadladsForCausalLM
 
 
 class NotFinite(ValueError):
-    """A model's numbers are not finite."""
+    """A model's logits or states are not finite; num_tokens: after how many tokens at the latest.
+
+    The last of them is to blame in a decoded text; a longer piece is computed as a whole.
+    """
 
     def __init__(self, num_tokens: int, what: str = "logits"):
         super().__init__(
-            f"the model's {what} after {num_tokens:,} tokens are not finite: its weights are damaged or overflow; "
-            "copy them anew, or take another checkpoint"
+            f"the model's {what} are not finite within the first {num_tokens:,} tokens: its weights are damaged or "
+            "overflow; copy them anew, or take another checkpoint"
         )
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 import transformers
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -18,7 +19,7 @@ from radlads.checkpoint.model_folder import load_model
 from radlads.checkpoint.tokenizer_files import GENERATION_FILE, num_ids
 from radlads.convert.hf_source import open_tokenizer
 from radlads.inference.chat_template import ChatTemplate, stop_ids
-from radlads.inference.decoder import PREFILL_TOKENS
+from radlads.inference.decoder import PREFILL_TOKENS, prefill
 from radlads.inference.generate import choose_device
 from radlads.model.modeling import RadladsForCausalLM
 
@@ -61,9 +62,11 @@ def build_server(arguments: argparse.Namespace) -> "uvicorn.Server":
     model = load_model(arguments.folder, dtype=dtype)
     tokenizer = open_tokenizer(arguments.folder, model.config.vocab_size)
     model.generation_config = generation_config(arguments.folder, model, tokenizer)
+    model = model.to(device)  # type: ignore[arg-type]
+    prefill(model, torch.zeros(1, 1, dtype=torch.int64, device=device))  # broken weights are told now, not to clients
     served = ServedModel(
         server_name(arguments),
-        model.to(device),  # type: ignore[arg-type]
+        model,
         tokenizer,
         arguments.max_prompt_tokens,
     )
