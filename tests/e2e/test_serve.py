@@ -20,6 +20,7 @@ from radlads.cli import main
 from radlads.inference import generate, serve
 from radlads.inference.chat_template import ChatTemplate
 from radlads.inference.generate import Sampling, generate_tokens
+from radlads.inference.options import add_serve_options
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
@@ -49,9 +50,13 @@ def url(folder):
 
 
 @contextmanager
-def serving(folder):
+def serving(folder, *options):
     """The folder's server for a while; its address."""
-    settings = argparse.Namespace(folder=folder, name=NAME, device="cpu", max_prompt_tokens=MAX_PROMPT_TOKENS)
+    words = [str(folder), "--name", NAME, "--device", "cpu"]
+    words += ["--max-prompt-tokens", str(MAX_PROMPT_TOKENS), "--max-tokens", str(10**6)]
+    parser = argparse.ArgumentParser()
+    add_serve_options(parser)
+    settings = parser.parse_args([*words, *options])
     server = serve.build_server(settings)
     with serve.listening("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
