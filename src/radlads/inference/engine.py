@@ -101,8 +101,8 @@ class Engine:
         self._thread = ThreadPoolExecutor(1, "generation")
         self._is_closed = threading.Event()
         self._running: Generation | None = None
-        for block in model.model.layers:  # layer by layer, since a piece of a prompt takes seconds on a CPU
-            block.register_forward_pre_hook(self._stop_if_cancelled)
+        # Layer by layer, since a piece of a prompt takes seconds on a CPU
+        self._hooks = [block.register_forward_pre_hook(self._stop_if_cancelled) for block in model.model.layers]
 
     def submit(self, job: Job) -> Generation:
         """Have a job done after those before it. Call it from the event loop that reads the answer."""
@@ -115,6 +115,8 @@ class Engine:
         """Stop what runs at the model's next layer, forget what waits, and wait for the thread to end."""
         self._is_closed.set()
         self._thread.shutdown(wait=True, cancel_futures=True)
+        for hook in self._hooks:
+            hook.remove()
 
     def _note_end(self) -> None:
         self.num_unfinished -= 1

@@ -19,7 +19,6 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
-from transformers.cli.serving.utils import build_response_parser
 
 from radlads.inference.engine import Engine, Generation, Job
 from radlads.inference.finite import NotFinite
@@ -29,6 +28,7 @@ from radlads.inference.openai_requests import SamplingBody, read_chat, read_comp
 from radlads.model.modeling import RadladsForCausalLM
 
 DISCONNECT_POLL_S = 0.2
+BODY_S = 60
 CLIENT_CLOSED_REQUEST = 499
 # A body may have as many bytes as this for each token of the longest prompt, and some more for all else
 BYTES_PER_TOKEN, BYTES_BESIDE = 16, 2**20
@@ -115,12 +115,11 @@ class Desk:
         """The answer to a request. Raises ApiError."""
         with self._place():
             content = await _body(request, self.limits.body_bytes())
-            answering = self._answered(content, read, form)
-            return await _while_connected(request, answering)
+            return await _while_connected(request, self._answered(content, read, form))
 
     async def _answered(self, content: bytes, read: Callable[[bytes], SamplingBody], form: Form) -> Response:
         loop = asyncio.get_running_loop()
-        body, job, reply = await loop.run_in_executor(self._reader, self._prepare, content, read, form)
+        body, job, reply = await loop.run_in_executor(self._reader, self._prepare, content, read)
         generation = self.engine.submit(job)
         texts = _texts(generation, reply)
         if body.stream:
@@ -130,9 +129,7 @@ class Desk:
         finally:
             generation.cancel()
 
-    def _prepare(
-        self, content: bytes, read: Callable[[bytes], SamplingBody], form: Form
-    ) -> tuple[SamplingBody, Job, Reply]:
+    def _prepare(self, content: bytes, read: Callable[[bytes], SamplingBody]) -> tuple[SamplingBody, Job, Reply]:
         """A request's job. Raises ApiError for one that cannot be done."""
         body, served, model = read(content), self.served, self.served.model
         if body.model not in (None, served.name):
@@ -143,8 +140,7 @@ class Desk:
             tokens = body.token_ids(served.tokenizer)
             self._check_length(len(tokens))
             check_memory(model.config, len(tokens) + config.max_new_tokens, model.device)
-        tools = getattr(body, "tools", None)
-        parser = build_response_parser(served.tokenizer, model, tokens, tools=tools) if isinstance(form, ChatForm) else None
+        parser = body.parser(served.tokenizer, model, tokens)
         reply = Reply(f"radlads-{uuid.uuid4().hex}", served.name, len(tokens), config.max_new_tokens, parser)
         return body, Job(tokens, config, body.seed, keeps_special=parser is not None), reply
 
@@ -190,10 +186,14 @@ class EventStream(StreamingResponse):
 
 async def _body(request: Request, most_bytes: int) -> bytes:
     content = bytearray()
-    async for part in request.stream():
-        content += part
-        if len(content) > most_bytes:
-            raise ApiError(413, f"the request has more than {most_bytes} bytes: shorten it")
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for part in request.stream():
+                content += part
+                if len(content) > most_bytes:
+                    raise ApiError(413, f"the request has more than {most_bytes} bytes: shorten it")
+    except TimeoutError as error:
+        raise ApiError(408, f"the request did not arrive within {BODY_S} seconds: send it again") from error
     return bytes(content)
 
 

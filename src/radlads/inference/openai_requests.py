@@ -14,15 +14,18 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsStr
 from openai.types.completion_create_params import CompletionCreateParamsStreaming as CompletionParams
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.cli.serving.utils import build_response_parser
+from transformers.utils.chat_parsing import ResponseParser
 
 from radlads.inference.chat_template import template_errors_named
 from radlads.inference.openai_answers import ApiError
 from radlads.inference.sampling import MAX_SEED, TEMPERATURES, is_temperature
+from radlads.model.modeling import RadladsForCausalLM
 
 DEFAULT_TOKENS = 1024
 MAX_STOPS, MAX_STOP_CHARACTERS = 16, 256
 # Arguments of the call that renders a template; a client's own template would be code to run here
-_RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
+_RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {"messages"}
 
 
 def _without_fraction(number: Any) -> Any:
@@ -60,7 +63,7 @@ def _is_object(function: dict[str, Any]) -> bool:
 Body = TypeVar("Body", bound="SamplingBody")
 Whole = Annotated[int, BeforeValidator(_without_fraction)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
-Tokens = Annotated[Whole, Field(ge=1)]
+Tokens = Annotated[Whole, Field(ge=1, lt=2**31)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Bias = Annotated[Number, Field(ge=-100, le=100)]
 Tool = Annotated[dict[str, Any], _checked(_is_tool, 'give {"type": "function", "function": {"name": ..., ...}}')]
@@ -122,20 +125,26 @@ class SamplingBody(BaseModel):
     stream_options: dict[str, Any] | None = None
     user: str | None = None
 
-    def num_tokens(self) -> int | None:
-        """How many tokens the answer may have, if the request says so."""
-        return self.max_tokens
+    def bound(self) -> tuple[str, int | None]:
+        """The field that bounds the answer, and by how many tokens, if it does."""
+        return "max_tokens", self.max_tokens
 
     def token_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """The tokens to go on from."""
         raise NotImplementedError
 
+    def parser(
+        self, tokenizer: PreTrainedTokenizerBase, model: RadladsForCausalLM, token_ids: list[int]
+    ) -> ResponseParser | None:
+        """What tells reasoning and calls of tools from text, if the tokenizer says how."""
+        return None
+
     def generation_config(self, base: GenerationConfig, limit: int, vocab_size: int) -> GenerationConfig:
         """The model's own generation_config with what the request changes; at most `limit` tokens."""
         config = copy.deepcopy(base)
-        wanted = self.num_tokens()
+        name, wanted = self.bound()
         if wanted is not None and wanted > limit:
-            raise ApiError(400, f"max_tokens: at most {limit} are generated here, not {wanted}", param="max_tokens")
+            raise ApiError(400, f"{name}: at most {limit} tokens are generated here, not {wanted}", param=name)
         config.max_new_tokens = wanted or min(limit, max(DEFAULT_TOKENS, config.max_new_tokens or 0))
         if self.temperature is not None:
             config.temperature, config.do_sample = self.temperature, self.temperature > 0
@@ -160,8 +169,9 @@ class ChatBody(SamplingBody):
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     parallel_tool_calls: bool | None = None
 
-    def num_tokens(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
+    def bound(self) -> tuple[str, int | None]:
+        new_name = "max_completion_tokens", self.max_completion_tokens
+        return super().bound() if self.max_completion_tokens is None else new_name
 
     def token_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Raises ValueError if the template fails."""
@@ -172,11 +182,17 @@ class ChatBody(SamplingBody):
             sentence = f"chat_template_kwargs: {taken[0]} is not the template's to take: leave it out"
             raise ApiError(400, sentence, param="chat_template_kwargs")
         messages = [message.for_template() for message in self.messages]
-        with template_errors_named("refuses these messages, or"):
+        with template_errors_named("of this model"):
             encoded = tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, tools=self.tools, return_dict=True, **keys
             )
         return list(encoded["input_ids"])
+
+    def parser(
+        self, tokenizer: PreTrainedTokenizerBase, model: RadladsForCausalLM, token_ids: list[int]
+    ) -> ResponseParser | None:
+        parser: ResponseParser | None = build_response_parser(tokenizer, model, token_ids, tools=self.tools)
+        return parser
 
 
 class CompletionBody(SamplingBody):
