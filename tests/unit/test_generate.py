@@ -191,7 +191,7 @@ def test_a_prompt_whose_logits_are_not_finite_is_refused_naming_the_piece(model)
 
 
 def test_a_stop_token_does_not_hide_what_is_not_finite(failing):
-    model, prompt, sound = failing
+    model, prompt, _ = failing
     with pytest.raises(NotFinite):  # NaN chooses 0
         list(stream_tokens(model, prompt, GREEDY, frozenset({0})))
 

@@ -18,6 +18,7 @@ from radlads.evaluation.baselines import limit_attention, setup_student
 from radlads.evaluation.likelihood import log_likelihoods
 from radlads.evaluation.models import open_model
 from radlads.evaluation.scores import Score, scores, table, task_names
+from radlads.inference.finite import NotFinite
 
 pytest.importorskip("lm_eval")
 from radlads.evaluation.harness import Settings, open_tasks, run_tasks

@@ -125,14 +125,32 @@ OF_COMPLETIONS = {
 }
 FUNCTION = {"name": "f", "arguments": "{}"}
 OF_CHATS = {
-    "messages": [*NO_OBJECT, "null", "[5]", "[{}]", '[{"role": 5}]', '[{"role": "user", "content": 5}]']
-    + ['[{"role": "user", "content": [{"type": "image_url"}]}]', '[{"role": "user", "content": ["x"]}]']
-    + ['[{"role": "user", "tool_calls": 5}]', '[{"role": "user", "tool_calls": [5]}]']
-    + ['[{"role": "user", "tool_calls": [{"function": {"name": "f"}}]}]', '[{"role": "user", "tool_call_id": 5}]']
-    + ['[{"role": "user", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]'],
+    "messages": [
+        *NO_OBJECT,
+        "null",
+        "[5]",
+        "[{}]",
+        '[{"role": 5}]',
+        '[{"role": "user", "content": 5}]',
+        '[{"role": "user", "content": [{"type": "image_url"}]}]',
+        '[{"role": "user", "content": ["x"]}]',
+        '[{"role": "user", "tool_calls": 5}]',
+        '[{"role": "user", "tool_calls": [5]}]',
+        '[{"role": "user", "tool_calls": [{"function": {"name": "f"}}]}]',
+        '[{"role": "user", "tool_call_id": 5}]',
+        '[{"role": "user", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]',
+    ],
     "tools": ["5", "{}", "[5]", "[{}]", '[{"type": "function"}]', '[{"type": "function", "function": {"name": 5}}]'],
-    "chat_template_kwargs": [*NO_OBJECT, '{"chat_template": "{{ 1 }}"}', '{"tokenize": false}', '{"messages": 5}']
-    + ['{"conversation": []}', '{"add_generation_prompt": 1}', '{"padding": "longest"}', '{"return_tensors": "x"}'],
+    "chat_template_kwargs": [
+        *NO_OBJECT,
+        '{"chat_template": "{{ 1 }}"}',
+        '{"tokenize": false}',
+        '{"messages": 5}',
+        '{"conversation": []}',
+        '{"add_generation_prompt": 1}',
+        '{"padding": "longest"}',
+        '{"return_tensors": "x"}',
+    ],
     "max_completion_tokens": NO_COUNT,
     "logprobs": ["5", '"x"'],
     "top_logprobs": ["21", "-1", '"x"'],
@@ -412,7 +430,9 @@ def test_hosts_by_their_own_names_are_let_through(app, host):
     assert guarded(Guard(app, hosts=["Box.lan"]), host=host).status_code == 200
 
 
-@pytest.mark.parametrize("host", ["evil.com", "evil.com:8000", "127.0.0.1.evil.com", "localhost@evil.com", "", "[::1", "*"])
+@pytest.mark.parametrize(
+    "host", ["evil.com", "evil.com:8000", "127.0.0.1.evil.com", "localhost@evil.com", "", "[::1", "*"]
+)
 def test_hosts_by_other_names_are_refused(app, host):
     response = guarded(Guard(app), host=host)
     assert response.status_code == 403 and "--allowed-host" in error_of(response)["message"]
@@ -425,7 +445,9 @@ def test_pages_of_other_hosts_are_refused(app, origin):
     assert guarded(Guard(app), Origin="http://localhost:8000").status_code == 200
 
 
-@pytest.mark.parametrize("given", ["", "Bearer", "Bearer ", "Bearer wrong", "secret-", "Bearer secret2", "Basic secret"])
+@pytest.mark.parametrize(
+    "given", ["", "Bearer", "Bearer ", "Bearer wrong", "secret-", "Bearer secret2", "Basic secret"]
+)
 def test_without_the_key_there_is_no_answer(app, given):
     response = guarded(Guard(app, api_key="secret"), Authorization=given)
     assert response.status_code == 401 and error_of(response)["code"] == "invalid_api_key"

@@ -52,8 +52,8 @@ def loss_by_position(
     Reads windows of `context_tokens` that lie evenly over the whole corpus, at most `max_tokens` in sum (None: all).
     A window longer than `segment_tokens` goes through the model in segments, the state carried from one to the next;
     logits exist for 1024 tokens at a time. So memory does not grow with the context but for a softmax model's cache.
-    Raises ValueError for edges that do not rise or lie outside the window, and for a corpus shorter than one window, and
-    NotFinite, naming the segment's end, for losses that are not finite.
+    Raises ValueError for edges that do not rise or lie outside the window, and for a corpus shorter than one window,
+    and NotFinite, naming the segment's end, for losses that are not finite.
     """
     check_edges(edges, context_tokens)
     windows = spread_windows(corpus, context_tokens, max_tokens)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from radlads.inference.finite import FiniteWatch
 from radlads.inference.generate import TextStream
@@ -127,7 +128,7 @@ class Engine:
         tokens = torch.tensor([job.tokens], device=self.model.device)
         try:
             with FiniteWatch(self.model) as watch:
-                self.model.generate(
+                self.model.generate(  # type: ignore[misc]
                     input_ids=tokens,
                     attention_mask=torch.ones_like(tokens),
                     generation_config=job.config,
@@ -144,7 +145,7 @@ class Engine:
             raise _Cancelled
 
 
-class _Streamer:
+class _Streamer(BaseStreamer):
     """What generate() gives each token to, after the prompt."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, job: Job, generation: Generation, watch: FiniteWatch):

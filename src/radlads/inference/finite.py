@@ -48,7 +48,7 @@ class FiniteWatch:
         self._hook = model.register_forward_hook(self._note)
 
     def check(self) -> None:
-        """Raise NotFinite if any logits since the last check were not finite, naming the first tokens they came after."""
+        """Raise NotFinite if any logits since the last check were not finite, for the first of them."""
         flags, self._flags = self._flags, []
         raise_unless_finite(flags)
 

@@ -18,7 +18,7 @@ Item = str | ReasoningText | ToolCall
 
 
 class ApiError(Exception):
-    """An answer that is an error. param: the field of the request that is to blame. kind: what OpenAI calls its type."""
+    """An answer that is an error. param: the field of the request that is to blame. kind: what OpenAI calls type."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None, kind: str | None = None
@@ -173,8 +173,9 @@ def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
-def _text(items: list[Item], kind: type) -> str:
-    return "".join(item for item in items if type(item) is kind)
+def _text(items: list[Item], kind: type[str]) -> str:
+    """The text that is of this very kind: reasoning is a str too."""
+    return "".join(item for item in items if isinstance(item, str) and type(item) is kind)
 
 
 def _call(reply: Reply, number: int, call: ToolCall) -> dict[str, Any]:

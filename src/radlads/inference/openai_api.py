@@ -1,6 +1,6 @@
 """One model behind OpenAI's HTTP interface: the routes, and how a request passes from one station to the next.
 
-A body is read up to a bound, checked and tokenised off the event loop, queued at the engine up to a bound, and answered.
+A body is read up to a bound, checked and tokenised off the event loop, queued at the engine, and answered.
 Import only where fastapi, openai and uvicorn are installed.
 """
 
@@ -155,7 +155,9 @@ class Desk:
     def _place(self) -> Iterator[None]:
         """A place among the requests that are read, wait or run, until the engine has taken this one."""
         if self.num_read + self.engine.num_unfinished >= self.limits.requests:
-            raise ApiError(429, f"{self.limits.requests} requests are being answered: try again later", code="queue_full")
+            raise ApiError(
+                429, f"{self.limits.requests} requests are being answered: try again later", code="queue_full"
+            )
         self.num_read += 1
         try:
             yield

@@ -68,7 +68,8 @@ Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Bias = Annotated[Number, Field(ge=-100, le=100)]
 Tool = Annotated[dict[str, Any], _checked(_is_tool, 'give {"type": "function", "function": {"name": ..., ...}}')]
 Call = Annotated[
-    dict[str, Any], _checked(_is_call, 'give {"function": {"name": ..., "arguments": "..."}}, arguments being an object')
+    dict[str, Any],
+    _checked(_is_call, 'give {"function": {"name": ..., "arguments": "..."}}, arguments being an object'),
 ]
 
 
@@ -100,8 +101,7 @@ class ChatMessage(BaseModel):
 def _with_object(call: dict[str, Any]) -> dict[str, Any]:
     arguments = call["function"]["arguments"]
     return call | {
-        "function": call["function"]
-        | {"arguments": json.loads(arguments) if isinstance(arguments, str) else arguments}
+        "function": call["function"] | {"arguments": json.loads(arguments) if isinstance(arguments, str) else arguments}
     }
 
 
@@ -183,8 +183,12 @@ class ChatBody(SamplingBody):
             raise ApiError(400, sentence, param="chat_template_kwargs")
         messages = [message.for_template() for message in self.messages]
         with template_errors_named("of this model"):
-            encoded = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tools=self.tools, return_dict=True, **keys
+            encoded: Any = tokenizer.apply_chat_template(
+                messages,
+                add_generation_prompt=True,
+                tools=self.tools,  # type: ignore[arg-type]
+                return_dict=True,
+                **keys,
             )
         return list(encoded["input_ids"])
 

@@ -56,7 +56,10 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-tokens", type=int, default=32768, help="refuse longer answers (default 32768 tokens)")
     parser.add_argument(
-        "--max-requests", type=int, default=64, help="refuse more at the same time (default 64; one is answered at a time)"
+        "--max-requests",
+        type=int,
+        default=64,
+        help="refuse more at the same time (default 64; one is answered at a time)",
     )
     parser.add_argument(
         "--allowed-host",

@@ -30,14 +30,15 @@ if TYPE_CHECKING:
 PACKAGES = ("fastapi", "openai", "uvicorn")
 SHUTDOWN_S = 3
 MAX_PORT = 65535
-WILDCARDS = {"", "0.0.0.0", "::"}  # noqa: S104 (compared with, not listened at)
+WILDCARDS = {"", "0.0.0.0", "::"}
 KEY_VARIABLE = "RADLADS_API_KEY"
 
 
 def serve(arguments: argparse.Namespace, notice: Callable[[str], None]) -> None:
     """Serve the folder that add_serve_options' arguments name until Ctrl-C.
 
-    Raises ValueError for a missing package, a port that cannot be had, bounds below 1, and as load_model and prefill do.
+    Raises ValueError for a missing package, a port that cannot be had, bounds below 1, and as load_model
+    and prefill do.
     """
     _check(arguments)
     with listening(arguments.host, arguments.port) as listener:
