@@ -271,6 +271,22 @@ def test_more_requests_than_allowed_are_told_to_wait_and_places_come_back(app, s
         assert "try again later" in error_of(refused)["message"]
 
 
+def test_an_answer_that_is_being_generated_takes_one_place(served):
+    app = build_app(replace(served, limits=Limits(answer_tokens=400, requests=2)))
+    is_generating = threading.Event()
+
+    async def go():
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=ENOUGH_S) as client:
+            first = asyncio.ensure_future(client.post(COMPLETIONS, content=body(max_tokens=100)))
+            assert await asyncio.to_thread(is_generating.wait, ENOUGH_S)
+            second = await client.post(COMPLETIONS, content=body())
+            return second.status_code, (await first).status_code
+
+    with Watched(served.model, is_generating.set):
+        assert asyncio.run(go()) == (200, 200)
+
+
 def events_of(response):
     lines = response.text.split("\n\n")
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]], lines[-2]
@@ -331,14 +347,16 @@ def test_closing_ends_a_long_prompt_before_its_next_layer_and_what_waits(served,
 
     async def go():
         generations = [runner.submit(job), runner.submit(job)]
-        return ["".join([text async for text in each.texts()]) for each in generations]
+        reading = [anext(each.texts()) for each in generations]
+        return await asyncio.gather(*reading, return_exceptions=True)
 
     def close():
         closing.start()
         assert runner._is_closed.wait(ENOUGH_S)
 
     with Watched(served.model, close) as watched:
-        assert asyncio.run(asyncio.wait_for(go(), ENOUGH_S)) == ["", ""]
+        errors = asyncio.run(asyncio.wait_for(go(), ENOUGH_S))
+    assert [type(error) for error in errors] == [engine.Stopped] * 2
     closing.join(ENOUGH_S)
     assert watched.calls == 1 and not closing.is_alive() and runner.num_unfinished == 0
 

@@ -32,8 +32,8 @@ class Job:
     keeps_special: bool = False
 
 
-class _Cancelled(Exception):
-    """Ends generate() for a client that has gone."""
+class Stopped(Exception):
+    """The generation was cancelled, or the engine closed."""
 
 
 class Generation:
@@ -47,6 +47,7 @@ class Generation:
         self._loop = asyncio.get_running_loop()
         self._on_end = on_end
         self._waiting: list[str] = []
+        self._num_waiting_characters = 0
         self._news = asyncio.Event()
         self._has_ended = False
         self._error: BaseException | None = None
@@ -59,13 +60,13 @@ class Generation:
         while True:
             await self._news.wait()
             self._news.clear()
-            if text := "".join(self._waiting):
-                self._waiting.clear()
+            text, has_ended = "".join(self._waiting), self._has_ended
+            self._waiting.clear()
+            self._num_waiting_characters = 0
+            if text:
                 yield text
-            elif self._has_ended:
+            if has_ended:
                 break
-            if self._has_ended:
-                self._news.set()
         if self._error is not None:
             raise self._error
 
@@ -82,8 +83,9 @@ class Generation:
     def _add(self, text: str, num_tokens: int) -> None:
         self.num_tokens += num_tokens
         self._waiting.append(text)
+        self._num_waiting_characters += len(text)
         self._news.set()
-        if sum(map(len, self._waiting)) > MAX_BUFFERED_CHARACTERS:
+        if self._num_waiting_characters > MAX_BUFFERED_CHARACTERS:
             self.cancel()
             self.was_dropped.set()
 
@@ -135,14 +137,12 @@ class Engine:
                     tokenizer=self.tokenizer,
                     streamer=_Streamer(self.tokenizer, job, generation, watch),
                 )
-        except _Cancelled:
-            pass
         finally:
             self._running = None
 
     def _stop_if_cancelled(self, *call: Any) -> None:
         if self._running is not None and (self._running.is_cancelled.is_set() or self._is_closed.is_set()):
-            raise _Cancelled
+            raise Stopped
 
 
 class _Streamer(BaseStreamer):
@@ -166,4 +166,4 @@ class _Streamer(BaseStreamer):
 
 
 def _end(generation: Generation, done: Future[None]) -> None:
-    generation.end(None if done.cancelled() else done.exception())
+    generation.end(Stopped() if done.cancelled() else done.exception())

@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
-from radlads.inference.engine import Engine, Generation, Job
+from radlads.inference.engine import Engine, Generation, Job, Stopped
 from radlads.inference.finite import NotFinite
 from radlads.inference.generate import check_memory
 from radlads.inference.openai_answers import ApiError, ChatForm, CompletionForm, Form, Reply, collect, events
@@ -29,6 +29,7 @@ from radlads.model.modeling import RadladsForCausalLM
 
 DISCONNECT_POLL_S = 0.2
 BODY_S = 60
+SHUTTING_DOWN = "the server is shutting down"
 CLIENT_CLOSED_REQUEST = 499
 # A body may have as many bytes as this for each token of the longest prompt, and some more for all else
 BYTES_PER_TOKEN, BYTES_BESIDE = 16, 2**20
@@ -113,14 +114,18 @@ class Desk:
 
     async def answer(self, request: Request, read: Callable[[bytes], SamplingBody], form: Form) -> Response:
         """The answer to a request. Raises ApiError."""
-        with self._place():
+        with ExitStack() as place:
+            place.enter_context(self._place())
             content = await _body(request, self.limits.body_bytes())
-            return await _while_connected(request, self._answered(content, read, form))
+            return await _while_connected(request, self._answered(content, read, form, place))
 
-    async def _answered(self, content: bytes, read: Callable[[bytes], SamplingBody], form: Form) -> Response:
+    async def _answered(
+        self, content: bytes, read: Callable[[bytes], SamplingBody], form: Form, place: ExitStack
+    ) -> Response:
         loop = asyncio.get_running_loop()
         body, job, reply = await loop.run_in_executor(self._reader, self._prepare, content, read)
         generation = self.engine.submit(job)
+        place.close()  # from here on the engine counts it
         texts = _texts(generation, reply)
         if body.stream:
             return EventStream(generation, events(form, reply, texts))
@@ -153,7 +158,7 @@ class Desk:
 
     @contextmanager
     def _place(self) -> Iterator[None]:
-        """A place among the requests that are read, wait or run, until the engine has taken this one."""
+        """A place among the requests that are read, wait or run, for one to be read. ApiError if all are taken."""
         if self.num_read + self.engine.num_unfinished >= self.limits.requests:
             raise ApiError(
                 429, f"{self.limits.requests} requests are being answered: try again later", code="queue_full"
@@ -221,6 +226,8 @@ def _as_api_errors() -> Iterator[None]:
         raise ApiError(422, str(error), kind="model_error", code="not_finite") from error
     except ValueError as error:
         raise ApiError(400, str(error)) from error
+    except Stopped as error:
+        raise ApiError(503, SHUTTING_DOWN) from error
     except torch.OutOfMemoryError as error:
         raise ApiError(503, "the GPU's memory is full: shorten the prompt, or try again later") from error
 
@@ -235,7 +242,7 @@ async def _while_connected(request: Request, answering: Coroutine[Any, Any, Resp
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
     except asyncio.CancelledError:
         task.cancel()
-        return ApiError(503, "the server is shutting down").response()
+        return ApiError(503, SHUTTING_DOWN).response()
     return task.result()
 
 
