@@ -19,9 +19,9 @@ httpx = pytest.importorskip("httpx")
 pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 
-from radlads.inference import engine, openai_api, serve
-from radlads.inference.access import Guard
-from radlads.inference.openai_api import Limits, ServedModel, build_app
+from radlads.inference import engine, openai_api, serve  # noqa: E402
+from radlads.inference.access import Guard  # noqa: E402
+from radlads.inference.openai_api import Limits, ServedModel, build_app  # noqa: E402
 
 CHATS, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 TEMPLATE = "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}{% endfor %}{{ tools }}"
