@@ -44,9 +44,12 @@ print("\\n".join(failed) or "ok")
 # Triton kernels and their launches, and the server's routes: what uses them imports them where they can run
 LATE = {
     "radlads.distill.loss_kernels",
+    "radlads.inference.access",
     "radlads.inference.decode_kernels",
     "radlads.inference.fused_step",
+    "radlads.inference.openai_answers",
     "radlads.inference.openai_api",
+    "radlads.inference.openai_requests",
 }
 
 

@@ -8,6 +8,7 @@ from tolerances import BFLOAT16, relative_error
 from radlads.bench.measure import release_memory
 from radlads.evaluation.costs import cost_of_context
 from radlads.inference.decoder import Decoder, RecurrentStep, left_padded, prefill
+from radlads.inference.finite import NotFinite
 from radlads.inference.generate import decode_ms, generate_tokens
 from radlads.inference.sampling import Sampling
 from radlads.model import recurrence
@@ -129,6 +130,20 @@ def test_a_stop_token_ends_its_row_only():
     stops = frozenset({whole[0][5]})
     expected = [row[: row.index(whole[0][5])] if whole[0][5] in row else row for row in whole]
     assert generate_tokens(model, prompts_of(2), GREEDY, stops) == expected
+
+
+@pytest.mark.parametrize("how", [{}, {"fused": False}, {"fused": False, "graphed": False}])
+def test_what_is_not_finite_is_told_by_its_position(how):
+    model, prompts = build(torch.bfloat16), prompts_of(2)
+    decoder = Decoder(model, 2, GREEDY, **how)
+    decoder.prefill(prompts)
+    tokens = [row[0] for row in decoder.generated(20)]
+    known = {*prompts[0], *prompts[1], *tokens[:3]}
+    place = next(place for place in range(3, 20) if tokens[place] not in {*known, *tokens[:place]})
+    model.model.embed_tokens.weight.data[tokens[place]] = torch.nan
+    decoder.prefill(prompts)
+    with pytest.raises(NotFinite, match=rf"within the first {len(prompts[0]) + place + 1} tokens"):
+        list(decoder.generated(30))
 
 
 def test_replays_draw_anew_and_in_proportion():

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from root_scripts import largest_file
 from transformers import AutoTokenizer
 
 from radlads.checkpoint.hf_export import export
@@ -103,9 +104,7 @@ def test_a_turn_reads_its_own_tokens_only_and_answers_as_if_it_had_read_all(eith
         assert not talk.began_anew
         sampling = replace(GREEDY, num_ids=257)  # the tokenizer's, of the embedding's 260 rows
         (expected,) = generate_tokens(talk.model, [ids], sampling, talk.template.stop_ids())
-        assert reply == talk.template.tokenizer.decode(expected, skip_special_tokens=True).rstrip(
-            "\N{REPLACEMENT CHARACTER}"
-        )
+        assert reply == talk.template.tokenizer.decode(expected, skip_special_tokens=True)
         messages.append({"role": "assistant", "content": reply})
         known = len(ids)
     assert talk.messages == messages
@@ -383,6 +382,21 @@ def test_a_document_is_read_once_and_asked_about_later(either, tmp_path, monkeyp
     _, out, _ = run(monkeypatch, capsys, [*asked, "--load-state", state, "--prompts", tmp_path / "prompts"])
     alone = run(monkeypatch, capsys, [*asked, "--load-state", state, "--prompt", "Who?"])[1]
     assert json.loads(out.splitlines()[0])["text"] + "\n" == alone != whole
+
+
+def test_a_full_disk_is_a_sentence(folder, tmp_path, monkeypatch, capsys):
+    options = ["--prompt", "x" * 600, "--save-state", tmp_path / "state", "--device", "cpu"]
+    with largest_file(4000):
+        code, out, err = run(monkeypatch, capsys, ["generate", folder, *options])
+    assert (code, out) == (2, "") and str(tmp_path / "state") in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_anything_is_read(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    options = ["--prompt-file", "/no/such/file", "--save-state", tmp_path / "state"]
+    code, _, err = run(monkeypatch, capsys, ["generate", folder, *options])
+    assert code == 2 and f"{tmp_path} cannot be written to" in err and err.count("\n") == 1
 
 
 def test_a_state_of_other_weights_is_refused(folder, teacher, tmp_path, monkeypatch, capsys):

@@ -1,19 +1,24 @@
 """Streaming generation: the same tokens as transformers' generate, sampling rules, refusals."""
 
+import copy
 import dataclasses
+import math
 
 import pytest
 import tiny
 import torch
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from radlads.convert.hf_source import load_tokenizer, open_teacher
 from radlads.convert.student import build_student
 from radlads.inference import decoder, generate
+from radlads.inference.finite import NotFinite, are_finite
 from radlads.inference.generate import (
     Sampling,
     choose,
     choose_device,
     decode_ms,
+    decoded,
     generate_tokens,
     prefill,
     stream_rows,
@@ -135,6 +140,67 @@ def test_streamed_pieces_are_whole_characters(model, teacher):
     "".join(pieces).encode()
 
 
+@pytest.mark.parametrize(
+    "content", [b"plain", "caf\u00e9".encode()[:-1], b"\xf0\x9f\x98", b"\xff\xffa\xc3", "a\ufffd".encode(), b""]
+)
+def test_streamed_pieces_together_are_the_text_of_the_tokens(teacher, content):
+    tokenizer = load_tokenizer(teacher, tiny.VOCAB)
+    id_of = {character: tokenizer.token_to_id(character) for character in tokenizer.get_vocab()}
+    tokens = [id_of[bytes_to_unicode()[byte]] for byte in content]
+    pieces = list(decoded(tokenizer, tokens))
+    assert "".join(pieces) == content.decode("utf-8", "replace") == tokenizer.decode(tokens)
+
+
+@pytest.fixture
+def failing(model):
+    """The model, a prompt, and how many tokens it reads until its numbers are no longer finite, in the answer."""
+    prompt = list(b"The quick brown fox")
+    tokens = list(stream_tokens(model, prompt, GREEDY))
+    place = next(place for place, token in enumerate(tokens) if place > 1 and token not in prompt + tokens[:place])
+    broken = copy.deepcopy(model)
+    broken.model.embed_tokens.weight.data[tokens[place]] = math.nan
+    return broken, prompt, tokens[: place + 1]
+
+
+def test_logits_that_are_not_finite_end_a_text_naming_the_position(failing):
+    model, prompt, sound = failing
+    said = []
+    with pytest.raises(NotFinite, match=f"not finite within the first {len(prompt) + len(sound)} tokens"):
+        said.extend(stream_tokens(model, prompt, GREEDY))
+    assert said == sound
+    with pytest.raises(NotFinite, match=f"within the first {len(prompt) + len(sound)} tokens"):
+        generate_tokens(model, [prompt, prompt[3:9]], GREEDY)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_one_logit_is_enough_and_marks_its_row_alone(bad):
+    logits = torch.randn(3, 11, generator=torch.Generator().manual_seed(0))
+    assert are_finite(logits).all()
+    logits[1, 4] = bad
+    assert are_finite(logits).tolist() == are_finite(logits.bfloat16()).tolist() == [True, False, True]
+
+
+def test_a_prompt_whose_logits_are_not_finite_is_refused_naming_the_piece(model):
+    broken = copy.deepcopy(model)
+    broken.model.embed_tokens.weight.data[7] = math.inf
+    tokens = torch.full((2, 40), 9)
+    prefill(broken, tokens, piece=16)
+    tokens[1, 31] = 7
+    with pytest.raises(NotFinite, match="within the first 32 tokens"):
+        prefill(broken, tokens, piece=16)
+
+
+def test_a_stop_token_does_not_hide_what_is_not_finite(failing):
+    model, prompt, _ = failing
+    with pytest.raises(NotFinite):  # NaN chooses 0
+        list(stream_tokens(model, prompt, GREEDY, frozenset({0})))
+
+
+def test_rows_that_ended_before_may_be_anything(failing):
+    model, prompt, sound = failing
+    assert list(stream_tokens(model, prompt, GREEDY, frozenset({sound[-1]}))) == sound[:-1]
+
+
 def draws(sampling, logits, count=200):
     uniforms = torch.rand(count, generator=torch.Generator().manual_seed(0))
     return set(choose(torch.tensor([logits] * count), sampling, uniforms).tolist())
@@ -195,6 +261,8 @@ def test_running_sums_are_cumsum():
     [
         {"temperature": -1},
         {"temperature": float("nan")},
+        {"temperature": 1e308},
+        {"temperature": 1e-320},
         {"top_p": 0},
         {"top_p": 1.1},
         {"top_k": -1},

@@ -18,6 +18,7 @@ from radlads.evaluation.baselines import limit_attention, setup_student
 from radlads.evaluation.likelihood import log_likelihoods
 from radlads.evaluation.models import open_model
 from radlads.evaluation.scores import Score, scores, table, task_names
+from radlads.inference.finite import NotFinite
 
 pytest.importorskip("lm_eval")
 from radlads.evaluation.harness import Settings, open_tasks, run_tasks
@@ -163,6 +164,14 @@ def test_in_bf16_a_students_numbers_are_those_of_lm_evals_own_model(student, by_
 
 def test_batches_change_nothing(student, by_twos, task_folder):
     assert_same_numbers(run(student, task_folder, batch_rows=1), by_twos)
+
+
+def test_numbers_that_are_not_finite_end_it_naming_the_position(student, task_folder):
+    model = open_model(student, torch.float32)
+    tokenizer = open_tokenizer(student, model.config.vocab_size)
+    model.model.embed_tokens.weight.data[tokenizer("r")["input_ids"]] = torch.nan
+    with pytest.raises(NotFinite, match="not finite within the first 34 tokens"):  # of the longest question
+        run_tasks(model, tokenizer, open_tasks(["endings"], task_folder), Settings(batch_rows=1))
 
 
 def test_the_chat_template_wraps_questions(student, task_folder, tmp_path):

@@ -1,16 +1,19 @@
 """A text read once: its state goes to a file and back, bit for bit, and into no other model."""
 
 import dataclasses
+import math
 
 import pytest
 import tiny
 import torch
+from root_scripts import largest_file
 from safetensors.torch import load_file, save_file
 
 from radlads.convert.hf_source import open_teacher
 from radlads.convert.student import build_student
 from radlads.inference import decoder, saved_state
 from radlads.inference.decoder import prefill
+from radlads.inference.finite import NotFinite
 from radlads.inference.generate import Sampling, generate_tokens, stream_tokens
 from radlads.inference.saved_state import fingerprint, load_state, read_text, save_state
 
@@ -128,6 +131,22 @@ def test_a_state_is_never_written_over_another(recurrent, state_file):
         save_state(read_text(recurrent, QUESTION), MINE, state_file)
     assert state_file.read_bytes() == content
     assert sorted(path.name for path in state_file.parent.iterdir()) == ["state"]
+
+
+def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_nothing(recurrent, tmp_path):
+    read = read_text(recurrent, DOCUMENT)
+    with largest_file(5000), pytest.raises(OSError, match="state"):
+        save_state(read, MINE, tmp_path / "state")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_state_that_is_not_finite_is_not_stored(recurrent, tmp_path):
+    read = read_text(recurrent, DOCUMENT)
+    with torch.inference_mode():
+        read.cache.layers[1].state.wkv[0, 0, 0, 0] = math.inf
+    with pytest.raises(NotFinite, match="states are not finite within the first 128 tokens"):
+        save_state(read, MINE, tmp_path / "state")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_fingerprint_knows_weights_of_the_same_sizes_apart(teacher, tmp_path):

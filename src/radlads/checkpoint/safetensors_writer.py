@@ -1,7 +1,7 @@
 """Writing weights as safetensors, tensor by tensor: one file, or shards with their index."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from radlads.checkpoint.safetensors_files import WEIGHTS_FILE, WEIGHTS_INDEX
 from radlads.checkpoint.weights import DTYPE_NAMES, StoredWeights
 
 SHARD_BYTES = 5 * 10**9
+FORMAT = {"format": "pt"}
 
 
 def write_shards(weights: StoredWeights, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
@@ -29,14 +30,17 @@ def write_shards(weights: StoredWeights, folder: Path, *, shard_bytes: int = SHA
     write_text(folder / WEIGHTS_INDEX, json.dumps(index, indent=2) + "\n")
 
 
-def write_safetensors(weights: StoredWeights, names: Sequence[str], path: Path) -> None:
+def write_safetensors(
+    weights: StoredWeights, names: Sequence[str], path: Path, *, metadata: Mapping[str, str] = FORMAT
+) -> None:
     """Write these tensors as one safetensors file, reading each when its turn has come.
 
-    Raises ValueError for a type of numbers that safetensors lacks.
+    Raises ValueError for a type of numbers that safetensors lacks, and OSError if the disk is full (safetensors' own
+    writer raises SafetensorError there).
     """
     infos = {name: weights.info(name) for name in names}
     order = file_order(weights, names)
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for name in order:
         shape, dtype = infos[name]

@@ -77,6 +77,25 @@ class ModelWeights(StoredWeights):
         return len(self._parameters)
 
 
+class HeldTensors(StoredWeights):
+    """Tensors by name, each on the CPU when it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]):
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._tensors[name].detach().cpu()
+
+    def info(self, name: str) -> TensorInfo:
+        return TensorInfo(tuple(self._tensors[name].shape), self._tensors[name].dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
 class CastWeights(StoredWeights):
     """Other weights with floating-point tensors in `dtype`; all as they are if it is None."""
 

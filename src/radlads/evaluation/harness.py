@@ -17,6 +17,7 @@ import torch
 from radlads.convert.hf_source import quiet
 from radlads.evaluation.likelihood import Answer, log_likelihoods
 from radlads.inference.chat_template import template_errors_named
+from radlads.inference.finite import FiniteWatch
 from radlads.model.modeling import RadladsForCausalLM
 
 if TYPE_CHECKING:
@@ -182,6 +183,12 @@ def language_model(
                         f"{self.max_length}: give a --max-length above that"
                     )
             return super().generate_until(requests, disable_tqdm)
+
+        def _model_generate(self, *arguments: Any, **keys: Any) -> torch.Tensor:
+            with FiniteWatch(model) as watch:
+                tokens: torch.Tensor = super()._model_generate(*arguments, **keys)
+                watch.check()
+            return tokens
 
     with quiet("lm_eval.models.huggingface"):  # it warns of models that are given as such
         lm = RadladsLM(model, backend="causal", tokenizer=tokenizer, batch_size=batch_rows, max_length=max_tokens)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from radlads.inference.finite import NotFinite
 from radlads.model.modeling import RadladsForCausalLM
 
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -41,7 +42,7 @@ def log_likelihoods(
     A text of more than `max_tokens` + 1 tokens loses the start of its context. At most `segment_tokens` of each of
     `batch_rows` texts are read at a time, the state carried; logits are fp32 and made for continuations only.
     `on_answer` is told each answer with its pair's number as soon as it is there. Raises ValueError for a continuation
-    of more than `max_tokens`.
+    of more than `max_tokens`, and NotFinite for logits that are not finite.
     """
     longest = max((len(continuation) for _, continuation in pairs), default=0)
     if longest > max_tokens:
@@ -107,6 +108,8 @@ def _scores(model: RadladsForCausalLM, rows: Sequence[_Row], segment_tokens: int
     # Summed by rows on the host: one wait for the device instead of two for each answer
     on_host = zip(values_BT.cpu(), hits_BT.cpu(), last_BV.cpu(), rows, strict=True)
     for values_T, hits_T, last_V, row in on_host:
+        if not values_T.isfinite().all() or last_V.isnan().any():
+            raise NotFinite(len(row.tokens))
         yield _Scores(values_T[: len(row.tokens)], hits_T[: len(row.tokens)], last_V)
 
 

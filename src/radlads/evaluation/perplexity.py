@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Subset
 
 from radlads.data.binidx import BinIdxReader
 from radlads.data.loader import HeldoutWindows
+from radlads.inference.finite import NotFinite
 from radlads.model.modeling import RadladsForCausalLM
 
 _BLOCK_TOKENS = 1024
@@ -51,7 +52,8 @@ def loss_by_position(
     Reads windows of `context_tokens` that lie evenly over the whole corpus, at most `max_tokens` in sum (None: all).
     A window longer than `segment_tokens` goes through the model in segments, the state carried from one to the next;
     logits exist for 1024 tokens at a time. So memory does not grow with the context but for a softmax model's cache.
-    Raises ValueError for edges that do not rise or lie outside the window, and for a corpus shorter than one window.
+    Raises ValueError for edges that do not rise or lie outside the window, and for a corpus shorter than one window,
+    and NotFinite, naming the segment's end, for losses that are not finite.
     """
     check_edges(edges, context_tokens)
     windows = spread_windows(corpus, context_tokens, max_tokens)
@@ -60,7 +62,10 @@ def loss_by_position(
     model.eval()
     for tokens in DataLoader(windows, batch_size=batch_windows):
         for start, losses_BS in _segment_losses(model, tokens.to(model.device), segment_tokens):
-            totals[start : start + losses_BS.shape[1]] += losses_BS.sum(0).cpu().double()
+            end = start + losses_BS.shape[1]
+            totals[start:end] += losses_BS.sum(0).cpu().double()
+            if not totals[start:end].isfinite().all():
+                raise NotFinite(end)
     model.train(was_training)
     return [
         PositionBin(

@@ -17,6 +17,7 @@ import torch
 from radlads.checkpoint.tokenizer_files import num_ids
 from radlads.inference.chat_template import ChatTemplate, Message
 from radlads.inference.decoder import Decoder, prefill
+from radlads.inference.finite import NotFinite
 from radlads.inference.generate import check_memory, choose_device, decoded
 from radlads.inference.options import sampling_of
 from radlads.inference.prompts import checked_text
@@ -102,7 +103,7 @@ def converse(
 
     write: takes replies, piece by piece. notice: takes sentences about the conversation, and what is wrong with a
     message that cannot be read, which leaves no trace in it. Returns how many there were of those. What goes wrong
-    later, within a reply, is raised.
+    later, within a reply, is raised, and so is NotFinite.
     """
     has_told, num_refused = False, 0
     while (text := read()) is not None:
@@ -115,6 +116,8 @@ def converse(
             except KeyboardInterrupt:
                 write("\n")
                 continue
+            except NotFinite:  # of the model, not of this message
+                raise
             except ValueError as error:
                 num_refused += 1
                 notice(str(error))

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from radlads.inference.chat_template import stop_ids
 from radlads.inference.options import sampling_of
 from radlads.inference.prompts import ANSWER_KEYS, batches, checked_text, prompt_ids, read_prompt, read_prompts
 from radlads.inference.sampling import Sampling
-from radlads.inference.saved_state import ReadText, fingerprint, load_state, read_text, save_state
+from radlads.inference.saved_state import ReadText, check_finite, fingerprint, load_state, read_text, save_state
 from radlads.model.modeling import RadladsForCausalLM
 
 
@@ -61,8 +62,11 @@ def generate_text(arguments: argparse.Namespace, notice: Callable[[str], None]) 
 
 
 def _read(opened: _Model, text: str, after: ReadText | None) -> ReadText:
+    """The text to be stored, after `after`. Raises NotFinite for one that the model cannot go on from."""
     ids = prompt_ids(opened.tokenizer, text, continues=after is not None)
-    return read_text(opened.model, ids, after)
+    read = read_text(opened.model, ids, after)
+    check_finite(opened.model, read)
+    return read
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -77,6 +81,8 @@ def _check(arguments: argparse.Namespace) -> None:
         check_new(arguments.save_state)
     if arguments.save_state is not None and not arguments.save_state.absolute().parent.is_dir():
         raise ValueError(f"{arguments.save_state.parent} is not a folder: make it first")
+    if arguments.save_state is not None and not os.access(arguments.save_state.absolute().parent, os.W_OK):
+        raise ValueError(f"{arguments.save_state.parent} cannot be written to: choose another folder for --save-state")
 
 
 def _prompt(arguments: argparse.Namespace) -> str:

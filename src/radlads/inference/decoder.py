@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from radlads.inference.finite import NotFinite, are_finite, raise_unless_finite
 from radlads.inference.sampling import Sampling, choose, row_generators
 from radlads.model.cache import RadladsCache, RecurrentCacheLayer
 from radlads.model.configuration import rope_attention_factor, rope_inverse_frequencies
@@ -24,7 +25,8 @@ FUSED_ROWS = 64
 # Steps the device may be ahead of the reader; more of them only delay the text and waste work after a stop
 STEPS_AHEAD = 2
 DRAWS = 1024
-ENDED = -1
+# Instead of a token: the row has ended; its logits were not finite
+ENDED, NOT_FINITE = -1, -2
 
 
 class Step(Protocol):
@@ -142,6 +144,7 @@ class Decoder:
         self.logits: torch.Tensor | None = None
         self.graph_logits: torch.Tensor | None = None
         self.num_chosen = 0
+        self.num_read: torch.Tensor | None = None
 
     @torch.inference_mode()
     def prefill(
@@ -150,7 +153,7 @@ class Decoder:
         """Read the prompts, one for each row and of any lengths, and choose the first token of each.
 
         cache: go on from it, as prefill does. Raises ValueError for an empty prompt or another number of prompts than
-        rows.
+        rows, and NotFinite as prefill does.
         """
         if len(prompts) != self.rows:
             raise ValueError(f"this decoder has {self.rows} rows but got {len(prompts)} prompts: give one for each row")
@@ -163,6 +166,8 @@ class Decoder:
 
         A cache without softmax layers stays as it is; another one is taken over and grows.
         """
+        assert cache.next_positions is not None
+        self.num_read = cache.next_positions.clone()  # a growing cache counts on
         self.next_step.load(cache)
         if self.is_graphed and self.graph is None:
             self._capture()
@@ -185,7 +190,10 @@ class Decoder:
             self.logits = self.graph_logits
 
     def generated(self, num_tokens: int) -> Iterator[list[int | None]]:
-        """After prefill: the rows' tokens step by step, None where a row has ended; at most num_tokens of each row."""
+        """After prefill: the rows' tokens step by step, None where a row has ended; at most num_tokens of each row.
+
+        Raises NotFinite in place of the first token that logits which are not finite would choose.
+        """
         pending: deque[_Sent] = deque()
         ahead = STEPS_AHEAD if self.tokens.is_cuda else 0
         for index in range(num_tokens + ahead):
@@ -198,6 +206,9 @@ class Decoder:
             if not pending:
                 return
             tokens = pending.popleft().read()
+            if NOT_FINITE in tokens:
+                assert self.num_read is not None
+                raise NotFinite(int(self.num_read[tokens.index(NOT_FINITE)]) + index - ahead)
             if all(token == ENDED for token in tokens):
                 return
             yield [None if token == ENDED else token for token in tokens]
@@ -221,12 +232,16 @@ class Decoder:
         self._choose(self.next_step(self.tokens))
 
     def _choose(self, logits: torch.Tensor) -> None:
-        """Choose and emit each row's next token: all in place, so that it can be replayed."""
+        """Choose and emit each row's next token: all in place, so that it can be replayed.
+
+        Whether the logits are finite goes to the host as the token, since more would cost a wait or a copy.
+        """
         draws = self.draws.index_select(0, self.next_draw)[0]
         self.next_draw.add_(1).remainder_(DRAWS)
         self.tokens.copy_(choose(logits, self.sampling, draws))
+        is_sound = are_finite(logits).logical_or_(self.has_ended)
         self.has_ended.logical_or_((self.tokens[:, None] == self.stop_ids).any(-1))
-        self.emitted.copy_(self.tokens.masked_fill(self.has_ended, ENDED))
+        self.emitted.copy_(torch.where(is_sound, self.tokens.masked_fill(self.has_ended, ENDED), NOT_FINITE))
         self.logits = logits
 
     def _refill_draws(self) -> None:
@@ -290,13 +305,18 @@ def prefill(
 ) -> tuple[torch.Tensor, RadladsCache]:
     """Read tokens [B, T] in pieces; the logits [B, V] after the last one, and the cache.
 
-    mask: [B, T], 0 at padding. cache: the state of what was read before, which is brought up to date in place.
+    mask: [B, T], 0 at padding. cache: the state of what was read before, which is brought up to date in place. Raises
+    NotFinite, after the whole text, for logits at the end of a piece that are not finite.
     """
     cache = RadladsCache(model.config) if cache is None else cache
     masks = [None] * -(-tokens.shape[1] // piece) if mask is None else mask.split(piece, dim=1)
+    num_tokens, flags = cache.get_seq_length(), []
     for part, part_mask in zip(tokens.split(piece, dim=1), masks, strict=True):
-        logits = model(part, part_mask, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    return logits[:, -1], cache
+        logits = model(part, part_mask, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        num_tokens += part.shape[1]
+        flags.append((num_tokens, are_finite(logits).all()))
+    raise_unless_finite(flags)
+    return logits, cache
 
 
 def left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -111,11 +111,39 @@ def stream_text(
 
 
 def decoded(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
-    """The text of tokens as they come, whole characters only, without special tokens."""
-    decoder = DecodeStream(skip_special_tokens=True)
+    """The text of tokens as they come, whole characters only, without special tokens.
+
+    The pieces together are the text that the tokenizer makes of all tokens: a last character that is not whole comes
+    at the end, as a replacement character.
+    """
+    stream = TextStream(tokenizer)
     for token in tokens:
-        if piece := decoder.step(tokenizer, token):
+        if piece := stream.step(token):
             yield piece
+    if rest := stream.rest():
+        yield rest
+
+
+class TextStream:
+    """Tokens to text one by one. skips_special: leave out special tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, *, skips_special: bool = True):
+        self._tokenizer, self._skips_special = tokenizer, skips_special
+        self._stream = DecodeStream(skip_special_tokens=skips_special)
+        self._tokens: list[int] = []
+        self._num_characters = 0
+
+    def step(self, token: int) -> str:
+        """What a token adds to the text: nothing while a character is not whole."""
+        self._tokens.append(token)
+        piece = self._stream.step(self._tokenizer, token) or ""
+        self._num_characters += len(piece)
+        return piece
+
+    def rest(self) -> str:
+        """What is missing of the text after the last token: replacement characters, if one was not whole."""
+        text: str = self._tokenizer.decode(self._tokens, skip_special_tokens=self._skips_special)
+        return text[self._num_characters :]
 
 
 def choose_device(name: str) -> tuple[torch.device, torch.dtype]:

@@ -1,251 +1,238 @@
-"""One model behind OpenAI's HTTP interface: transformers' own handlers of chats and completions, with one model.
+"""One model behind OpenAI's HTTP interface: the routes, and how a request passes from one station to the next.
 
-Ours are the routes, the checks of a request, and errors in OpenAI's form. Generation is transformers' generate, one
-request after another on one thread: its continuous batching pages keys and values, which a recurrent model has none of.
+A body is read up to a bound, checked and tokenised off the event loop, queued at the engine, and answered.
 Import only where fastapi, openai and uvicorn are installed.
 """
 
 import asyncio
-import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from jinja2 import TemplateError
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-from transformers import GenerationConfig, PreTrainedTokenizerBase
-from transformers.cli.serving.chat_completion import ChatCompletionHandler
-from transformers.cli.serving.completion import CompletionHandler
-from transformers.cli.serving.utils import GenerateManager, GenerationState, Modality
+import torch
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+from transformers import PreTrainedTokenizerBase
 
+from radlads.inference.engine import Engine, Generation, Job, Stopped
+from radlads.inference.finite import NotFinite
 from radlads.inference.generate import check_memory
+from radlads.inference.openai_answers import ApiError, ChatForm, CompletionForm, Form, Reply, collect, events
+from radlads.inference.openai_requests import SamplingBody, read_chat, read_completion
 from radlads.model.modeling import RadladsForCausalLM
 
 DISCONNECT_POLL_S = 0.2
+BODY_S = 60
+SHUTTING_DOWN = "the server is shutting down"
 CLIENT_CLOSED_REQUEST = 499
+# A body may have as many bytes as this for each token of the longest prompt, and some more for all else
+BYTES_PER_TOKEN, BYTES_BESIDE = 16, 2**20
 
 
-def _encodable(text: str) -> str:
-    text.encode("utf-8")  # JSON may hold half a character, and pydantic lets it pass
-    return text
+@dataclass(frozen=True)
+class Limits:
+    """prompt_tokens, answer_tokens: of one request. requests: that are read, wait or run at the same time."""
 
+    prompt_tokens: int = 1_000_000
+    answer_tokens: int = 32_768
+    requests: int = 64
 
-Text = Annotated[str, AfterValidator(_encodable)]
-
-
-class TextPart(BaseModel):
-    """A part of a message; images and sounds are refused rather than left out."""
-
-    type: Literal["text", "input_text", "output_text"]
-    text: Text
-
-
-class ChatMessage(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
-    role: Text
-    content: Text | list[TextPart] | None = None
-
-
-class SamplingBody(BaseModel):
-    """What chats and completions share. Further fields are passed on, for transformers to accept or to refuse."""
-
-    model_config = ConfigDict(extra="allow")
-
-    model: str | None = None
-    stream: bool | None = None
-    n: Literal[1] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: int | None = None
-    stop: Text | list[Text] | None = None
-
-    def fields(self) -> dict[str, Any]:
-        """The request as transformers' handlers take it."""
-        return self.model_dump(exclude_unset=True)
-
-
-class ChatBody(SamplingBody):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-
-    def fields(self) -> dict[str, Any]:
-        fields = super().fields()
-        tokens = fields.pop("max_completion_tokens", None)  # transformers before 5.18 does not know it
-        return fields if tokens is None else fields | {"max_tokens": tokens}
-
-
-class CompletionBody(SamplingBody):
-    prompt: Annotated[Text, Field(min_length=1)]
+    def body_bytes(self) -> int:
+        return BYTES_BESIDE + BYTES_PER_TOKEN * self.prompt_tokens
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model, its tokenizer and the name that clients know it by. Stands where transformers' ModelManager does."""
+    """A model, its tokenizer and the name that clients know it by."""
 
-    force_model: str
+    name: str
     model: RadladsForCausalLM
     tokenizer: PreTrainedTokenizerBase
-    max_prompt_tokens: int
-
-    def process_model_name(self, name: str) -> str:
-        return name
-
-    def load_model_and_processor(self, name: str, **kwargs: Any) -> tuple[RadladsForCausalLM, PreTrainedTokenizerBase]:
-        return self.model, self.tokenizer
-
-    def get_model_modality(self, model: RadladsForCausalLM, processor: PreTrainedTokenizerBase) -> Modality:
-        return Modality.LLM
+    limits: Limits
 
     def description(self) -> dict[str, Any]:
-        return {"id": self.force_model, "object": "model", "created": int(time.time()), "owned_by": "radlads"}
-
-
-class _Cancelled(Exception):
-    """Raised inside generate() for a client that has gone."""
-
-
-class _Watch:
-    """A streamer that keeps nothing: it only stops generate() once it is told to."""
-
-    def __init__(self) -> None:
-        self.is_cancelled = threading.Event()
-
-    def put(self, tokens: Any) -> None:
-        if self.is_cancelled.is_set():
-            raise _Cancelled
-
-    def end(self) -> None:
-        pass
-
-
-class _Generation(GenerateManager):
-    """transformers' sequential generation, which refuses prompts that are too long and stops for clients that left."""
-
-    def __init__(self, max_prompt_tokens: int):
-        super().__init__()
-        self.max_prompt_tokens = max_prompt_tokens
-
-    def generate_streaming(
-        self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        self._check(model, inputs, gen_config)
-        return super().generate_streaming(model, processor, inputs, gen_config, *args, **kwargs)
-
-    async def generate_non_streaming(
-        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
-    ) -> Any:
-        self._check(model, inputs, gen_config)
-        watch = _Watch()
-
-        def generated() -> Any:
-            try:
-                sequences = model.generate(**inputs, generation_config=gen_config, tokenizer=processor, streamer=watch)
-            except _Cancelled:
-                return None
-            return sequences[0, inputs["input_ids"].shape[-1] :]
-
-        try:  # shielded, since the inference thread sets a result whether or not anybody waits for it
-            token_ids = await asyncio.shield(self.async_submit(generated))
-        except asyncio.CancelledError:
-            watch.is_cancelled.set()
-            raise
-        return processor.decode(token_ids, skip_special_tokens=True), inputs["input_ids"].shape[-1], token_ids
-
-    def _check(self, model: RadladsForCausalLM, inputs: Any, gen_config: GenerationConfig) -> None:
-        num_tokens = inputs["input_ids"].shape[-1]
-        if num_tokens == 0:
-            raise HTTPException(400, "the prompt has no tokens: give a text to continue")
-        if num_tokens > self.max_prompt_tokens:
-            raise HTTPException(
-                400, f"the prompt has {num_tokens} tokens, but at most {self.max_prompt_tokens} are read: shorten it"
-            )
-        check_memory(model.config, num_tokens + (gen_config.max_new_tokens or 0), model.device)
-
-
-class _OneManager(GenerationState):
-    """The same generation manager, and so the same thread, for every request."""
-
-    def __init__(self, manager: _Generation):
-        super().__init__()
-        self.manager = manager
-
-    def get_manager(self, model_id: str, use_cb: bool = False) -> _Generation:
-        return self.manager
-
-
-class _SamplesWhenWarm:
-    """A temperature above 0 means sampling, whatever the model's own generation_config.json says."""
-
-    def _build_generation_config(self, body: dict, *args: Any, **kwargs: Any) -> GenerationConfig:
-        config = super()._build_generation_config(body, *args, **kwargs)  # type: ignore[misc]
-        if body.get("temperature"):
-            config.do_sample = True
-        return config
-
-
-class _Chats(_SamplesWhenWarm, ChatCompletionHandler):
-    pass
-
-
-class _Completions(_SamplesWhenWarm, CompletionHandler):
-    pass
+        return {"id": self.name, "object": "model", "created": int(time.time()), "owned_by": "radlads"}
 
 
 def build_app(served: ServedModel) -> FastAPI:
     """The routes: /v1/chat/completions, /v1/completions, /v1/models and /health."""
-    generation = _Generation(served.max_prompt_tokens)
-    state = _OneManager(generation)
-    chats, completions = _Chats(served, state), _Completions(served, state)  # type: ignore[arg-type]
+    desk = Desk(served)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        # The inference thread reports to this loop: let it see that its requests are cancelled before the loop closes
-        await generation.async_submit(lambda: None)
+        await asyncio.to_thread(desk.close)  # the engine's thread reports to this loop until it ends
 
-    app = FastAPI(title="radlads", lifespan=lifespan)
+    app = FastAPI(title="radlads", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     _add_errors(app)
 
     @app.post("/v1/chat/completions")
-    async def chat(request: Request, body: ChatBody) -> Response:
-        if not served.tokenizer.chat_template:
-            raise HTTPException(400, "this model has no chat template: use /v1/completions")
-        return await _while_connected(request, chats.handle_request(body.fields(), _request_id()))
+    async def chat(request: Request) -> Response:
+        return await desk.answer(request, read_chat, ChatForm())
 
     @app.post("/v1/completions")
-    async def complete(request: Request, body: CompletionBody) -> Response:
-        return await _while_connected(request, completions.handle_request(body.fields(), _request_id()))
+    async def complete(request: Request) -> Response:
+        return await desk.answer(request, read_completion, CompletionForm())
 
     @app.get("/v1/models")
-    def models() -> dict[str, Any]:
+    async def models() -> dict[str, Any]:
         return {"object": "list", "data": [served.description()]}
 
     @app.get("/v1/models/{name:path}")
-    def model(name: str) -> dict[str, Any]:
-        if name != served.force_model:
-            raise HTTPException(404, f"there is no model {name!r} here, only {served.force_model!r}")
+    async def model(name: str) -> dict[str, Any]:
+        if name != served.name:
+            raise ApiError(404, f"there is no model {name!r} here, only {served.name!r}", code="model_not_found")
         return served.description()
 
     @app.get("/health")
-    def health() -> dict[str, str]:
+    async def health() -> dict[str, str]:
         return {"status": "ok"}
 
     return app
 
 
-def _request_id() -> str:
-    return f"radlads-{uuid.uuid4().hex}"
+class Desk:
+    """Takes requests to their answers."""
+
+    def __init__(self, served: ServedModel):
+        self.served, self.limits = served, served.limits
+        self.engine = Engine(served.model, served.tokenizer)
+        self.num_read = 0  # requests whose body or text is being read
+        # One thread: a tokenizer of transformers is not to be used by several
+        self._reader = ThreadPoolExecutor(1, "tokenising")
+
+    def close(self) -> None:
+        """Stop what is generated, and wait for the threads to end."""
+        self._reader.shutdown(wait=False, cancel_futures=True)
+        self.engine.close()
+
+    async def answer(self, request: Request, read: Callable[[bytes], SamplingBody], form: Form) -> Response:
+        """The answer to a request. Raises ApiError."""
+        with ExitStack() as place:
+            place.enter_context(self._place())
+            content = await _body(request, self.limits.body_bytes())
+            return await _while_connected(request, self._answered(content, read, form, place))
+
+    async def _answered(
+        self, content: bytes, read: Callable[[bytes], SamplingBody], form: Form, place: ExitStack
+    ) -> Response:
+        loop = asyncio.get_running_loop()
+        body, job, reply = await loop.run_in_executor(self._reader, self._prepare, content, read)
+        generation = self.engine.submit(job)
+        place.close()  # from here on the engine counts it
+        texts = _texts(generation, reply)
+        if body.stream:
+            return EventStream(generation, events(form, reply, texts))
+        try:
+            return JSONResponse(await collect(form, reply, texts))
+        finally:
+            generation.cancel()
+
+    def _prepare(self, content: bytes, read: Callable[[bytes], SamplingBody]) -> tuple[SamplingBody, Job, Reply]:
+        """A request's job. Raises ApiError for one that cannot be done."""
+        body, served, model = read(content), self.served, self.served.model
+        if body.model not in (None, served.name):
+            sentence = f"there is no model {body.model!r} here, only {served.name!r}"
+            raise ApiError(400, sentence, param="model", code="model_not_found")
+        config = body.generation_config(model.generation_config, self.limits.answer_tokens, model.config.vocab_size)
+        with _as_api_errors():
+            tokens = body.token_ids(served.tokenizer)
+            self._check_length(len(tokens))
+            check_memory(model.config, len(tokens) + config.max_new_tokens, model.device)
+        parser = body.parser(served.tokenizer, model, tokens)
+        reply = Reply(f"radlads-{uuid.uuid4().hex}", served.name, len(tokens), config.max_new_tokens, parser)
+        return body, Job(tokens, config, body.seed, keeps_special=parser is not None), reply
+
+    def _check_length(self, num_tokens: int) -> None:
+        if num_tokens == 0:
+            raise ApiError(400, "the prompt has no tokens: give a text to continue")
+        if num_tokens > (most := self.limits.prompt_tokens):
+            sentence = f"the prompt has {num_tokens} tokens, but at most {most} are read: shorten it"
+            raise ApiError(400, sentence, code="context_length_exceeded")
+
+    @contextmanager
+    def _place(self) -> Iterator[None]:
+        """A place among the requests that are read, wait or run, for one to be read. ApiError if all are taken."""
+        if self.num_read + self.engine.num_unfinished >= self.limits.requests:
+            raise ApiError(
+                429, f"{self.limits.requests} requests are being answered: try again later", code="queue_full"
+            )
+        self.num_read += 1
+        try:
+            yield
+        finally:
+            self.num_read -= 1
 
 
-async def _while_connected(request: Request, answering: Awaitable[Response]) -> Response:
+class EventStream(StreamingResponse):
+    """Events sent as they come, until the client leaves or is too slow to take them."""
+
+    def __init__(self, generation: Generation, content: AsyncIterator[str]):
+        super().__init__(content, media_type="text/event-stream")
+        self._generation = generation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sending = asyncio.ensure_future(super().__call__(scope, receive, send))
+        dropping = asyncio.ensure_future(self._generation.was_dropped.wait())
+        try:
+            await asyncio.wait({sending, dropping}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._generation.cancel()
+            for task in (sending, dropping):
+                task.cancel()
+            await asyncio.wait({sending, dropping})
+        if not sending.cancelled():
+            sending.result()
+
+
+async def _body(request: Request, most_bytes: int) -> bytes:
+    content = bytearray()
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for part in request.stream():
+                content += part
+                if len(content) > most_bytes:
+                    raise ApiError(413, f"the request has more than {most_bytes} bytes: shorten it")
+    except TimeoutError as error:
+        raise ApiError(408, f"the request did not arrive within {BODY_S} seconds: send it again") from error
+    return bytes(content)
+
+
+async def _texts(generation: Generation, reply: Reply) -> AsyncIterator[str]:
+    """A generation's text, its tokens counted by the reply. Raises ApiError."""
+    with _as_api_errors():
+        async for text in generation.texts():
+            yield text
+            reply.num_tokens = generation.num_tokens
+        reply.num_tokens = generation.num_tokens
+
+
+@contextmanager
+def _as_api_errors() -> Iterator[None]:
+    """Have what reading and generating raise come out as an answer.
+
+    A model whose logits are not finite answers 422: clients of OpenAI's try again after 500 and above, which would end
+    in the same way.
+    """
+    try:
+        yield
+    except NotFinite as error:
+        raise ApiError(422, str(error), kind="model_error", code="not_finite") from error
+    except ValueError as error:
+        raise ApiError(400, str(error)) from error
+    except Stopped as error:
+        raise ApiError(503, SHUTTING_DOWN) from error
+    except torch.OutOfMemoryError as error:
+        raise ApiError(503, "the GPU's memory is full: shorten the prompt, or try again later") from error
+
+
+async def _while_connected(request: Request, answering: Coroutine[Any, Any, Response]) -> Response:
     """The answer, unless the client leaves before it is there: then its generation is stopped."""
     task = asyncio.ensure_future(answering)
     try:
@@ -255,34 +242,21 @@ async def _while_connected(request: Request, answering: Awaitable[Response]) -> 
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
     except asyncio.CancelledError:
         task.cancel()
-        return _error(503, "the server is shutting down")
+        return ApiError(503, SHUTTING_DOWN).response()
     return task.result()
 
 
 def _add_errors(app: FastAPI) -> None:
-    """Have errors of a request answered in OpenAI's form, in one sentence."""
+    """Have every error answered in OpenAI's form, in one sentence."""
+
+    @app.exception_handler(ApiError)
+    async def refused(request: Request, error: ApiError) -> Response:
+        return error.response()
 
     @app.exception_handler(HTTPException)
-    async def refused(request: Request, error: HTTPException) -> Response:
-        return _error(error.status_code, str(error.detail))
+    async def unknown(request: Request, error: HTTPException) -> Response:
+        return ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}").response()
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        if first["type"] == "json_invalid":
-            return _error(400, "the request is not JSON")
-        return _error(400, f"{where}: {first['msg']}" if where else first["msg"])
-
-    @app.exception_handler(ValueError)
-    async def impossible(request: Request, error: ValueError) -> Response:
-        return _error(400, str(error))
-
-    @app.exception_handler(TemplateError)
-    async def unrenderable(request: Request, error: TemplateError) -> Response:
-        return _error(400, f"the chat template refuses these messages: {error}")
-
-
-def _error(status: int, message: str) -> Response:
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": None}}, status)
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> Response:
+        return ApiError(500, "the server failed: its log says more").response()

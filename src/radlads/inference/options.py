@@ -54,6 +54,21 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         default=1_000_000,
         help="refuse longer prompts (default 1000000; a model without softmax layers has no limit of its own)",
     )
+    parser.add_argument("--max-tokens", type=int, default=32768, help="refuse longer answers (default 32768 tokens)")
+    parser.add_argument(
+        "--max-requests",
+        type=int,
+        default=64,
+        help="refuse more at the same time (default 64; one is answered at a time)",
+    )
+    parser.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name that clients may call this server by, beside localhost and --host; * is any; may be repeated",
+    )
+    parser.add_argument("--api-key", metavar="KEY", help="have clients send it (or set RADLADS_API_KEY)")
     _add_loading_options(parser)
 
 

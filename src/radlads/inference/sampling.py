@@ -3,13 +3,15 @@
 Shape letters: B rows, V vocabulary or the part of it that is left, G groups of tokens.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 GROUP_TOKENS = 128
+# Above 0: logits divided by less overflow, and more is no different from drawing evenly
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
+TEMPERATURES = f"0 (greedy) or from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}"
 MAX_SEED = 2**63 - 1  # torch takes twice as much, which leaves room for rows
 
 
@@ -29,8 +31,8 @@ class Sampling:
     num_ids: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
+        if not is_temperature(self.temperature):
+            raise ValueError(f"temperature must be {TEMPERATURES}, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
         if self.top_k < 0 or self.max_tokens < 1:
@@ -39,6 +41,11 @@ class Sampling:
             raise ValueError(f"seed must be from 0 to {MAX_SEED}, not {self.seed}")
         if self.num_ids < 0:
             raise ValueError(f"num_ids must be 0 (all rows of the embedding) or more, not {self.num_ids}")
+
+
+def is_temperature(number: float) -> bool:
+    """Whether logits can be divided by it, or it is 0, which stands for the likeliest token."""
+    return number == 0 or MIN_TEMPERATURE <= number <= MAX_TEMPERATURE
 
 
 def row_generators(sampling: Sampling, rows: int) -> list[torch.Generator]:

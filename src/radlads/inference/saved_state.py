@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from radlads.checkpoint.atomic import unfinished_file
-from radlads.checkpoint.weights import SafetensorsFolder
+from radlads.checkpoint.safetensors_writer import write_safetensors
+from radlads.checkpoint.weights import HeldTensors, SafetensorsFolder
 from radlads.inference.decoder import PREFILL_TOKENS, prefill
+from radlads.inference.finite import NotFinite
 from radlads.model.cache import RadladsCache, RecurrentCacheLayer
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
@@ -58,6 +59,11 @@ def read_text(model: RadladsForCausalLM, token_ids: Sequence[int], after: ReadTe
     return ReadText(cache, tokens[num_whole:])
 
 
+def check_finite(model: RadladsForCausalLM, read: ReadText) -> None:
+    """Read a text to its end, tail and all, and raise NotFinite if the logits there are not finite."""
+    prefill(model, torch.tensor([read.tail], device=model.device), cache=read.rows(1))
+
+
 def fingerprint(folder: Path, config: RadladsConfig) -> str:
     """A digest of a model folder that differs wherever states do: the sizes, and of every stored tensor its name, shape
     and 256 values or more from all over it.
@@ -76,12 +82,16 @@ def fingerprint(folder: Path, config: RadladsConfig) -> str:
 
 
 def save_state(read: ReadText, model_fingerprint: str, path: Path) -> int:
-    """Write a text's state under a name that does not exist yet; the file's bytes. Errors as unfinished_file."""
+    """Write a text's state under a name that does not exist yet; the file's bytes.
+
+    Errors as unfinished_file, and NotFinite for a state that is not finite.
+    """
+    tensors = _tensors(read)
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise NotFinite(read.cache.get_seq_length(), "states")
     with unfinished_file(path) as partial:
-        tensors = _tensors(read)
         metadata = {"format": FORMAT, "fingerprint": model_fingerprint, "sha256": _digest(tensors)}
-        save_file(tensors, partial, metadata=metadata)
-        partial.chmod(0o644)  # safetensors makes files for their owner alone
+        write_safetensors(HeldTensors(tensors), list(tensors), partial, metadata=metadata)
     return path.stat().st_size
 
 

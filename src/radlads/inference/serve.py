@@ -5,12 +5,14 @@ import asyncio
 import errno
 import importlib.util
 import logging
+import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 import transformers
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -18,7 +20,7 @@ from radlads.checkpoint.model_folder import load_model
 from radlads.checkpoint.tokenizer_files import GENERATION_FILE, num_ids
 from radlads.convert.hf_source import open_tokenizer
 from radlads.inference.chat_template import ChatTemplate, stop_ids
-from radlads.inference.decoder import PREFILL_TOKENS
+from radlads.inference.decoder import PREFILL_TOKENS, prefill
 from radlads.inference.generate import choose_device
 from radlads.model.modeling import RadladsForCausalLM
 
@@ -28,15 +30,17 @@ if TYPE_CHECKING:
 PACKAGES = ("fastapi", "openai", "uvicorn")
 SHUTDOWN_S = 3
 MAX_PORT = 65535
+WILDCARDS = {"", "0.0.0.0", "::"}
+KEY_VARIABLE = "RADLADS_API_KEY"
 
 
 def serve(arguments: argparse.Namespace, notice: Callable[[str], None]) -> None:
     """Serve the folder that add_serve_options' arguments name until Ctrl-C.
 
-    Raises ValueError for a missing package, a port that cannot be had, and as load_model does.
+    Raises ValueError for a missing package, a port that cannot be had, bounds below 1, and as load_model
+    and prefill do.
     """
-    if arguments.max_prompt_tokens < 1:
-        raise ValueError(f"--max-prompt-tokens must be 1 or more, not {arguments.max_prompt_tokens}")
+    _check(arguments)
     with listening(arguments.host, arguments.port) as listener:
         server = build_server(arguments)
         host, port = listener.getsockname()[:2]
@@ -47,13 +51,22 @@ def serve(arguments: argparse.Namespace, notice: Callable[[str], None]) -> None:
             server.run(sockets=[listener])
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    for option in ("max_prompt_tokens", "max_tokens", "max_requests"):
+        if (value := getattr(arguments, option)) < 1:
+            raise ValueError(f"--{option.replace('_', '-')} must be 1 or more, not {value}")
+    if arguments.api_key == "":
+        raise ValueError("--api-key is empty: give a key, or leave it out")
+
+
 def build_server(arguments: argparse.Namespace) -> "uvicorn.Server":
     """A server that has its model and waits for a socket. Errors as serve."""
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise ValueError(f"serving needs {', '.join(missing)}: pip install 'radlads[serve]'")
     import uvicorn
 
-    from radlads.inference.openai_api import ServedModel, build_app
+    from radlads.inference.access import Guard
+    from radlads.inference.openai_api import Limits, ServedModel, build_app
 
     transformers.logging.set_verbosity_error()  # it warns of every request
     logging.getLogger("uvicorn.error").addFilter(_is_worth_a_line)
@@ -61,18 +74,27 @@ def build_server(arguments: argparse.Namespace) -> "uvicorn.Server":
     model = load_model(arguments.folder, dtype=dtype, verify=arguments.verify)
     tokenizer = open_tokenizer(arguments.folder, model.config.vocab_size)
     model.generation_config = generation_config(arguments.folder, model, tokenizer)
+    model = model.to(device)  # type: ignore[arg-type]
+    prefill(model, torch.zeros(1, 1, dtype=torch.int64, device=device))  # broken weights are told now, not to clients
     served = ServedModel(
         server_name(arguments),
-        model.to(device),  # type: ignore[arg-type]
+        model,
         tokenizer,
-        arguments.max_prompt_tokens,
+        Limits(arguments.max_prompt_tokens, arguments.max_tokens, arguments.max_requests),
     )
-    config = uvicorn.Config(build_app(served), log_level="warning", timeout_graceful_shutdown=SHUTDOWN_S)
+    app = Guard(
+        build_app(served),
+        hosts=[*arguments.allowed_host, *({arguments.host} - WILDCARDS)],
+        api_key=arguments.api_key or os.environ.get(KEY_VARIABLE) or None,
+    )
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SHUTDOWN_S)
     return uvicorn.Server(config)
 
 
 def _is_worth_a_line(record: logging.LogRecord) -> bool:
-    """Not the traceback of a stream that ends because the server does."""
+    """Not the traceback of a stream that ends because the server does, nor that of a reader too slow being short."""
+    if record.getMessage() == "ASGI callable returned without completing response.":
+        return False
     return record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError)
 
 

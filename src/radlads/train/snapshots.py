@@ -27,6 +27,7 @@ from radlads.checkpoint.own_files import MARK, check_names, refuse_links, remove
 from radlads.checkpoint.safetensors_files import WEIGHTS_FILE
 from radlads.checkpoint.safetensors_writer import file_order, write_safetensors
 from radlads.checkpoint.weights import (
+    HeldTensors,
     ModelWeights,
     PrefixedWeights,
     RowShards,
@@ -103,7 +104,7 @@ def write_checkpoint(
     in_shards = is_sharded(student)
     if held is None:
         moments, groups = _optimizer_state(optimizers, own)
-        held = Held(ModelWeights(student), _Tensors(moments), groups)
+        held = Held(ModelWeights(student), HeldTensors(moments), groups)
     with ExitStack() as opened:
         folder = processes.from_first(lambda: opened.enter_context(unfinished_folder(target, keep_failed=False)))
         hashes = _write_shards(folder, student, held, processes) if in_shards else {}
@@ -274,7 +275,7 @@ def _names(optimizer: torch.optim.Optimizer, own: Mapping[str, torch.nn.Paramete
 
 
 def _write_state(moments: StoredWeights, rest: dict[str, torch.Tensor], path: Path) -> None:
-    state = _Joined(moments, _Tensors(rest))
+    state = _Joined(moments, HeldTensors(rest))
     write_safetensors(state, list(state), path)
 
 
@@ -318,22 +319,3 @@ class _Joined(StoredWeights):
 
     def __len__(self) -> int:
         return len(self._owner)
-
-
-class _Tensors(StoredWeights):
-    """Tensors by name, each on the CPU when it is asked for."""
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor]):
-        self._tensors = tensors
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._tensors[name].detach().cpu()
-
-    def info(self, name: str) -> TensorInfo:
-        return TensorInfo(tuple(self._tensors[name].shape), self._tensors[name].dtype)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
