@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from radlads.checkpoint.atomic import read_json
 from radlads.checkpoint.config_values import check_values
 from radlads.checkpoint.described_weights import check_described, keep_own_head
+from radlads.checkpoint.gguf_file import origin_note
 from radlads.checkpoint.hub_folder import DESCRIBING_FILES, locate_folder
 from radlads.checkpoint.model_folder import read_config
 from radlads.checkpoint.published import ARCHITECTURES, refuse_activation, rope_parameters, slides
@@ -71,9 +72,10 @@ class TeacherSource:
 
 
 def open_teacher(path_or_name: str | Path) -> TeacherSource:
-    """Open a teacher's folder, or fetch one by hub name (`owner/name`).
+    """Open a teacher's folder or GGUF file (see gguf_file.unpack_gguf), or fetch one by hub name (`owner/name`) or by a
+    name of named_models.
 
-    Raises ValueError if there is no such folder or hub entry, it is of another architecture, an adapter or quantised,
+    Raises ValueError if there is none of these, it is of another architecture, an adapter or quantised,
     uses a feature we lack (sliding windows, another RoPE scaling or activation, more biases), or has no readable
     safetensors weights of its sizes.
     """
@@ -85,14 +87,14 @@ def open_teacher(path_or_name: str | Path) -> TeacherSource:
 def teacher_source(origin: Path, config: RadladsConfig, weights: StoredWeights) -> TeacherSource:
     """A teacher of these weights, with the head that they hold. Raises ValueError if config does not describe them."""
     check_described(config, weights, origin)
-    if not keep_own_head(config, weights):
-        return TeacherSource(origin, config, weights)
-    note = f"{origin} says that its head is its embedding, but stores another lm_head.weight, which is used"
-    return TeacherSource(origin, config, weights, (note,))
+    notes = [] if (note := origin_note(origin)) is None else [note]
+    if keep_own_head(config, weights):
+        notes.append(f"{origin} says that its head is its embedding, but stores another lm_head.weight, which is used")
+    return TeacherSource(origin, config, weights, tuple(notes))
 
 
 def locate(path_or_name: str | Path) -> Path:
-    """The local folder of a path or hub name. Of the latter, weights are fetched once its config.json has been read.
+    """The local folder that open_teacher opens. Of a hub name, weights are fetched once its config.json has been read.
 
     Raises ValueError if there is neither, or its config.json is of no model that can be read.
     """

@@ -10,8 +10,9 @@ from torch import nn
 
 from radlads.bench.models import Shape
 from radlads.checkpoint.model_folder import read_config
+from radlads.checkpoint.named_models import NAMED_MODELS
 from radlads.config.schema import ModelConfig
-from radlads.convert.hf_source import SUPPORTED_ARCHITECTURES, teacher_config
+from radlads.convert.hf_source import SUPPORTED_ARCHITECTURES, locate, teacher_config
 from radlads.convert.student import student_config
 from radlads.model.configuration import MIXER_ALIASES, RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
@@ -49,9 +50,13 @@ def open_shape(name: str, *, mixer: str, variant: Variant) -> Shape:
 def _teacher(name: str) -> RadladsConfig:
     if name.lower() in QWEN25:
         return _qwen25(name.lower())
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"no size or folder {name!r}: choose one of {', '.join(QWEN25)}, or a Hugging Face folder")
+    path = Path(name).expanduser()
+    if not path.exists() and name not in NAMED_MODELS:
+        raise ValueError(
+            f"no size, folder or file {name!r}: choose one of {', '.join((*QWEN25, *NAMED_MODELS))}, a Hugging Face "
+            "folder or a GGUF file"
+        )
+    folder = locate(name)
     return teacher_config(read_config(folder, *SUPPORTED_ARCHITECTURES), folder)
 
 

@@ -17,7 +17,6 @@ from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
 
 from radlads.checkpoint.atomic import partial_name, read_json, write_text
-from radlads.checkpoint.gguf_file import origin_note
 from radlads.checkpoint.hf_export import export, remove_export
 from radlads.checkpoint.manifest import MANIFEST, joint_hash, read_manifest, versions, weights_hash
 from radlads.checkpoint.model_folder import load_model
@@ -101,7 +100,7 @@ def run_conversion(conversion: Conversion, console: Console) -> dict[str, Any]:
     read_tokenizer(described)  # before any weights are fetched
     check_copyable(described)
     source = open_teacher(conversion.teacher)
-    for note in filter(None, (origin_note(source.folder), *source.notes)):
+    for note in source.notes:
         console.line(note)
     if conversion.retie and not source.config.tie_word_embeddings:
         raise ValueError(f"{source.folder} has a head of its own, not its embedding: convert it without --retie")
