@@ -61,7 +61,7 @@ class Plan:
     distill_lr: float = knob(3e-4, "Rate of stage 2; falls to 3 %. The paper's 1e-5 is for billions of parameters")
     extend_lr: float = knob(1e-5, "Rate of stage 3, the paper's; flat")
     context: int = knob(512, "Tokens in a sequence of stages 1 and 2, and in the windows of the headline figures")
-    batch_tokens: int = knob(16_384, "Tokens in a step of stages 1 and 2")
+    batch_tokens: int = knob(8192, "Tokens in a step of stages 1 and 2")
     long_context: int = knob(4096, "Tokens in a sequence of stage 3, and in the windows of the figures by position")
     long_batch_tokens: int = knob(16_384, "Tokens in a step of stage 3")
     measure_tokens: int = knob(262_144, "Held-out tokens of each kind for the headline figures")

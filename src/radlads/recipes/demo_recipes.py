@@ -26,7 +26,7 @@ class DemoRecipe:
 
 
 _NAMED = {
-    ("smollm2", "cpu"): DemoRecipe(folder="smollm2_cpu", heldout_tokens=8192, decode_positions=(100, 1000)),
+    ("smollm2", "cpu"): DemoRecipe(folder="smollm2_cpu", heldout_tokens=4096, decode_positions=(100, 1000)),
     ("smollm2", "cuda"): DemoRecipe(folder="smollm2_gpu"),
 }
 assert {name for name, _ in _NAMED} == set(NAMED_MODELS)
