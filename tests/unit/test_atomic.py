@@ -4,7 +4,8 @@ import pytest
 from root_scripts import largest_file
 
 from radlads.checkpoint import own_files
-from radlads.checkpoint.atomic import unfinished_file, unfinished_folder, write_text
+from radlads.checkpoint.atomic import unfinished_file, unfinished_folder
+from radlads.files import write_text
 
 
 def test_a_folder_has_its_name_when_it_is_complete(tmp_path):
