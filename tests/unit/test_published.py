@@ -214,7 +214,7 @@ def test_a_pth_file_of_a_student_whose_head_is_its_embedding_has_a_head(teacher,
 
 def test_a_student_may_be_known_by_its_model_type_alone(teacher, tmp_path):
     (tmp_path / "stage").mkdir()
-    save_model(random_student(teacher, STUDENTS["6"]), tmp_path / "stage")
+    save_model(random_student(teacher, STUDENTS["7 balanced"]), tmp_path / "stage")
     convert_to_pth(tmp_path / "stage", tmp_path / "named.pth")
     values = json.loads((tmp_path / "stage" / "config.json").read_text())
     del values["architectures"]
