@@ -28,7 +28,6 @@ from python_corpus import build_corpus, interpreter_roots
 from python_teacher import TeacherPlan, autocast, train_teacher
 from torch.utils.data import DataLoader
 
-from radlads.checkpoint.atomic import write_text
 from radlads.checkpoint.manifest import versions
 from radlads.config.load import load_config
 from radlads.config.schema import Config
@@ -37,6 +36,7 @@ from radlads.convert.student import build_student, build_teacher
 from radlads.data.binidx import BinIdxReader
 from radlads.distill.heldout import measure
 from radlads.evaluation.perplexity import loss_by_position, spread_windows
+from radlads.files import write_text
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.train.fit import run_stage
 

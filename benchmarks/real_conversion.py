@@ -31,7 +31,6 @@ from python_conversion import TimedConsole, device_name, knob
 from python_teacher import autocast
 from real_text import SOURCES, write_tiny_text
 
-from radlads.checkpoint.atomic import read_json, write_text
 from radlads.checkpoint.hf_export import export
 from radlads.checkpoint.manifest import MANIFEST, read_manifest, versions
 from radlads.checkpoint.model_folder import load_model
@@ -41,6 +40,7 @@ from radlads.convert.hf_source import TeacherSource, open_teacher
 from radlads.convert.student import build_student, build_teacher
 from radlads.evaluation.baselines import windowed_teacher
 from radlads.evaluation.harness import Tasks
+from radlads.files import read_json, write_text
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.train.fit import run_stage
 

@@ -32,11 +32,11 @@ from numpy.typing import NDArray
 from python_corpus import copies, distinctive_lines
 from tokenizers import Tokenizer
 
-from radlads.checkpoint.atomic import write_text
 from radlads.checkpoint.tokenizer_files import locate_tokenizer, num_ids
 from radlads.convert.hf_source import end_of_text_id, load_tokenizer
 from radlads.data.binidx import BinIdxWriter
 from radlads.data.python_text import iter_documents
+from radlads.files import write_text
 from radlads.recipes.conversion import BUNDLED_TEACHER
 
 # Debian 12's packages and the licence of their texts, as /usr/share/doc/PACKAGE/copyright has it

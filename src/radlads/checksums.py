@@ -6,10 +6,11 @@ NAME.checksums.json of corpora. Leaves to others which files are recorded, and w
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from radlads.files import read_json, write_text
 
 CHECKSUMS = "checksums.json"
 OfName = Callable[[str], bool]
@@ -36,17 +37,9 @@ def checksums_of(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
 
 
 def write_checksums(record: Path, content: dict[str, Any]) -> None:
-    """Write a record under a temporary name and rename it. `content`: as checksums_of; with `folder`, if the files lie
-    elsewhere than beside it."""
-    temporary = record.with_name(f".{record.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, record)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a record, as write_text does. `content`: as checksums_of; with `folder`, if the files lie elsewhere than
+    beside it."""
+    write_text(record, json.dumps(content, indent=2) + "\n")
 
 
 def read_checksums(record: Path) -> tuple[Path, dict[str, str], dict[str, int]]:
@@ -55,7 +48,7 @@ def read_checksums(record: Path) -> tuple[Path, dict[str, str], dict[str, int]]:
     Raises ValueError if it is damaged.
     """
     try:
-        content = json.loads(record.read_text(encoding="utf-8"))
+        content = read_json(record)
         hashes, sizes = content["sha256"], content.get("bytes", {})
         folder = Path(content.get("folder", record.parent))
     except (ValueError, LookupError, TypeError, AttributeError) as error:

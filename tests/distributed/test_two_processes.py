@@ -5,6 +5,10 @@ import stages
 from launch import curve, run
 from tolerances import TRAJECTORY_MAX, TRAJECTORY_MEAN
 
+from radlads.checkpoint.model_folder import save_model
+from radlads.convert.hf_source import open_teacher
+from radlads.convert.student import build_teacher
+
 STEPS = 30
 MEASURED = {"heldout_tail_tokens": 200, "heldout_tokens": 64, "heldout_every_steps": 3}
 STAGES = {
@@ -29,10 +33,18 @@ def folder(teacher, tmp_path_factory):
     folder = stages.corpus(tmp_path_factory.mktemp("two"))
     whole = [entry(folder, teacher, name, "one") for name in STAGES]
     run(folder, whole)
-    nothing = {"keys": stages.keys(folder, teacher, "align", "nothing", mixer="qwen2", strategy="fsdp"), "fails": True}
+    nothing = {"keys": softmax_alone(folder, teacher), "fails": True}
     _, err = run(folder, [*(entry(folder, teacher, name, strategy) for name, strategy in CASES), nothing])
     assert err.count("no parameter trains: the student has no recurrent layer") == 2
     return folder
+
+
+def softmax_alone(folder, teacher):
+    """The keys of a stage that trains the recurrent layers of a model that has none."""
+    (folder / "softmax").mkdir()
+    save_model(build_teacher(open_teacher(teacher)), folder / "softmax")
+    own = {"mixer": "qwen2", "trainable": "mixer", "load_model": str(folder / "softmax"), "strategy": "fsdp"}
+    return stages.keys(folder, teacher, "extend", "nothing", **own)
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,15 @@
 """Folders and files that appear whole or not at all."""
 
+import errno
+import fcntl
+
 import pytest
 from root_scripts import largest_file
 
 from radlads.checkpoint import own_files
-from radlads.checkpoint.atomic import unfinished_file, unfinished_folder, write_text
+from radlads.checkpoint.atomic import unfinished_file, unfinished_folder
+from radlads.files import write_text
+from radlads.recipes.conversion import only_process_in
 
 
 def test_a_folder_has_its_name_when_it_is_complete(tmp_path):
@@ -144,6 +149,22 @@ def test_errors_of_writing_name_the_target(tmp_path, unfinished):
     with pytest.raises(OSError, match="x") as raised, unfinished(tmp_path / "x"):
         raise OSError(28, "No space left on device")
     assert raised.value.filename == str(tmp_path / "x")
+
+
+def test_where_there_are_no_locks_work_goes_on(tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with unfinished_file(tmp_path / "x") as unfinished, only_process_in(tmp_path):
+        unfinished.write_text("1")
+    assert (tmp_path / "x").read_text() == "1"
+
+
+def test_a_second_conversion_into_a_folder_is_refused(tmp_path):
+    refused = pytest.raises(ValueError, match=f"another process is converting into {tmp_path}: wait for it")
+    with only_process_in(tmp_path), refused, only_process_in(tmp_path):
+        pass
 
 
 def test_a_full_disk_is_told_by_the_texts_own_name_and_leaves_the_old_one(tmp_path):

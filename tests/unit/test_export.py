@@ -186,10 +186,10 @@ def test_an_export_of_an_export_keeps_what_its_card_tells(run, tmp_path):
     assert f"| weights | float32, {told}" in (tmp_path / "wider" / "README.md").read_text()
 
 
-def test_an_export_of_an_export_keeps_its_hub_teacher_and_what_is_measured_anew(exported, tmp_path):
+def test_an_export_of_an_export_keeps_its_hub_teacher_and_what_is_measured_anew(exported, teacher, tmp_path):
     card = (exported / "README.md").read_text()
     card = card.replace("library_name:", "base_model: owner/name\nlibrary_name:")
-    (exported / "README.md").write_text(card.replace("| teacher | teacher0 |", "| teacher | owner/name |"))
+    (exported / "README.md").write_text(card.replace(f"| teacher | {teacher.name} |", "| teacher | owner/name |"))
     score = {"task": "piqa", "metric": "acc", "value": 0.75, "stderr": 0.01, "num_questions": 9, "chance": 0.5}
     (exported / "eval.json").write_text(json.dumps({"scores": [score | {"model": "out", "relative": None}]}))
     assert export(exported, tmp_path / "again") == 0

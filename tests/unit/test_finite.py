@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from radlads.checkpoint.hf_export import export
 from radlads.checkpoint.model_folder import load_model
 from radlads.checkpoint.tokenizer_files import read_tokenizer
+from radlads.checksums import CHECKSUMS
 from radlads.cli import main
 from radlads.data.binidx import BinIdxReader
 from radlads.evaluation.likelihood import log_likelihoods
@@ -34,6 +35,7 @@ def overflowing(sound, tmp_path_factory):
     folder = shutil.copytree(sound, tmp_path_factory.mktemp("overflowing") / "hf")
     weights = load_file(folder / "model.safetensors")
     save_file({name: 1e6 * tensor for name, tensor in weights.items()}, folder / "model.safetensors")
+    (folder / CHECKSUMS).unlink()  # they are of the sound weights
     return folder
 
 

@@ -12,7 +12,7 @@ from radlads.checkpoint.model_folder import load_model, save_model
 from radlads.checkpoint.pth import PthFile
 from radlads.checkpoint.published import published_config
 from radlads.checkpoint.published_export import convert_to_published, write_published
-from radlads.checkpoint.weight_files import convert_to_pth, open_weights
+from radlads.checkpoint.weight_files import convert_to_pth, convert_to_safetensors, open_weights
 from radlads.checkpoint.weights import ModelWeights
 from radlads.config.schema import ModelConfig
 from radlads.convert.bare_weights import shape_of
@@ -210,6 +210,19 @@ def test_a_pth_file_of_a_student_whose_head_is_its_embedding_has_a_head(teacher,
     save_model(student, tmp_path)
     convert_to_pth(tmp_path, tmp_path / "x.pth")
     assert torch.equal(PthFile(tmp_path / "x.pth")["lm_head.weight"], student.model.embed_tokens.weight)
+
+
+def test_a_student_may_be_known_by_its_model_type_alone(teacher, tmp_path):
+    (tmp_path / "stage").mkdir()
+    save_model(random_student(teacher, STUDENTS["7 balanced"]), tmp_path / "stage")
+    convert_to_pth(tmp_path / "stage", tmp_path / "named.pth")
+    values = json.loads((tmp_path / "stage" / "config.json").read_text())
+    del values["architectures"]
+    (tmp_path / "stage" / "config.json").write_text(json.dumps(values))
+    convert_to_pth(tmp_path / "stage", tmp_path / "x.pth")
+    assert set(PthFile(tmp_path / "x.pth")) == set(PthFile(tmp_path / "named.pth"))
+    convert_to_safetensors(tmp_path / "stage", tmp_path / "out")
+    assert (tmp_path / "out" / "modeling.py").is_file()
 
 
 def test_a_pth_file_of_a_teacher_is_its_weights(teacher, tmp_path):

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file
 
 from radlads.checkpoint.atomic import unfinished_folder
-from radlads.checkpoint.manifest import sha256
 from radlads.checkpoint.model_folder import load_model
 from radlads.checkpoint.own_files import MARK
 from radlads.checkpoint.weights import SafetensorsFolder
+from radlads.checksums import sha256
 from radlads.config.compare import differences
 from radlads.convert.hf_source import open_teacher
 from radlads.convert.student import build_student, build_teacher

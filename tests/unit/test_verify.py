@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import tiny
+from root_scripts import largest_file
 
 from radlads.checkpoint.hf_export import export, remove_export
 from radlads.checkpoint.manifest import read_manifest, write_manifest
@@ -12,6 +13,7 @@ from radlads.checkpoint.model_folder import load_model, save_model
 from radlads.checkpoint.own_files import MARK
 from radlads.checkpoint.published_export import convert_to_published
 from radlads.checkpoint.weight_files import convert_to_pth, convert_to_safetensors
+from radlads.checksums import write_checksums
 from radlads.cli import main
 from radlads.convert.blueprint import stored_blueprint
 from radlads.recipes.conversion import claim_folder
@@ -255,3 +257,10 @@ def test_the_first_record_of_a_teacher_stays(own_teacher):
     flip(folder / WEIGHTS)
     record_teacher(out, teacher_checksums(folder))
     assert (out / "teacher.checksums.json").read_bytes() == before
+
+
+def test_a_full_disk_is_told_by_the_records_own_name(tmp_path):
+    record = tmp_path / "train.checksums.json"
+    with largest_file(1000), pytest.raises(OSError, match="checksums") as raised:
+        write_checksums(record, {"sha256": {"train.bin": "0" * 2000}})
+    assert raised.value.filename == str(record) and not list(tmp_path.iterdir())

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from radlads.bench.measure import Ceilings, Timing
-from radlads.checkpoint.atomic import read_json, write_text
 from radlads.checkpoint.manifest import versions
 from radlads.console import Console
+from radlads.files import read_json, write_text
 
 # The cases that the file of latest results holds
 LATEST = (

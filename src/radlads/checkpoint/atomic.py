@@ -1,41 +1,13 @@
 """Files and folders that exist under their final name only when they are complete."""
 
 import fcntl
-import json
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from radlads.checkpoint.own_files import MARK, empty_marked, mark, refuse_links, remove_marked
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name, sync it and rename it. Raises OSError that names the file."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with _naming(path), os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's object. Raises ValueError that names the file if it holds something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: it is not JSON") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object")
-    return content
+from radlads.files import naming
 
 
 def partial_name(target: Path) -> Path:
@@ -62,11 +34,11 @@ def unfinished_folder(target: Path, *, keep_failed: bool = True, keep_earlier: b
     partial = partial_name(target)
     refuse_links(partial)
     partial.mkdir(parents=True, exist_ok=True)
-    with _only_process_in(partial):
+    with locked(partial, _being_written(partial)):
         if not keep_earlier:
             empty_marked(partial)
         try:
-            with _naming(target):
+            with naming(target):
                 if not any(partial.iterdir()):
                     mark(partial)
                 yield partial
@@ -96,14 +68,16 @@ def discard(folder: Path) -> None:
 
 
 @contextmanager
-def _only_process_in(path: Path) -> Iterator[None]:
-    """Hold a lock on a folder or file, which ends with the process. Raises ValueError while another one holds it."""
+def locked(path: Path, busy: str) -> Iterator[None]:
+    """Hold a lock on a folder or file, which ends with the process. Raises ValueError, that says `busy`, while another
+    process holds it. Where the file system has no locks, nothing is held.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(descriptor)
-        raise ValueError(f"{path} is being written by another process: wait for it, or choose another one") from error
+        raise ValueError(busy) from error
     except OSError:  # a file system without locks
         pass
     try:
@@ -125,9 +99,9 @@ def unfinished_file(target: Path) -> Iterator[Path]:
     unfinished = target.with_name(f".{target.name}{MARK}")
     refuse_links(unfinished)
     unfinished.touch()
-    with _only_process_in(unfinished):
+    with locked(unfinished, _being_written(unfinished)):
         try:
-            with _naming(target):
+            with naming(target):
                 yield unfinished
                 _sync(unfinished)
                 os.replace(unfinished, target)
@@ -137,15 +111,8 @@ def unfinished_file(target: Path) -> Iterator[Path]:
     _sync(target.parent)
 
 
-@contextmanager
-def _naming(target: Path) -> Iterator[None]:
-    """Have an OSError name `target` if it names no file: a full disk is reported by write, which does not know it."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None or error.errno is None:
-            raise
-        raise OSError(error.errno, os.strerror(error.errno), str(target)) from error
+def _being_written(path: Path) -> str:
+    return f"{path} is being written by another process: wait for it, or choose another one"
 
 
 def _sync(path: Path) -> None:

@@ -18,12 +18,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from radlads.checkpoint.atomic import read_json, write_text
 from radlads.checkpoint.gguf_parts import SUFFIX, check_gguf_package, file_and_parts, is_later_part, joined, open_parts
 from radlads.checkpoint.safetensors_writer import SHARD_BYTES, write_shards
 from radlads.checkpoint.user_cache import cache_folder, made_once
 from radlads.checkpoint.weights import ModelWeights
 from radlads.checksums import sha256
+from radlads.files import read_json, write_text
 
 if TYPE_CHECKING:
     from gguf import GGUFReader

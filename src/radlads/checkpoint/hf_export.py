@@ -9,14 +9,15 @@ from types import MappingProxyType
 import torch
 
 import radlads.model
-from radlads.checkpoint.atomic import discard, read_json, unfinished_folder, write_text
+from radlads.checkpoint.atomic import discard, unfinished_folder
 from radlads.checkpoint.foreign_folders import refuse_links_out
 from radlads.checkpoint.manifest import write_folder_checksums
-from radlads.checkpoint.model_folder import save_model
+from radlads.checkpoint.model_folder import architectures_of, save_model
 from radlads.checkpoint.own_files import check_names, refuse_links
 from radlads.checkpoint.safetensors_writer import SHARD_BYTES
 from radlads.checkpoint.tokenizer_files import copy_tokenizer
 from radlads.checksums import CHECKSUMS, differences, read_checksums
+from radlads.files import read_json, write_text
 from radlads.model.configuration import RadladsConfig, names_code
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.registry import is_registered
@@ -102,7 +103,7 @@ def copy_all_but_weights(
         if dtype is not None:
             values["torch_dtype" if "torch_dtype" in values else "dtype"] = str(dtype).removeprefix("torch.")
         _write_config(values, target)
-        ours = RadladsForCausalLM.__name__ in (values.get("architectures") or ())
+        ours = RadladsForCausalLM.__name__ in architectures_of(values)
         if ours and is_registered(RadladsConfig.from_dict(dict(values))):
             _add_code(target)
     copy_tokenizer(tokenizer_folder or folder, target)

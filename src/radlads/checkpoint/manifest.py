@@ -8,8 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from radlads.checkpoint.atomic import read_json, write_text
 from radlads.checksums import CHECKSUMS, OfName, checksums_of, differences, sha256, write_checksums
+from radlads.files import read_json, write_text
 
 MANIFEST = "manifest.json"
 _PACKAGES = ("radlads", "torch", "transformers", "lightning", "safetensors", "tokenizers", "fla-core")

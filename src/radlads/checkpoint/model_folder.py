@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from radlads.checkpoint.atomic import read_json
 from radlads.checkpoint.config_values import check_values
 from radlads.checkpoint.described_weights import check_described, keep_own_head
 from radlads.checkpoint.foreign_folders import refuse_adapter, refuse_quantised
@@ -29,6 +28,7 @@ from radlads.checkpoint.weights import (
     check_fit,
     load_strict,
 )
+from radlads.files import read_json
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.registry import is_registered

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from radlads.checkpoint.atomic import unfinished_folder, write_text
+from radlads.checkpoint.atomic import unfinished_folder
 from radlads.checkpoint.manifest import write_folder_checksums
 from radlads.checkpoint.model_folder import open_checked
 from radlads.checkpoint.published import (
@@ -23,6 +23,7 @@ from radlads.checkpoint.published import (
 from radlads.checkpoint.safetensors_writer import SHARD_BYTES, write_shards
 from radlads.checkpoint.tokenizer_files import check_copyable, copy_tokenizer, read_tokenizer
 from radlads.checkpoint.weights import EMBEDDING, HEAD, CastWeights, StoredWeights, TensorInfo, check_fit
+from radlads.files import write_text
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from radlads.checkpoint.atomic import write_text
 from radlads.checkpoint.safetensors_files import WEIGHTS_FILE, WEIGHTS_INDEX
 from radlads.checkpoint.weights import DTYPE_NAMES, StoredWeights
+from radlads.files import write_text
 
 SHARD_BYTES = 5 * 10**9
 FORMAT = {"format": "pt"}

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from radlads.checkpoint.atomic import read_json, write_text
 from radlads.checkpoint.foreign_folders import refuse_links_out
 from radlads.checkpoint.hub_folder import DESCRIBING_FILES, locate_folder
 from radlads.checkpoint.safetensors_files import refuse_pointer
+from radlads.files import read_json, write_text
 
 TOKENIZER_FILE = "tokenizer.json"
 _SENTENCEPIECE_FILE = "tokenizer.model"

@@ -5,16 +5,17 @@ from pathlib import Path
 
 import torch
 
-from radlads.checkpoint.atomic import read_json, unfinished_file, unfinished_folder
+from radlads.checkpoint.atomic import unfinished_file, unfinished_folder
 from radlads.checkpoint.hf_export import copy_all_but_weights
 from radlads.checkpoint.manifest import MANIFEST, check_model_files, write_folder_checksums
-from radlads.checkpoint.model_folder import open_model
+from radlads.checkpoint.model_folder import architectures_of, open_model
 from radlads.checkpoint.pth import PthFile, write_pth
 from radlads.checkpoint.published import ARCHITECTURES, stored_in_pth
 from radlads.checkpoint.published_export import FormatTensors
 from radlads.checkpoint.safetensors_writer import SHARD_BYTES, write_safetensors, write_shards
 from radlads.checkpoint.tokenizer_files import check_copyable, copy_tokenizer, read_tokenizer
 from radlads.checkpoint.weights import EMBEDDING, HEAD, CastWeights, SafetensorsFolder, StoredWeights, TiedWeights
+from radlads.files import read_json
 from radlads.model.modeling import RadladsForCausalLM
 
 # Two unrelated matrices of equal size are 1.4 of it apart; training moves a head by a few hundredths
@@ -62,7 +63,7 @@ def convert_to_pth(source: Path, target: Path) -> None:
 
 def _is_students_folder(source: Path) -> bool:
     path = source / "config.json"
-    found = (read_json(path).get("architectures") or []) if path.is_file() else []
+    found = architectures_of(read_json(path)) if path.is_file() else []
     return bool({RadladsForCausalLM.__name__, *ARCHITECTURES} & set(found))
 
 

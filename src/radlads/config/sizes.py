@@ -1,6 +1,5 @@
 """Sizes of a model in our keys and in those of Hugging Face's config.json: from one to the other, and compared."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import yaml
 
 from radlads.config.schema import SIZE_KEYS, ModelConfig
+from radlads.files import read_json
 
 _REQUIRED = ("vocab_size", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
 _OPTIONAL = ("num_key_value_heads", "head_dim", "max_position_embeddings")
@@ -96,10 +96,4 @@ def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder} has no config.json: give the folder of a Hugging Face model")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is damaged: it is not JSON") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} is damaged: it holds no JSON object")
-    return values
+    return read_json(file)

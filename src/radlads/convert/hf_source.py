@@ -10,7 +10,6 @@ from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from radlads.checkpoint.atomic import read_json
 from radlads.checkpoint.config_values import check_values
 from radlads.checkpoint.described_weights import check_described, keep_own_head
 from radlads.checkpoint.gguf_file import origin_note
@@ -20,6 +19,7 @@ from radlads.checkpoint.published import ARCHITECTURES, refuse_activation, rope_
 from radlads.checkpoint.safetensors_files import WEIGHTS_FILE, shard_names
 from radlads.checkpoint.tokenizer_files import TOKENIZER_FILE, num_ids, read_tokenizer
 from radlads.checkpoint.weights import SafetensorsFolder, StoredWeights
+from radlads.files import read_json
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 

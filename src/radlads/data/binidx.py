@@ -7,8 +7,7 @@ tokens a training sample takes to `sampling.py` and `loader.py`.
 import os
 import struct
 from array import array
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple, Self
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from radlads.checksums import corpus_record
+from radlads.files import naming
 
 _MAGIC = b"MMIDIDX\0\0"
 _VERSION = 1
@@ -39,8 +39,8 @@ class BinIdxReader:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path_stem = _path_stem(path)
-        bin_path, idx_path = _pair(self.path_stem)
+        self.path_stem = corpus_stem(path)
+        bin_path, idx_path = corpus_files(self.path_stem)
         _require_files(Path(path), bin_path, idx_path)
         self.dtype, sizes, self._pointers, self._document_indices = _read_index(idx_path)
         self.num_documents = len(self._document_indices) - 1
@@ -98,13 +98,13 @@ class BinIdxWriter:
     """
 
     def __init__(self, path_stem: str | Path, vocab_size: int) -> None:
-        self.path_stem = _path_stem(path_stem)
+        self.path_stem = corpus_stem(path_stem)
         self.vocab_size = vocab_size
         self.num_tokens = 0
         self._sizes = array("i")
         self._dtype_code = _UINT16_CODE if vocab_size <= _UINT16_IDS else _INT32_CODE
         self._bin_temporary, self._idx_temporary = (
-            path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in _pair(self.path_stem)
+            path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in corpus_files(self.path_stem)
         )
 
     @property
@@ -113,7 +113,7 @@ class BinIdxWriter:
 
     def __enter__(self) -> Self:
         self._bin_temporary.parent.mkdir(parents=True, exist_ok=True)
-        _check_replaceable(_pair(self.path_stem)[1])
+        _check_replaceable(corpus_files(self.path_stem)[1])
         with ExitStack() as stack:
             stack.callback(self._bin_temporary.unlink, missing_ok=True)
             stack.callback(self._idx_temporary.unlink, missing_ok=True)
@@ -124,7 +124,7 @@ class BinIdxWriter:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        with self._named_errors(), self._cleanup:
+        with naming(corpus_files(self.path_stem)[0]), self._cleanup:
             if exc_type is None:
                 self._publish()
 
@@ -143,20 +143,10 @@ class BinIdxWriter:
                 f"{self.path_stem}: token {position} of document {self.num_documents} is {ids[position]}, outside the "
                 f"vocabulary of {self.vocab_size}: use the tokenizer that belongs to the model"
             )
-        with self._named_errors():
+        with naming(corpus_files(self.path_stem)[0]):
             self._bin_file.write(ids.astype(_DTYPES[self._dtype_code]).tobytes())
         self._sizes.append(ids.size)
         self.num_tokens += ids.size
-
-    @contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        # A full disk is reported by write and close, which do not know the file's name
-        try:
-            yield
-        except OSError as error:
-            if error.filename is not None or error.errno is None:
-                raise
-            raise OSError(error.errno, error.strerror, str(_pair(self.path_stem)[0])) from error
 
     def _publish(self) -> None:
         if self.num_tokens == 0:
@@ -165,7 +155,7 @@ class BinIdxWriter:
         with open(self._idx_temporary, "wb") as idx_file:
             idx_file.write(self._index())
             _sync_and_close(idx_file)
-        bin_path, idx_path = _pair(self.path_stem)
+        bin_path, idx_path = corpus_files(self.path_stem)
         # Without its index an old corpus cannot be read, so no reader ever sees the new .bin with the old .idx.
         idx_path.unlink(missing_ok=True)
         corpus_record(self.path_stem).unlink(missing_ok=True)
@@ -188,12 +178,14 @@ class _Index(NamedTuple):
     document_indices: NDArray[np.int64]  # document i is the sequences [i] .. [i + 1] - 1
 
 
-def _path_stem(path: str | Path) -> Path:
+def corpus_stem(path: str | Path) -> Path:
+    """The name that a corpus's files share, by itself or by one of them."""
     path = Path(path)
     return path.with_suffix("") if path.suffix in (".bin", ".idx") else path
 
 
-def _pair(stem: Path) -> tuple[Path, Path]:
+def corpus_files(stem: Path) -> tuple[Path, Path]:
+    """The .bin and the .idx of a corpus, by the name that they share."""
     return stem.parent / f"{stem.name}.bin", stem.parent / f"{stem.name}.idx"
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from radlads.data.binidx import BinIdxReader, BinIdxWriter
+from radlads.data.binidx import BinIdxReader, BinIdxWriter, corpus_files
 from radlads.data.corpus_checksums import record_checksums
 
 Ids = NDArray[np.int32]
@@ -166,8 +166,8 @@ def _verify(reader: BinIdxReader, written: BinIdxWriter, ends: dict[int, Ids]) -
         np.array_equal(reader.document(i), ids) for i, ids in ends.items()
     ):
         return
-    for suffix in (".bin", ".idx"):
-        reader.path_stem.with_name(reader.path_stem.name + suffix).unlink()
+    for path in corpus_files(reader.path_stem):
+        path.unlink()
     raise ValueError(f"{reader.path_stem}: what was written is not what is read: check the disk, and build it again")
 
 

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from radlads.checksums import checksums_of, corpus_record, differences, write_checksums
+from radlads.data.binidx import corpus_files
 
 
 def record_checksums(path_stem: Path) -> None:
     """Write NAME.checksums.json: hashes and sizes of NAME.bin and NAME.idx."""
-    files = [path_stem.with_name(f"{path_stem.name}.{kind}") for kind in ("bin", "idx")]
-    write_checksums(corpus_record(path_stem), checksums_of(files))
+    write_checksums(corpus_record(path_stem), checksums_of(corpus_files(path_stem)))
 
 
 def forget_checksums(path_stem: Path) -> bool:

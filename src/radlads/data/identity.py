@@ -8,7 +8,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from radlads.data.binidx import BinIdxReader
+from radlads.checksums import sha256
+from radlads.data.binidx import BinIdxReader, corpus_files
 
 _BLOCK_BYTES = 4096
 _BLOCKS = 1024  # 4 MiB are read of a corpus of any size, and a smaller one as a whole
@@ -20,12 +21,13 @@ def describe_corpus(reader: BinIdxReader) -> dict[str, Any]:
     Two corpora that differ in a few tokens only may be described alike; the first and the last 4096 bytes always count.
     Raises OSError if a file has gone.
     """
+    bin_path, idx_path = corpus_files(reader.path_stem)
     return {
         "name": str(reader.path_stem.absolute()),
         "tokens": reader.num_tokens,
         "dtype": str(reader.dtype),
-        "index": _digest(_file(reader, "idx")),
-        "samples": samples_digest(_file(reader, "bin")),
+        "index": sha256(idx_path)[:16],
+        "samples": samples_digest(bin_path),
     }
 
 
@@ -40,12 +42,3 @@ def samples_digest(path: Path) -> str:
             file.seek(last_start * i // max(1, blocks - 1))
             digest.update(file.read(_BLOCK_BYTES))
     return digest.hexdigest()[:16]
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-def _file(reader: BinIdxReader, suffix: str) -> Path:
-    return reader.path_stem.with_name(f"{reader.path_stem.name}.{suffix}")

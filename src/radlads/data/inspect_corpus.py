@@ -6,13 +6,12 @@ Owns counting and the EOS at the end of documents. Leaves the format to `binidx.
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from radlads.data.binidx import BinIdxReader
+from radlads.data.binidx import BinIdxReader, corpus_files
 from radlads.data.corpus_checksums import forget_checksums, record_checksums
 from radlads.data.sampling import magic_prime
 
@@ -103,7 +102,7 @@ def _last_positions(reader: BinIdxReader) -> NDArray[np.int64]:
 
 
 def _rewrite(reader: BinIdxReader, positions: NDArray[np.int64], token_id: int) -> None:
-    path = Path(f"{reader.path_stem}.bin")
+    path, _ = corpus_files(reader.path_stem)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     block_tokens = 2**22
     try:

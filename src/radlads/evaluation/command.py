@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from radlads.checkpoint.atomic import write_text
-from radlads.checkpoint.manifest import sha256, versions, weights_hash
+from radlads.checkpoint.manifest import versions, weights_hash
+from radlads.checksums import sha256
 from radlads.console import Console
 from radlads.evaluation.scores import SUITES, Score, scores, table, task_names
+from radlads.files import write_text
 
 if TYPE_CHECKING:
     import torch

@@ -9,9 +9,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from radlads.checkpoint.atomic import write_text
 from radlads.checkpoint.manifest import versions
 from radlads.console import Console
+from radlads.files import write_text
 
 if TYPE_CHECKING:
     import torch

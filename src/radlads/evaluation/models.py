@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
-from radlads.checkpoint.atomic import read_json
 from radlads.checkpoint.model_folder import architectures_of, config_of, load_model, read_config
 from radlads.checkpoint.published import ARCHITECTURES
 from radlads.convert.hf_source import SUPPORTED_ARCHITECTURES, open_teacher, teacher_config
 from radlads.convert.student import build_teacher
+from radlads.files import read_json
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 

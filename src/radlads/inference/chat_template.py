@@ -7,9 +7,9 @@ from pathlib import Path
 
 from jinja2 import TemplateError
 
-from radlads.checkpoint.atomic import read_json
 from radlads.checkpoint.tokenizer_files import GENERATION_FILE, read_tokenizer
 from radlads.convert.hf_source import end_of_text_id, open_tokenizer
+from radlads.files import read_json
 
 Message = dict[str, str]
 

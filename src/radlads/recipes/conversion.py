@@ -1,6 +1,5 @@
 """A whole conversion in one folder: setup, align, distill, extend, measurements, export and report."""
 
-import fcntl
 import json
 import resource
 import sys
@@ -16,7 +15,7 @@ import torch
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
 
-from radlads.checkpoint.atomic import partial_name, read_json, write_text
+from radlads.checkpoint.atomic import locked, partial_name
 from radlads.checkpoint.hf_export import export, remove_export
 from radlads.checkpoint.manifest import MANIFEST, joint_hash, read_manifest, versions, weights_hash
 from radlads.checkpoint.model_folder import load_model
@@ -29,11 +28,12 @@ from radlads.config.schema import Config
 from radlads.console import Console
 from radlads.convert.hf_source import TeacherSource, end_of_text_id, load_tokenizer, open_teacher
 from radlads.convert.student import build_student, build_teacher, retie
-from radlads.data.binidx import BinIdxReader
+from radlads.data.binidx import BinIdxReader, corpus_files
 from radlads.data.build import build_binidx
 from radlads.data.loader import HeldoutWindows
 from radlads.data.python_text import Split, iter_documents
 from radlads.distill.heldout import Heldout, measure
+from radlads.files import read_json, write_text
 from radlads.inference.generate import Sampling, decode_ms, stream_text
 from radlads.model.configuration import state_bytes
 from radlads.model.modeling import RadladsForCausalLM
@@ -250,14 +250,10 @@ def claim_folder(out: Path, identity: dict[str, str], settings: dict[str, Any], 
 
 @contextmanager
 def only_process_in(out: Path) -> Iterator[None]:
-    """Hold a lock on `out`; the system drops it with the process. Raises ValueError while another process holds it."""
-    with (out / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"another process is converting into {out}: wait for it, or choose another --out"
-            ) from error
+    """Hold a lock on `out`. Raises ValueError while another process holds it."""
+    lock = out / ".lock"
+    lock.touch()
+    with locked(lock, f"another process is converting into {out}: wait for it, or choose another --out"):
         yield
 
 
@@ -352,7 +348,7 @@ def _identity(conversion: Conversion, teacher: Mapping[str, str], configs: dict[
     data = f"Python {versions()['python']}"
     if conversion.data is not None:
         stems = (BinIdxReader(conversion.corpus(split)).path_stem for split in _SPLITS)
-        data = recipe_hash(*(sha256(Path(f"{stem}.{kind}")) for stem in stems for kind in ("idx", "bin")))
+        data = recipe_hash(*(sha256(path) for stem in stems for path in reversed(corpus_files(stem))))
     return {
         "radlads": versions().get("radlads", ""),
         "teacher": recipe_hash(joint_hash(teacher), *(teacher[name] for name in ("config.json", "tokenizer.json"))),

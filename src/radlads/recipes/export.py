@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
-from radlads.checkpoint.atomic import check_new, unfinished_folder, write_text
+from radlads.checkpoint.atomic import check_new, unfinished_folder
 from radlads.checkpoint.hf_export import check_exportable, write_export
 from radlads.checkpoint.manifest import (
     MANIFEST,
@@ -35,6 +35,7 @@ from radlads.checkpoint.weight_files import parse_size
 from radlads.checkpoint.weights import EMBEDDING, StoredWeights
 from radlads.console import Console
 from radlads.convert.hf_source import load_tokenizer
+from radlads.files import write_text
 from radlads.recipes.conversion import MARKER, RELOAD_TOLERANCE, STAGES, SUMMARY
 from radlads.recipes.hub_upload import check_repo, listing, upload
 from radlads.recipes.llama_cpp import CONVERT, check_runs, verdict, write_for_llama_cpp

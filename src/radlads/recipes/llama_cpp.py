@@ -10,10 +10,10 @@ from pathlib import Path
 
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from radlads.checkpoint.atomic import read_json
 from radlads.checkpoint.published_export import write_published
 from radlads.checkpoint.tokenizer_files import TOKENIZER_FILE, copy_tokenizer
 from radlads.checkpoint.weights import ModelWeights, StoredWeights
+from radlads.files import read_json
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.rad_rwkv6 import MIN_LOG_DECAY

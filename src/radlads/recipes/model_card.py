@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData, metadata_load
 
-from radlads.checkpoint.atomic import read_json
 from radlads.checkpoint.manifest import versions
+from radlads.files import read_json
 from radlads.model.configuration import RadladsConfig, state_bytes
 from radlads.report.run_folder import Measurements, Stage, by_name
 from radlads.report.wording import MIXERS, NOT_MEASURED, NOT_RECORDED, number_text, score_text

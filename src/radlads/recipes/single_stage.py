@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 
 from radlads.checkpoint.atomic import check_new
-from radlads.checkpoint.manifest import sha256, weights_hash
+from radlads.checkpoint.manifest import weights_hash
 from radlads.checkpoint.model_folder import read_config
 from radlads.checkpoint.tokenizer_files import locate_tokenizer
 from radlads.checkpoint.weight_files import is_weights_file, open_weights, starting_point
 from radlads.checkpoint.weights import StoredWeights
+from radlads.checksums import sha256
 from radlads.config.schema import SIZE_KEYS, Config, ModelConfig, check_available, stage_of
 from radlads.config.sizes import check_sizes
 from radlads.console import Console

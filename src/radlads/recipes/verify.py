@@ -7,6 +7,7 @@ from pathlib import Path
 from radlads.checkpoint.manifest import MANIFEST
 from radlads.checksums import CHECKSUMS, corpus_record, differences, read_checksums
 from radlads.console import Console
+from radlads.data.binidx import corpus_files, corpus_stem
 
 
 def verify(path: Path, console: Console) -> bool:
@@ -25,10 +26,10 @@ def verify(path: Path, console: Console) -> bool:
 
 def _records(path: Path) -> Iterator[Path]:
     """A corpus's record, by its name or by one of its files; in a folder all there are, in order."""
-    stem = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
+    stem = corpus_stem(path)
     if corpus_record(stem).is_file():
         yield corpus_record(stem)
-    elif not path.exists() and not stem.with_name(f"{stem.name}.bin").is_file():
+    elif not path.exists() and not corpus_files(stem)[0].is_file():
         raise ValueError(f"{path} does not exist: name a folder, or a corpus by its .bin file")
     for where, folders, names in os.walk(path):
         folders.sort()

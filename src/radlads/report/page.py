@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from radlads.checkpoint.atomic import write_text
+from radlads.files import write_text
 from radlads.report import html
 from radlads.report.charts import Chart
 from radlads.report.plots import STEPS, conversion_charts, layers_of, long_context_charts

@@ -11,10 +11,10 @@ from typing import Any
 
 import yaml
 
-from radlads.checkpoint.atomic import read_json
 from radlads.checkpoint.manifest import MANIFEST
 from radlads.checkpoint.weights import SafetensorsFolder
 from radlads.checksums import sha256
+from radlads.files import read_json
 
 SUMMARY = "summary.json"
 EVALUATION = "eval.json"

@@ -12,9 +12,9 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from radlads.checkpoint.atomic import read_json, write_text
 from radlads.config.load import load_config
 from radlads.config.schema import TrainConfig
+from radlads.files import read_json, write_text
 from radlads.train.metrics_csv import METRICS, SPEED, MetricsCsv
 from radlads.train.throughput import SPEED_METRICS
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from radlads.checkpoint.atomic import read_json
 from radlads.checkpoint.manifest import MANIFEST
 from radlads.checkpoint.own_files import MARK, check_marked, check_names, remove_each
 from radlads.checkpoint.weights import EMBEDDING, HEAD
@@ -18,6 +17,7 @@ from radlads.config.schema import Config
 from radlads.console import Console
 from radlads.data.binidx import BinIdxReader
 from radlads.data.sampling import magic_prime
+from radlads.files import read_json
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.train.loggers import WANDB_RUN
 from radlads.train.metrics_csv import METRICS, SPEED

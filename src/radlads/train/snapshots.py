@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from radlads.checkpoint.atomic import read_json, unfinished_folder, write_text
+from radlads.checkpoint.atomic import unfinished_folder
 from radlads.checkpoint.manifest import MANIFEST, versions
 from radlads.checkpoint.model_folder import save_model
 from radlads.checkpoint.own_files import MARK, check_names, refuse_links, remove_folder
@@ -40,6 +40,7 @@ from radlads.checkpoint.weights import (
 )
 from radlads.checksums import sha256
 from radlads.distill.heldout import Heldout
+from radlads.files import read_json, write_text
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.train.loggers import CARRIED, carry
 from radlads.train.processes import ALONE, Processes

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from radlads.data.binidx import BinIdxReader
+from radlads.data.binidx import BinIdxReader, corpus_files
 from radlads.data.identity import samples_digest
 
 
@@ -36,7 +36,7 @@ class _WatchedFile:
     """A corpus's .bin file as it was: its size, when it was last written, and a hash of samples of it."""
 
     def __init__(self, reader: BinIdxReader) -> None:
-        self._path = reader.path_stem.with_name(f"{reader.path_stem.name}.bin")
+        self._path = corpus_files(reader.path_stem)[0]
         self._num_bytes = reader.num_tokens * reader.dtype.itemsize
         self._written_ns = self._path.stat().st_mtime_ns
         self._samples = samples_digest(self._path)
