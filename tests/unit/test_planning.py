@@ -351,7 +351,7 @@ def test_the_command_says_all_of_it(teacher, capsys):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["9b"], "no size or folder '9b': choose one of 0.5b,"),
+        (["9b"], "no size, folder or file '9b': choose one of 0.5b,"),
         (["7b", "--stage", "finish"], "--stage must be one of align, distill, extend, all"),
         (["7b", "--strategy", "zero"], "--strategy must be one of auto, single, ddp"),
         (["7b", "--strategy", "single", "--gpus", "2"], "runs on one GPU"),
