@@ -72,10 +72,11 @@ def write(
     architecture: str | None = None,
     more: dict[str, float] | None = None,
     without: str = "",
+    extra: str = "",
     part: tuple[int, int] = (1, 1),
 ) -> Path:
     """Write the model as a GGUF file. quantised: the type of its matrices. architecture: another name than its own.
-    more: further numbers by key. without: a tensor to leave out. part: this part of so many, tensors shared in turn."""
+    more: further numbers by key. without: a tensor to leave out. extra: one to add. part: this part of so many, tensors shared in turn."""
     config, name = source.config, architecture or source.config.model_type
     writer = GGUFWriter(file, name)
     writer.add_block_count(config.num_hidden_layers)
@@ -97,6 +98,8 @@ def write(
     for place, (tensor, values) in enumerate(tensors(source).items()):
         if tensor != without and place % count == number - 1:
             _add_tensor(writer, tensor, values, quantised)
+    if extra:
+        _add_tensor(writer, extra, np.ones(64), None)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
