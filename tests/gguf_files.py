@@ -76,7 +76,8 @@ def write(
     part: tuple[int, int] = (1, 1),
 ) -> Path:
     """Write the model as a GGUF file. quantised: the type of its matrices. architecture: another name than its own.
-    more: further numbers by key. without: a tensor to leave out. extra: one to add. part: this part of so many, tensors shared in turn."""
+    more: further numbers by key. without: a tensor to leave out. extra: one to add. part: this part of so many, tensors shared
+    in turn."""
     config, name = source.config, architecture or source.config.model_type
     writer = GGUFWriter(file, name)
     writer.add_block_count(config.num_hidden_layers)

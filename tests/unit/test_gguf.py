@@ -93,7 +93,7 @@ REFUSED = {
     "gemma": ({"architecture": "gemma3"}, "holds the architecture 'gemma3': only llama, qwen2, qwen3"),
     "rope": ({"more": {"llama.rope.scaling.factor": 8.0}}, "has a RoPE scaling, which transformers does not read"),
     "experts": ({"more": {"llama.expert_count": 8.0}}, "has experts"),
-    "biases": ({"extra": "blk.1.attn_q.bias"}, "has 31 tensors, of which a LlamaForCausalLM has only 30"),
+    "biases": ({"extra": "blk.1.attn_q.bias"}, "has 31 tensors, but a LlamaForCausalLM takes only 30"),
     "incomplete": ({"without": "blk.1.ffn_up.weight"}, r"lacks model.layers.1.mlp.up_proj.weight \(1 such\)"),
 }
 

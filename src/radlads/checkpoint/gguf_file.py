@@ -143,8 +143,8 @@ def _check_all_used(model: PreTrainedModel, num_tensors: int, file: Path) -> Non
     num_used = len(list(model.parameters()))
     if num_used < num_tensors:
         raise ValueError(
-            f"{file} has {num_tensors} tensors, of which a {type(model).__name__} has only {num_used} (biases, perhaps, "
-            "are left): take the model's Hugging Face folder"
+            f"{file} has {num_tensors} tensors, but a {type(model).__name__} takes only {num_used}, so that some would "
+            "be lost, such as biases: take the model's Hugging Face folder"
         )
 
 
