@@ -73,13 +73,15 @@ def write(
     more: dict[str, float] | None = None,
     without: str = "",
     extra: str = "",
+    aligned: int = 32,
     part: tuple[int, int] = (1, 1),
 ) -> Path:
     """Write the model as a GGUF file. quantised: the type of its matrices. architecture: another name than its own.
-    more: further numbers by key. without: a tensor to leave out. extra: one to add. part: this part of so many, tensors shared
-    in turn."""
+    more: further numbers by key. without: a tensor to leave out. extra: one to add. aligned: bytes that tensors begin
+    at multiples of. part: this part of so many, tensors shared in turn."""
     config, name = source.config, architecture or source.config.model_type
     writer = GGUFWriter(file, name)
+    writer.add_custom_alignment(aligned)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(512)
     writer.add_embedding_length(config.hidden_size)

@@ -56,10 +56,11 @@ def test_one_line_says_what_was_dequantised(tmp_path):
     assert origin_note(tmp_path) is None
 
 
-def test_parts_of_a_split_file_are_one_model(tmp_path):
+@pytest.mark.parametrize("aligned", [32, 256])
+def test_parts_of_a_split_file_are_one_model(tmp_path, aligned):
     model = gguf_files.model("qwen2")
     for number in (1, 2, 3):
-        gguf_files.write(tmp_path / f"m-0000{number}-of-00003.gguf", model, part=(number, 3))
+        gguf_files.write(tmp_path / f"m-0000{number}-of-00003.gguf", model, part=(number, 3), aligned=aligned)
     assert_parity(logits_of(tmp_path), model, 1e-5)
     assert_parity(logits_of(tmp_path / "m-00002-of-00003.gguf"), model, 1e-5)
     (tmp_path / "m-00002-of-00003.gguf").unlink()
