@@ -72,12 +72,16 @@ def write(
     architecture: str | None = None,
     more: dict[str, float] | None = None,
     without: str = "",
+    extra: str = "",
+    aligned: int = 32,
     part: tuple[int, int] = (1, 1),
 ) -> Path:
     """Write the model as a GGUF file. quantised: the type of its matrices. architecture: another name than its own.
-    more: further numbers by key. without: a tensor to leave out. part: this part of so many, tensors shared in turn."""
+    more: further numbers by key. without: a tensor to leave out. extra: one to add. aligned: bytes that tensors begin
+    at multiples of. part: this part of so many, tensors shared in turn."""
     config, name = source.config, architecture or source.config.model_type
     writer = GGUFWriter(file, name)
+    writer.add_custom_alignment(aligned)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(512)
     writer.add_embedding_length(config.hidden_size)
@@ -97,6 +101,8 @@ def write(
     for place, (tensor, values) in enumerate(tensors(source).items()):
         if tensor != without and place % count == number - 1:
             _add_tensor(writer, tensor, values, quantised)
+    if extra:
+        _add_tensor(writer, extra, np.ones(64), None)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

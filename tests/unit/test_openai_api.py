@@ -270,6 +270,43 @@ def test_more_requests_than_allowed_are_told_to_wait_and_places_come_back(app, s
         assert "try again later" in error_of(refused)["message"]
 
 
+def test_a_client_that_leaves_within_its_request_is_no_error_of_the_server(served):
+    app, sent = build_app(replace(served, limits=replace(LIMITS, requests=1))), []
+    parts = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+    scope = {"type": "http", "method": "POST", "path": COMPLETIONS, "headers": [], "query_string": b""}
+
+    async def receive():
+        return parts.pop(0)
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(app(scope, receive, send))
+    assert sent[0]["status"] == openai_api.CLIENT_CLOSED_REQUEST
+    assert posted(app, COMPLETIONS, body()).status_code == 200
+
+
+def test_an_answer_that_is_there_while_its_client_leaves_is_handed_on(monkeypatch):
+    """A stream that is not run would never stop its generation."""
+    monkeypatch.setattr(openai_api, "DISCONNECT_POLL_S", 0)
+    left, answered = asyncio.Event(), asyncio.Event()
+
+    async def answer():
+        await left.wait()
+        answered.set()
+        return "a stream"
+
+    class Leaving:
+        async def is_disconnected(self):
+            left.set()
+            return await answered.wait()
+
+    async def go():
+        return await openai_api._while_connected(Leaving(), answer())
+
+    assert asyncio.run(go()) == "a stream"
+
+
 def test_an_answer_that_is_being_generated_takes_one_place(served):
     app = build_app(replace(served, limits=Limits(answer_tokens=400, requests=2)))
     is_generating = threading.Event()

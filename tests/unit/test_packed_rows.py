@@ -109,6 +109,16 @@ def test_a_cache_goes_on_with_each_rows_last_text(model, ids):
         assert relative_error(actual, logits_of(model, alone[None])[0, -5:]) < PADDING
 
 
+def test_a_mask_of_all_tokens_does_not_bring_back_the_texts_before_the_last(ids):
+    """As generate gives it with every new token."""
+    model, more, steps = perturbed_model("mixed"), random_tokens(2, 5), []
+    for mask in (None, torch.ones(2, 41 + 5)):
+        cache = RadladsCache(model.config)
+        logits_of(model, ids, position_ids=positions(), past_key_values=cache)
+        steps.append(logits_of(model, more, attention_mask=mask, past_key_values=cache))
+    assert torch.equal(*steps)
+
+
 def test_padding_between_texts_belongs_to_none(model, ids):
     mask = torch.ones_like(ids)
     mask[0, 10:13] = mask[0, -4:] = mask[1, :1] = mask[1, 2:4] = 0

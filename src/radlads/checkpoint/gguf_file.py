@@ -87,6 +87,7 @@ def _unpack(parts: list[Path], folder: Path) -> None:
     with TemporaryDirectory(dir=folder.parent) as temporary, _quiet_transformers():
         file = parts[0] if len(parts) == 1 else joined(readers, Path(temporary) / parts[0].name)
         model = _read_model(file, readers[0])
+        _check_all_used(model, types.total(), parts[0])
         _write_model(model, folder)
         _write_tokenizer(file, folder)
         _write_generation(model, readers[0], folder)
@@ -135,6 +136,16 @@ def _read_model(file: Path, reader: "GGUFReader") -> PreTrainedModel:
         raise ValueError(f"{file} lacks {missing[0]} ({len(missing)} such): it is incomplete, or of another model")
     found: PreTrainedModel = model
     return found
+
+
+def _check_all_used(model: PreTrainedModel, num_tensors: int, file: Path) -> None:
+    """Raise ValueError if a file has weights that the model has no place for, which transformers drops silently."""
+    num_used = len(list(model.parameters()))
+    if num_used < num_tensors:
+        raise ValueError(
+            f"{file} has {num_tensors} tensors, but a {type(model).__name__} takes only {num_used}, so that some would "
+            "be lost, such as biases: take the model's Hugging Face folder"
+        )
 
 
 def _write_model(model: PreTrainedModel, folder: Path) -> None:

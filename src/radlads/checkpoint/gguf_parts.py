@@ -62,12 +62,14 @@ def _opened(file: Path) -> "GGUFReader":
 
 def joined(readers: "list[GGUFReader]", target: Path) -> Path:
     """Write the parts of a split file as one: transformers reads single files only."""
-    from gguf import GGUFValueType, GGUFWriter
+    from gguf import GGUFValueType, GGUFWriter, Keys
 
     fields = readers[0].fields
     writer = GGUFWriter(target, arch=fields["general.architecture"].contents())
     for field in fields.values():
-        if field.name != "general.architecture" and not field.name.startswith(("GGUF.", "split.")):
+        # The joined file has the writer's own architecture and alignment
+        own = field.name in (Keys.General.ARCHITECTURE, Keys.General.ALIGNMENT)
+        if not own and not field.name.startswith(("GGUF.", "split.")):
             is_array = field.types[0] == GGUFValueType.ARRAY
             sub_type = field.types[-1] if is_array else None
             writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=sub_type)

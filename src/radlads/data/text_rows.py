@@ -7,6 +7,7 @@ import csv
 import json
 import re
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any, Literal, TextIO
 
 TextUnit = Literal["document", "paragraph", "line"]
@@ -50,6 +51,7 @@ def _parsed_stream(name: str, text: TextIO, line: int, buffer: str) -> Iterator[
         start = _end_of(_BETWEEN_VALUES, buffer, position)
         line, position = line + buffer.count("\n", position, start), start
         if in_array and buffer.startswith("]", position):
+            _check_ends(name, text, line, buffer[position + 1 :])
             return
         try:
             value, end = decoder.raw_decode(buffer, position)
@@ -66,6 +68,15 @@ def _parsed_stream(name: str, text: TextIO, line: int, buffer: str) -> Iterator[
             continue
         yield line, value
         line, position = line + buffer.count("\n", position, end), end
+
+
+def _check_ends(name: str, text: TextIO, line: int, rest: str) -> None:
+    """Raise ValueError if something follows an array's end, which is on this line, with `rest` behind it."""
+    for more in chain([rest], iter(lambda: text.read(_READ_CHARACTERS), "")):
+        if more.strip():
+            raise ValueError(
+                f"{name} has more after the end of its array on line {line}: keep one array, or one object a line"
+            )
 
 
 def csv_rows(name: str, text: TextIO, delimiter: str) -> Iterator[tuple[int, list[str]]]:

@@ -5,6 +5,7 @@ Leaves the steps to the decoder, and text to the tokenizer's decoder (`stream_te
 
 import itertools
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -34,6 +35,9 @@ __all__ = [
     "stream_text",
     "stream_tokens",
 ]
+
+# How tokenizers with byte fallback, such as Llama 2's, name a token that is a single byte
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def stream_tokens(
@@ -125,23 +129,35 @@ def decoded(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
 
 
 class TextStream:
-    """Tokens to text one by one. skips_special: leave out special tokens."""
+    """Tokens to text one by one. skips_special: leave out special tokens.
+
+    Tokens of single bytes are held back until another token follows: one wrong byte makes replacement characters of all
+    that stand together, whole characters before it too.
+    """
 
     def __init__(self, tokenizer: Tokenizer, *, skips_special: bool = True):
         self._tokenizer, self._skips_special = tokenizer, skips_special
         self._stream = DecodeStream(skip_special_tokens=skips_special)
+        added = tokenizer.get_added_tokens_decoder().items()
+        self._skipped = {token for token, what in added if what.special and skips_special}
         self._tokens: list[int] = []
+        self._held: list[int] = []
         self._num_characters = 0
 
     def step(self, token: int) -> str:
         """What a token adds to the text: nothing while a character is not whole."""
         self._tokens.append(token)
-        piece = self._stream.step(self._tokenizer, token) or ""
+        if _BYTE.fullmatch(self._tokenizer.id_to_token(token) or "") or (self._held and token in self._skipped):
+            self._held.append(token)
+            return ""
+        piece = self._stream.step(self._tokenizer, [*self._held, token]) or ""
+        self._held = []
         self._num_characters += len(piece)
         return piece
 
     def rest(self) -> str:
-        """What is missing of the text after the last token: replacement characters, if one was not whole."""
+        """What is missing of the text after the last token: bytes held back, replacement characters if one was not
+        whole."""
         text: str = self._tokenizer.decode(self._tokens, skip_special_tokens=self._skips_special)
         return text[self._num_characters :]
 

@@ -17,6 +17,7 @@ import torch
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
@@ -237,8 +238,7 @@ async def _while_connected(request: Request, answering: Coroutine[Any, Any, Resp
     task = asyncio.ensure_future(answering)
     try:
         while not (await asyncio.wait({task}, timeout=DISCONNECT_POLL_S))[0]:
-            if await request.is_disconnected():
-                task.cancel()
+            if await request.is_disconnected() and task.cancel():  # a finished stream ends by itself
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
     except asyncio.CancelledError:
         task.cancel()
@@ -252,6 +252,10 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> Response:
         return error.response()
+
+    @app.exception_handler(ClientDisconnect)
+    async def left(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:

@@ -313,6 +313,9 @@ class RadladsModel(RadladsPreTrainedModel):
         mask = attention_mask.bool()
         if mask.shape[1] == T and past:
             mask = torch.cat([mask.new_ones(B, past) if earlier is None else earlier, mask], dim=1)
+        elif mask.shape[1] == past + T and past and earlier is not None:
+            # Whoever gives a mask of all tokens, as generate does, knows nothing of packed rows in the cache
+            mask = torch.cat([mask[:, :past] & earlier, mask[:, past:]], dim=1)
         if mask.shape[1] != past + T:
             raise ValueError(
                 f"attention_mask covers {mask.shape[1]} tokens, but there are {past} cached and {T} new ones"
