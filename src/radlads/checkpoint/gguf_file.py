@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
 
 ORIGIN = "gguf.json"
+# Part of a cached folder's name: raise it when files come out otherwise than before
+_LAYOUT = 1
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _FLOAT_TYPES = {"F32", "F16", "BF16"}
 # Keys that change the model, and that the reader of transformers leaves out without a word
@@ -67,7 +69,7 @@ def unpack_gguf(file: Path) -> Path:
     check_gguf_package()
     stem, parts = file_and_parts(file)
     digest = hashlib.sha256("".join(sha256(part) for part in parts).encode()).hexdigest()[:16]
-    return made_once(cache_folder() / "gguf" / f"{stem}-{digest}", lambda partial: _unpack(parts, partial))
+    return made_once(cache_folder() / "gguf" / f"{stem}-{digest}-{_LAYOUT}", lambda partial: _unpack(parts, partial))
 
 
 def origin_note(folder: Path) -> str | None:
