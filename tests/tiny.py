@@ -9,6 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen2ForCausalLM, Qwen3Config
 
+from radlads.checkpoint.hf_export import export
+from radlads.checksums import CHECKSUMS
 from radlads.config.load import load_config
 from radlads.config.schema import Config
 from radlads.convert.hf_source import open_teacher
@@ -66,6 +68,22 @@ def moved_student(teacher: Path, folder: Path) -> RadladsForCausalLM:
     for parameter in student.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     return student
+
+
+def changeable_export(teacher: Path, folder: Path) -> Path:
+    """An export of a student of the teacher without its checksums, as whoever changes a folder can leave it."""
+    export(moved_student(teacher, folder).eval(), teacher, folder / "model")
+    (folder / "model" / CHECKSUMS).unlink()
+    return folder / "model"
+
+
+def endless_export(teacher: Path, folder: Path, template: str) -> Path:
+    """An export with this chat template, whose greedy texts do not end by themselves."""
+    student = moved_student(teacher, folder)
+    student.lm_head.weight.data[256] = 0
+    export(student, teacher, folder / "hf")
+    (folder / "hf" / "chat_template.jinja").write_text(template)
+    return folder / "hf"
 
 
 def losses_by(optimizer: str, teacher: Path, folder: Path, place: torch.Tensor) -> list[float]:

@@ -8,9 +8,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from radlads.checkpoint.hf_export import export
 from radlads.checkpoint.model_folder import load_model
-from radlads.checksums import CHECKSUMS
 from radlads.cli import main
 from radlads.convert.hf_source import open_teacher
 from radlads.model.configuration import RadladsConfig
@@ -20,10 +18,7 @@ NO_MODEL = "config.json describes no model that can be read here: has "
 
 @pytest.fixture(scope="module")
 def exported(teacher, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("exported")
-    export(tiny.moved_student(teacher, folder).eval(), teacher, folder / "model")
-    (folder / "model" / CHECKSUMS).unlink()  # as whoever changes a folder can
-    return folder / "model"
+    return tiny.changeable_export(teacher, tmp_path_factory.mktemp("exported"))
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from radlads.checkpoint.hf_export import export
 from radlads.checkpoint.model_folder import load_model, save_model
 from radlads.checkpoint.published_export import convert_to_published
 from radlads.checkpoint.weight_files import convert_to_safetensors
-from radlads.checksums import CHECKSUMS
 from radlads.cli import main
 from radlads.convert.hf_source import open_teacher
 from radlads.model import registry
@@ -45,10 +44,7 @@ KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementat
 
 @pytest.fixture(scope="module")
 def exported(teacher, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("exported")
-    export(tiny.moved_student(teacher, folder).eval(), teacher, folder / "model")
-    (folder / "model" / CHECKSUMS).unlink()  # as whoever changes a folder can
-    return folder / "model"
+    return tiny.changeable_export(teacher, tmp_path_factory.mktemp("exported"))
 
 
 @pytest.fixture
