@@ -20,8 +20,9 @@ from radlads.convert.weight_map import table
 from radlads.distill.align import Align
 from radlads.inference.decoder import RecurrentStep, can_be_fused, left_padded, prefill
 from radlads.model.cache import RadladsCache
-from radlads.model.configuration import RadladsConfig, rope_attention_factor, rope_inverse_frequencies
+from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
+from radlads.model.rope import rope_attention_factor, rope_inverse_frequencies
 from radlads.recipes.reload_check import reload_max_abs_diff
 
 LENGTH = 150  # beyond the scaled families' original contexts

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from radlads.checkpoint.weights import HEAD, SelectedWeights, StoredWeights
-from radlads.model.configuration import RadladsConfig, rope_inverse_frequencies
+from radlads.model.configuration import RadladsConfig
+from radlads.model.rope import rope_inverse_frequencies
 
 MIXER_OF = {"rwkv6qwen2": "rad_rwkv6", "rwkv7qwen2": "rad_rwkv7"}
 ARCHITECTURE_OF = {"rwkv6qwen2": "RWKV6Qwen2ForCausalLM", "rwkv7qwen2": "RWKV7Qwen2ForCausalLM"}

@@ -8,8 +8,9 @@ from radlads.config.schema import ModelConfig
 from radlads.convert.blueprint import Blueprint
 from radlads.convert.hf_source import SIZES, TeacherSource
 from radlads.convert.weight_map import transfer
-from radlads.model.configuration import MIXER_ALIASES, RadladsConfig
+from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
+from radlads.model.registry import registered_name
 
 
 def build_teacher(source: TeacherSource, *, dtype: torch.dtype = torch.float32) -> RadladsForCausalLM:
@@ -95,7 +96,7 @@ def student_config(teacher: RadladsConfig, model: ModelConfig) -> RadladsConfig:
 def layer_mixers(model: ModelConfig, layers: int) -> list[str]:
     """The time mixer of each layer, by its registered name."""
     names = _per_layer(model.tmix, model.tmix2 or "qwen2", "qwen2", layers, model)
-    return [MIXER_ALIASES.get(name, name) for name in names]
+    return [registered_name(name) for name in names]
 
 
 def _per_layer(first: str, second: str, preserved: str, layers: int, model: ModelConfig) -> list[str]:

@@ -1,6 +1,5 @@
 """Where every weight comes from and goes to: a table with one row per teacher tensor and student parameter."""
 
-import fnmatch
 import itertools
 from collections import Counter
 from collections.abc import Mapping
@@ -14,15 +13,9 @@ from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.recurrent_mixer import RecurrentMixer
 from radlads.model.registry import build_time_mixer
+from radlads.model.time_mixer import TimeMixer
 
 Action = Literal["copy", "transform", "fresh", "drop"]
-
-_FROM_TEACHER = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
-FRESH_PARAMETERS = {
-    "qwen2": (),
-    "rad_rwkv6": ("time_maa_*", "time_decay*", "gate.weight", "g1", "g2", "ln_x.*"),
-    "rad_rwkv7": ("w[012]", "a[012]", "v[012]", "k_[ka]", "gate.weight", "g1", "g2", "ln_x.*"),
-}
 
 
 @dataclass(frozen=True)
@@ -95,10 +88,8 @@ def _layer_of(name: str) -> int:
 def _row(name: str, teacher_names: set[str], config: RadladsConfig, *, tied: bool, reinit_att: bool) -> Row:
     layer, part = _split_mixer_name(name)
     if layer is not None:
-        mixer = config.time_mixers[layer]
-        shared = part.split(".")[0] in _FROM_TEACHER
-        own = not shared and (mixer not in FRESH_PARAMETERS or _matches(part, FRESH_PARAMETERS[mixer]))
-        if own or (shared and reinit_att and mixer != "qwen2"):
+        mixer = config.mixer_class(layer)
+        if part.split(".")[0] not in mixer.from_teacher or (reinit_att and not mixer.state_grows):
             return Row("fresh", None, name)
     if name in teacher_names:
         return Row("copy", name, name)
@@ -111,7 +102,7 @@ def _may_drop(name: str, tied: bool, reinit_att: bool) -> bool:
     layer, part = _split_mixer_name(name)
     if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
         return True
-    return reinit_att and layer is not None and part.split(".")[0] in _FROM_TEACHER
+    return reinit_att and layer is not None and part.split(".")[0] in TimeMixer.from_teacher
 
 
 def _split_mixer_name(name: str) -> tuple[int | None, str]:
@@ -120,7 +111,3 @@ def _split_mixer_name(name: str) -> tuple[int | None, str]:
     if len(words) > 4 and words[1] == "layers" and words[3] == "self_attn":
         return int(words[2]), ".".join(words[4:])
     return None, ""
-
-
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -10,7 +10,6 @@ import torch
 from radlads.model.modeling import RadladsForCausalLM
 
 Trainable = Literal["mixer", "decay", "all"]
-_DECAY_AND_SHIFT = ("w[012]", "time_decay*", "time_maa_*")
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,9 @@ def is_trainable(name: str, student: RadladsForCausalLM, trainable: Trainable) -
         return True
     if not is_mixer_parameter(name, student):
         return False
-    own_name = name.split(".", 4)[4]
-    return trainable == "mixer" or any(fnmatch.fnmatchcase(own_name, pattern) for pattern in _DECAY_AND_SHIFT)
+    layer, own_name = int(name.split(".")[2]), name.split(".", 4)[4]
+    patterns = student.config.mixer_class(layer).decay_and_shift
+    return trainable == "mixer" or any(fnmatch.fnmatchcase(own_name, pattern) for pattern in patterns)
 
 
 def is_mixer_parameter(name: str, student: RadladsForCausalLM) -> bool:

@@ -13,11 +13,11 @@ import torch
 from radlads.inference.finite import NotFinite, are_finite, raise_unless_finite
 from radlads.inference.sampling import Sampling, choose, row_generators
 from radlads.model.cache import RadladsCache, RecurrentCacheLayer
-from radlads.model.configuration import rope_attention_factor, rope_inverse_frequencies
 from radlads.model.contracts import SharedInputs
 from radlads.model.modeling import RadladsForCausalLM, has_triton
 from radlads.model.rad_rwkv7 import RadRwkv7
-from radlads.model.registry import is_registered
+from radlads.model.registry import all_can
+from radlads.model.rope import rope_attention_factor, rope_inverse_frequencies
 from radlads.model.swiglu import SwiGLU
 
 PREFILL_TOKENS = 2048
@@ -63,8 +63,7 @@ class RecurrentStep:
 
     def __init__(self, model: RadladsForCausalLM):
         self.model = model
-        # A user's mixer may wait for the device, which a graph cannot record
-        self.is_graphable = is_registered(model.config)
+        self.is_graphable = all_can(model.config, "CUDA graph")
         self.cache = RadladsCache(model.config)
         self.positions: torch.Tensor | None = None
         self.frequencies = torch.tensor(rope_inverse_frequencies(model.config), device=model.device)

@@ -14,9 +14,9 @@ import triton
 from radlads.inference import decode_kernels as kernels
 from radlads.inference.packed_weights import PackedLayer, pack
 from radlads.model.cache import RadladsCache, RecurrentCacheLayer
-from radlads.model.configuration import rope_inverse_frequencies
 from radlads.model.layers import RMSNorm
 from radlads.model.modeling import RadladsForCausalLM
+from radlads.model.rope import rope_inverse_frequencies
 from radlads.model.swiglu import SwiGLU
 
 # One row's kernels start while their predecessor still runs (programmatic dependent launch, Hopper and later); several

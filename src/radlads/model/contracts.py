@@ -1,10 +1,10 @@
-"""What a mixer is to the rest of the model (docs/architecture.md, 'Contracts').
+"""What passes between a mixer and the rest of the model; what a time mixer says about itself is in time_mixer.py.
 
 Shape letters: B batch, T tokens, C hidden size, H query heads, N head size.
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -41,20 +41,6 @@ class SharedInputs:
         """The same on another device, which accelerate asks for where layers are spread over several."""
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: x.to(*args, **kwargs) for name, x in given.items() if x is not None})
-
-
-class TimeMixer(Protocol):
-    """Mixes information along time. Built as `Mixer(config, layer_idx)`.
-
-    Called with x [B, T, C] (T >= 1, normed, zero at padding), the state carried so far (None: start of a sequence),
-    v_first [B, T, H, N] (the first RAD-RWKV7 layer's values, None before it) and the shared inputs. Returns y
-    [B, T, C], the state after the last token, and v_first for the next layer. Splitting a sequence anywhere and
-    carrying the state changes nothing but rounding; a padded position leaves the state as it was.
-    """
-
-    def __call__(
-        self, x: torch.Tensor, state: Any, v_first: torch.Tensor | None, shared: SharedInputs
-    ) -> tuple[torch.Tensor, Any, torch.Tensor | None]: ...
 
 
 class ChannelMixer(Protocol):

@@ -3,11 +3,16 @@
 Shape letters: B batch, T tokens, C hidden size, H heads, N head size.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .configuration import RadladsConfig, rope_inverse_frequencies
+from .rope import rope_inverse_frequencies
+
+if TYPE_CHECKING:
+    from .configuration import RadladsConfig
 
 
 class RMSNorm(nn.Module):
@@ -36,7 +41,7 @@ class HeadNorm(nn.GroupNorm):
         return normed.view_as(x_BTD).to(x_BTD.dtype)
 
 
-def rope_tables(config: RadladsConfig, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_tables(config: "RadladsConfig", position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin, fp32 [B, T, N], for positions [B, T]; yarn's factor is apply_rope's."""
     frequencies = torch.tensor(rope_inverse_frequencies(config), device=position_ids.device)
     angles = position_ids[..., None].float() * frequencies
@@ -50,6 +55,11 @@ def apply_rope(x_BTHN: torch.Tensor, cos_BTN: torch.Tensor, sin_BTN: torch.Tenso
     rotated = torch.cat([-second, first], dim=-1)
     turned = x_BTHN * cos_BTN.unsqueeze(2) + rotated * sin_BTN.unsqueeze(2)
     return (turned if factor == 1.0 else turned * factor).to(x_BTHN.dtype)
+
+
+def depth_fraction(config: "RadladsConfig", layer_idx: int) -> float:
+    """0 at the first layer, 1 at the last; initial decays depend on it."""
+    return layer_idx / max(1, config.num_hidden_layers - 1)
 
 
 def repeat_heads(x_BTHN: torch.Tensor, groups: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import initialization as init
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -18,12 +19,12 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .cache import RadladsCache, check_cache, check_cache_class
-from .configuration import RadladsConfig
+from .configuration import RadladsConfig, layer_type_of
 from .contracts import SharedInputs
 from .layers import RMSNorm, rope_tables
 from .packed_rows import find_texts, mix_texts
-from .recurrent_mixer import RecurrentMixer
-from .registry import build_channel_mixer, build_time_mixer, is_ours, is_registered
+from .registry import all_can, build_channel_mixer, build_time_mixer
+from .time_mixer import TimeMixer
 from .whole_parameters import begin_gathering, whole
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
@@ -56,9 +57,29 @@ class Block(GradientCheckpointingLayer):
         super().__init__()
         self.layer_idx = layer_idx
         self.self_attn = build_time_mixer(config, layer_idx)
+        self._check_state(config)
+        self.reads_texts = type(self.self_attn).obstacle("packed rows") is None
         self.mlp = build_channel_mixer(config, layer_idx)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def _check_state(self, config: RadladsConfig) -> None:
+        """Raise ValueError if the configuration says of the state what the mixer does not."""
+        kind, said = type(self.self_attn), config.layer_types[self.layer_idx]
+        if layer_type_of(kind) != said:
+            raise ValueError(
+                f"config.layer_types calls layer {self.layer_idx} {said}, but {kind.name_for_people()} is "
+                f"{layer_type_of(kind)}: correct it in config.json"
+            )
+
+    def begin_mixer(self, config: RadladsConfig) -> None:
+        """Give the mixer's fresh parameters the values that its constructor gave, unless they were read from a
+        checkpoint: transformers has filled the layers inside with its own."""
+        with torch.device("cpu"):
+            begun = dict(build_time_mixer(config, self.layer_idx).named_parameters())
+        for name, parameter in self.self_attn.named_parameters():
+            if name.partition(".")[0] not in self.self_attn.from_teacher:
+                init.copy_(parameter, begun[name])
 
     def forward(self, hidden, v_first, shared: SharedInputs, past_key_values: RadladsCache | None = None):
         """hidden [B, T, C] and v_first to the same after this block. Tensors are positional for checkpointing."""
@@ -93,7 +114,7 @@ class Block(GradientCheckpointingLayer):
         x = self.input_layernorm(hidden)
         if shared.token_mask is not None:
             x = x * shared.token_mask.unsqueeze(-1).to(x.dtype)
-        if shared.texts is None or is_ours(self.self_attn):
+        if shared.texts is None or self.reads_texts:
             y, state, v_first = self.self_attn(x, state, v_first, shared)
         else:
             y, state, v_first = mix_texts(self.self_attn, x, v_first, shared)
@@ -116,6 +137,11 @@ class Block(GradientCheckpointingLayer):
         return _compiled(function, self.compile_backend)
 
 
+def begins_by_itself(mixer: TimeMixer) -> bool:
+    """Whether the mixer defines reset_fresh_parameters."""
+    return type(mixer).reset_fresh_parameters is not TimeMixer.reset_fresh_parameters
+
+
 @functools.cache
 def _compiled(function: Callable, backend: str) -> Callable:
     """torch.compile's graph of a function of a module, which all modules of the same structure share."""
@@ -136,8 +162,10 @@ class RadladsPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, RecurrentMixer):
+        if isinstance(module, TimeMixer) and begins_by_itself(module):
             module.reset_fresh_parameters()
+        elif isinstance(module, Block) and not begins_by_itself(module.self_attn):
+            module.begin_mixer(self.config)
         else:
             super()._init_weights(module)
 
@@ -247,9 +275,9 @@ class RadladsModel(RadladsPreTrainedModel):
         """
         if mode not in get_args(ActivationCheckpointing):
             raise ValueError(f"activation checkpointing must be none, selective or full, not {mode!r}")
-        # Nothing in our own mixers is random, and a CUDA graph cannot record how random numbers are set back
+        # A mixer made for CUDA graphs draws nothing, and a graph cannot record how random numbers are set back
         recompute = functools.partial(
-            checkpoint, use_reentrant=False, preserve_rng_state=not is_registered(self.config)
+            checkpoint, use_reentrant=False, preserve_rng_state=not all_can(self.config, "CUDA graph")
         )
         self._set_gradient_checkpointing(mode == "full", recompute)
         for block in self._blocks():

@@ -7,17 +7,22 @@ Shape letters: B batch, T tokens, C hidden size, D = H * N, H heads, N head size
 """
 
 import math
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
-from .configuration import RadladsConfig, depth_fraction
 from .contracts import RecurrentState, SharedInputs
+from .layers import depth_fraction, repeat_heads
 from .packed_rows import recur
 from .recurrence import rwkv7
-from .recurrent_mixer import RecurrentMixer, zero_at_padding
+from .recurrent_mixer import Mixed, RecurrentMixer, zero_at_padding
+from .rwkv7_triton import BFLOAT16
+
+if TYPE_CHECKING:
+    from .configuration import RadladsConfig
 
 MIN_LOG_DECAY = -math.exp(-0.5)
 
@@ -25,7 +30,20 @@ MIN_LOG_DECAY = -math.exp(-0.5)
 class RadRwkv7(RecurrentMixer):
     """RAD-RWKV7 time mixer (paper eq. 22-33). No token shift, no bonus."""
 
-    def __init__(self, config: RadladsConfig, layer_idx: int):
+    title = "RAD-RWKV7"
+    variants: ClassVar = {
+        "balanced": {"balance_state": 1, "groupnorm_att": 0},
+        "group_norm": {"balance_state": 0, "groupnorm_att": 1},
+    }
+    shares_first_values = True
+    decay_and_shift = ("w[012]",)
+    state_flops = 9  # decay 1, write 2, read 2; the removal: find 2, take away 2
+    made_for: ClassVar = frozenset({"published format", "CUDA graph", "fused decode", "packed rows"})
+    obstacles: ClassVar = {
+        "llama.cpp": "it has no RAD-RWKV7 (its ARWKV7 lacks the biases of q, k and v, RoPE and the balanced state)"
+    }
+
+    def __init__(self, config: "RadladsConfig", layer_idx: int):
         super().__init__(config, layer_idx)
         C, D = config.hidden_size, self.num_heads * self.head_dim
         self.w0 = nn.Parameter(torch.empty(1, 1, D))
@@ -62,22 +80,24 @@ class RadRwkv7(RecurrentMixer):
             init.constant_(self.k_k, 0.85)
             init.ones_(self.k_a)
 
-    def forward(self, x: torch.Tensor, state: RecurrentState | None, v_first, shared: SharedInputs):
-        """See contracts.TimeMixer."""
-        r, k, v = self.receptance_key_value(x, x, x, shared)
+    def mix(self, x: torch.Tensor, state: Any, v_first: torch.Tensor | None, shared: SharedInputs) -> Mixed:
+        """See RecurrentMixer."""
+        r, own_k, own_v = self.receptance_key_value(x, x, x, shared)
+        k, v = repeat_heads(own_k, self.groups), repeat_heads(own_v, self.groups)
         a = self.heads(torch.sigmoid(self.a0 + (x @ self.a1) @ self.a2))
         decay = self.w0.float() + (torch.tanh(x @ self.w1) @ self.w2).float()
         log_w = self.heads(MIN_LOG_DECAY * torch.sigmoid(decay))
         if self.is_first_value_layer:
             v_first = v
         else:
+            assert v_first is not None
             v = v + (v_first - v) * self.heads(torch.sigmoid(self.v0 + (x @ self.v1) @ self.v2))
         kappa, k = self._removal_and_key(k, a, log_w)
         mask = shared.token_mask
         written = zero_at_padding(log_w, mask), k, zero_at_padding(v, mask), kappa, zero_at_padding(a, mask)
         out, wkv = recur(rwkv7, shared.texts, (r, *written), None if state is None else state.wkv)
         scale = 1.0 if self.config.groupnorm_att else self.head_dim**-0.5
-        return self.output(out * scale, x), RecurrentState(wkv), v_first
+        return Mixed(r, own_k, own_v, self.gate_heads(out * scale, x), RecurrentState(wkv), v_first)
 
     def _removal_and_key(self, k: torch.Tensor, a: torch.Tensor, log_w: torch.Tensor):
         """Unit removal keys kappa and the keys that are written, both [B, T, H, N]."""
@@ -86,3 +106,29 @@ class RadRwkv7(RecurrentMixer):
             return F.normalize(k, dim=-1), k * (1 - log_w.exp() + a)
         k_k, k_a = self.heads(self.k_k.float()), self.heads(self.k_a.float())
         return F.normalize(k * k_k, dim=-1), k * (1 + (a - 1) * k_a)
+
+    @classmethod
+    def low_ranks(cls, config: "RadladsConfig", layer_idx: int) -> int:
+        """See RecurrentMixer."""
+        values = 0 if layer_idx == config.first_value_layer else config.lora_rank_value_residual_mix
+        return super().low_ranks(config, layer_idx) + config.lora_rank_iclr + values
+
+    @classmethod
+    def kept_bytes(cls, config: "RadladsConfig", layer_idx: int, *, wide: bool) -> float:
+        """See TimeMixer. What torch.compile's partitioner keeps, with the recurrence's own (forward_keeping)."""
+        H, N, L = config.num_attention_heads, config.head_dim, BFLOAT16.chunk
+        D, kept = H * N, super().kept_bytes(config, layer_idx, wide=wide)
+        # r, a, v, k, kappa and the decay's low-rank product in bf16, log w in fp32, the norm of each head's removal key
+        kept += 6 * 2 * D + 4 * D + 2 * (config.lora_rank_decay + config.lora_rank_iclr) + 4 * H
+        kept += 2 * D if wide else 0  # a before and after it is rounded
+        if layer_idx != config.first_value_layer:
+            kept += 2 * D + 2 * config.num_key_value_heads * N + 2 * config.lora_rank_value_residual_mix
+        # forward_keeping: u, two matrices of 2 L rows, mixes, the states met and the chunks' ends
+        return kept + H * (2 * (5 * N + 2 * L + N * N / L) + 4 * N / L)
+
+    @classmethod
+    def backward_bytes(cls, config: "RadladsConfig", layer_idx: int) -> float:
+        """See TimeMixer. d_out, dq and the states' gradients; gradients of r, k, v, kappa, a and, in fp32, of log w."""
+        H, N = config.num_attention_heads, config.head_dim
+        D = H * N
+        return 2 * D + 2 * H * (N + N * N / BFLOAT16.chunk) + 5 * 2 * D + 4 * D - cls.freed_bytes(config)

@@ -1,22 +1,52 @@
 """What RAD-RWKV6 and RAD-RWKV7 have in common: the teacher's four projections and norms, the gate, the output norm.
 
+A variant that adds something beside the recurrence is a small subclass: see RecurrentMixer.finish.
+
 Shape letters: B batch, T tokens, C hidden size, D = H * N, H heads, N head size.
 """
+
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 from transformers import initialization as init
 
-from .configuration import RadladsConfig, rope_attention_factor
-from .contracts import SharedInputs
-from .layers import HeadNorm, RMSNorm, apply_rope, repeat_heads
+from .contracts import RecurrentState, SharedInputs
+from .layers import HeadNorm, RMSNorm, apply_rope
+from .rope import rope_attention_factor
+from .time_mixer import MixerWeights, StateTensor, TimeMixer
+
+if TYPE_CHECKING:
+    from .configuration import RadladsConfig
 
 
-class RecurrentMixer(nn.Module):
-    """Base of the recurrent time mixers. Subclasses add the recurrence; `reset_fresh_parameters` sets what the
-    teacher does not provide so that the mixer starts (almost) without effect."""
+class Mixed(NamedTuple):
+    """A recurrent mixer's tensors between its recurrence and its output projection.
 
-    def __init__(self, config: RadladsConfig, layer_idx: int):
+    r [B, T, H, N], k and v [B, T, key/value heads, N]: the projections as the teacher's attention reads them, normed
+    (qk_norm) and rotated (use_rope), before any change for the recurrence.
+    gated [B, T, D]: the recurrence's output, normed and gated. state: after the last token.
+    v_first [B, T, H, N]: for the next layer.
+    """
+
+    r: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    gated: torch.Tensor
+    state: RecurrentState
+    v_first: torch.Tensor | None
+
+
+class RecurrentMixer(TimeMixer):
+    """Base of the recurrent time mixers. A subclass defines `mix`, the recurrence; `reset_fresh_parameters` sets what
+    the teacher does not provide so that the mixer starts (almost) without effect.
+
+    state_flops: FLOPs per token, head and element of the [N, N] state.
+    """
+
+    state_flops: ClassVar[int]
+
+    def __init__(self, config: "RadladsConfig", layer_idx: int):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
@@ -66,18 +96,36 @@ class RecurrentMixer(nn.Module):
         return x_BTD.unflatten(-1, (-1, self.head_dim))
 
     def receptance_key_value(self, x_r, x_k, x_v, shared: SharedInputs):
-        """Receptance, key and value [B, T, H, N]: projected, normed (qk_norm), rotated (use_rope) and repeated
-        over GQA groups."""
+        """Receptance [B, T, H, N], key and value [B, T, key/value heads, N]: projected, normed (qk_norm) and rotated
+        (use_rope). `repeat_heads(x, self.groups)` gives every query head its own."""
         r, k, v = self.heads(self.q_proj(x_r)), self.heads(self.k_proj(x_k)), self.heads(self.v_proj(x_v))
         if self.q_norm is not None and self.k_norm is not None:
             r, k = self.q_norm(r), self.k_norm(k)
         if self.config.use_rope:
             r = apply_rope(r, shared.cos, shared.sin, self.rope_factor)
             k = apply_rope(k, shared.cos, shared.sin, self.rope_factor)
-        return r, repeat_heads(k, self.groups), repeat_heads(v, self.groups)
+        return r, k, v
 
-    def output(self, o_BTHN: torch.Tensor, x_g: torch.Tensor) -> torch.Tensor:
-        """Norm (groupnorm_att), gate from x_g [B, T, C] (gate_rank_type) and project the heads' outputs."""
+    def forward(self, x: torch.Tensor, state: Any, v_first: torch.Tensor | None, shared: SharedInputs):
+        """See TimeMixer.forward."""
+        mixed = self.mix(x, state, v_first, shared)
+        heads_BTD, state = self.finish(mixed, state, shared)
+        return self.o_proj(heads_BTD), state, mixed.v_first
+
+    def mix(self, x: torch.Tensor, state: Any, v_first: torch.Tensor | None, shared: SharedInputs) -> Mixed:
+        """Project, run the recurrence, norm and gate."""
+        raise NotImplementedError
+
+    def finish(self, mixed: Mixed, state: Any, shared: SharedInputs) -> tuple[torch.Tensor, Any]:
+        """What the output projection reads, [B, T, D], and the state to carry. `state`: that before these tokens.
+
+        The seam for a variant: attention over the last tokens, say, is added to mixed.gated here, and what it carries
+        is added to the state, of which `state_tensors` then tells.
+        """
+        return mixed.gated, mixed.state
+
+    def gate_heads(self, o_BTHN: torch.Tensor, x_g: torch.Tensor) -> torch.Tensor:
+        """Norm the heads' outputs (groupnorm_att) and gate them from x_g [B, T, C] (gate_rank_type): [B, T, D]."""
         o_BTD = o_BTHN.flatten(2)
         if self.config.groupnorm_att:
             o_BTD = self.ln_x(o_BTD)
@@ -85,7 +133,50 @@ class RecurrentMixer(nn.Module):
             o_BTD = o_BTD * torch.sigmoid(self.gate(x_g))
         elif self.config.gate_rank_type == 2:
             o_BTD = o_BTD * (torch.sigmoid(x_g @ self.g1) @ self.g2)
-        return self.o_proj(o_BTD)
+        return o_BTD
+
+    # What the mixer says about itself (TimeMixer); C hidden size, D = H * N
+
+    @classmethod
+    def state_tensors(cls, config: "RadladsConfig", layer_idx: int) -> dict[str, StateTensor]:
+        """See TimeMixer."""
+        size = config.head_dim
+        return {"wkv": StateTensor((config.num_attention_heads, size, size), torch.float32)}
+
+    @classmethod
+    def low_ranks(cls, config: "RadladsConfig", layer_idx: int) -> int:
+        """The ranks of all pairs of low-rank factors between C and D, added up."""
+        return config.lora_rank_decay + (config.lora_rank_gate if config.gate_rank_type == 2 else 0)
+
+    @classmethod
+    def product_weights(cls, config: "RadladsConfig", layer_idx: int) -> MixerWeights:
+        """See TimeMixer."""
+        C, D = config.hidden_size, config.num_attention_heads * config.head_dim
+        D_kv, ranks = config.num_key_value_heads * config.head_dim, cls.low_ranks(config, layer_idx)
+        full_gate = C * D if config.gate_rank_type == 1 else 0
+        return MixerWeights(C * (D + 2 * D_kv) + full_gate + C * ranks, D * C + D * ranks)
+
+    @classmethod
+    def mixing_flops(cls, config: "RadladsConfig", layer_idx: int, context_tokens: float) -> float:
+        """See TimeMixer. The recurrence's, which the context does not change."""
+        return cls.state_flops * config.num_attention_heads * config.head_dim * config.head_dim
+
+    @classmethod
+    def kept_bytes(cls, config: "RadladsConfig", layer_idx: int, *, wide: bool) -> float:
+        """See TimeMixer. Of what is kept outside the recurrence and its inputs; a subclass adds those."""
+        C, D = config.hidden_size, config.num_attention_heads * config.head_dim
+        # k before it is repeated over groups, the output, and what the output projection reads
+        kept: float = 2 * C + 2 * config.num_key_value_heads * config.head_dim + 2 * D
+        if config.gate_rank_type:
+            kept += 2 * D + 2 * D + (2 * config.lora_rank_gate if config.gate_rank_type == 2 else 0)
+        if config.groupnorm_att:
+            kept += 8 * config.num_attention_heads
+        return kept
+
+    @classmethod
+    def freed_bytes(cls, config: "RadladsConfig") -> float:
+        """Bytes per token of what is kept outside the recurrence, and free when its backward pass begins."""
+        return 2 * config.num_attention_heads * config.head_dim * (3 if config.gate_rank_type else 1)
 
 
 def zero_at_padding(x_BTHN: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:

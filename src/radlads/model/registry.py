@@ -4,22 +4,33 @@ A model's config.json, which may be anybody's, names mixers too. What only such 
 working directory, which may be that model's folder.
 """
 
+import functools
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from .configuration import MIXER_ALIASES, RadladsConfig
+from .own_mixers import CHANNEL_MIXERS as OWN_CHANNEL_MIXERS
+from .own_mixers import TIME_MIXERS as OWN_TIME_MIXERS
 from .rad_rwkv6 import RadRwkv6
 from .rad_rwkv7 import RadRwkv7
 from .softmax_attention import SoftmaxAttention
 from .swiglu import SwiGLU
+from .time_mixer import TimeMixer, Use
 
-TIME_MIXERS: dict[str, Callable] = {"qwen2": SoftmaxAttention, "rad_rwkv6": RadRwkv6, "rad_rwkv7": RadRwkv7}
+if TYPE_CHECKING:
+    from .configuration import RadladsConfig
+
+TIME_MIXERS: dict[str, type[TimeMixer]] = {"qwen2": SoftmaxAttention, "rad_rwkv6": RadRwkv6, "rad_rwkv7": RadRwkv7}
 CHANNEL_MIXERS: dict[str, Callable] = {"swiglu": SwiGLU, "qwen2": SwiGLU}
+SOFTMAX, DEFAULT = "qwen2", "rad_rwkv7"
+"""The teacher's mixer, and that of a stack that names none."""
+MIXER_ALIASES = {"qwerky6": "rad_rwkv6", "qwerky7": "rad_rwkv7", "qwen3": "qwen2"}
+"""Published names. qwen3 is the softmax mixer of a stack with qk_norm."""
 _named_by_user: set[str] = set()
 _mixer_paths: set[str] = set()
 
@@ -41,28 +52,62 @@ def name_mixers(*names: str) -> None:
     _named_by_user.update(names)
 
 
-def build_time_mixer(config: RadladsConfig, layer_idx: int):
+def registered_name(name: str) -> str:
+    """The name that stands for an alias; any other name as it is."""
+    return MIXER_ALIASES.get(name, name)
+
+
+def known_mixers() -> dict[str, type[TimeMixer]]:
+    """The time mixers whose code is in this folder: ours, and in an export those that were shipped with it."""
+    return TIME_MIXERS | OWN_TIME_MIXERS
+
+
+def mixer_class(name: str) -> type[TimeMixer]:
+    """The time mixer of a name. Raises ValueError for an unknown one, naming those that are known."""
+    return _as_time_mixer(_find(known_mixers(), registered_name(name), "tmix", "TMix"))
+
+
+def find_mixer_class(name: str) -> type[TimeMixer] | None:
+    """The time mixer of a name; None if there is no such file where it may come from."""
+    try:
+        return mixer_class(name)
+    except ValueError:
+        return None
+
+
+def build_time_mixer(config: "RadladsConfig", layer_idx: int) -> TimeMixer:
     """The time mixer that `config.time_mixers[layer_idx]` names. Raises ValueError for an unknown name."""
-    name = config.time_mixers[layer_idx]
-    return _find(TIME_MIXERS, MIXER_ALIASES.get(name, name), "tmix", "TMix")(config, layer_idx)
+    return mixer_class(config.time_mixers[layer_idx])(config, layer_idx)
 
 
-def build_channel_mixer(config: RadladsConfig, layer_idx: int):
+def build_channel_mixer(config: "RadladsConfig", layer_idx: int):
     """The channel mixer that `config.channel_mixers[layer_idx]` names. Raises ValueError for an unknown name."""
-    return _find(CHANNEL_MIXERS, config.channel_mixers[layer_idx], "cmix", "CMix")(config, layer_idx)
+    return _find(CHANNEL_MIXERS | OWN_CHANNEL_MIXERS, config.channel_mixers[layer_idx], "cmix", "CMix")(
+        config, layer_idx
+    )
 
 
-def is_ours(mixer: object) -> bool:
-    """True for a time mixer of exactly one of our classes, which know what SharedInputs.texts asks of them."""
-    return type(mixer) in TIME_MIXERS.values()
+def is_registered(config: "RadladsConfig") -> bool:
+    """True if the code of all of the model's mixers is in this folder, so that the folder alone can run it."""
+    channel_mixers = CHANNEL_MIXERS | OWN_CHANNEL_MIXERS
+    return set(config.time_mixers) <= set(known_mixers()) and set(config.channel_mixers) <= set(channel_mixers)
 
 
-def is_registered(config: RadladsConfig) -> bool:
-    """True if all of the model's mixers are ours, so that model/ alone can run it."""
-    return set(config.time_mixers) <= set(TIME_MIXERS) and set(config.channel_mixers) <= set(CHANNEL_MIXERS)
+def all_can(config: "RadladsConfig", use: Use) -> bool:
+    """True if every layer's mixers are made for a use. A channel mixer of one's own is made for none."""
+    kinds = {mixer_class(name) for name in config.time_mixers}
+    return set(config.channel_mixers) <= set(CHANNEL_MIXERS) and all(kind.obstacle(use) is None for kind in kinds)
 
 
-def _find(registered: dict[str, Callable], name: str, folder: str, prefix: str) -> Callable:
+@functools.cache
+def _as_time_mixer(kind: type) -> type[TimeMixer]:
+    """A time mixer's class; a plain module's, with the defaults of what TimeMixer says."""
+    if issubclass(kind, TimeMixer):
+        return kind
+    return type(kind.__name__, (kind, TimeMixer), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+def _find(registered: Mapping[str, Callable], name: str, folder: str, prefix: str) -> Any:
     if name in registered:
         return registered[name]
     file = f"{folder}/{folder}_{name}.py"

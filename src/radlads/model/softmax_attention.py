@@ -1,14 +1,18 @@
 """Causal softmax attention with grouped key/value heads and RoPE: the teacher's mixer, and that of mixed stacks."""
 
-from typing import Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .configuration import RadladsConfig, rope_attention_factor
 from .contracts import SharedInputs
 from .layers import RMSNorm, apply_rope
+from .rope import rope_attention_factor
+from .time_mixer import MixerWeights, TimeMixer
+
+if TYPE_CHECKING:
+    from .configuration import RadladsConfig
 
 
 class KeyValueState(Protocol):
@@ -17,11 +21,19 @@ class KeyValueState(Protocol):
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
-class SoftmaxAttention(nn.Module):
+class SoftmaxAttention(TimeMixer):
     """Attention with RoPE and scores scaled by N^-1/2: Qwen2's (q, k and v with biases, o without), Llama's (no biases)
     and Qwen3's (no biases; q_norm and k_norm over each head, before RoPE)."""
 
-    def __init__(self, config: RadladsConfig, layer_idx: int):
+    title = "softmax attention"
+    state_grows = True
+    made_for: ClassVar = frozenset({"published format", "CUDA graph", "packed rows"})
+    obstacles: ClassVar = {
+        "llama.cpp": "it has no softmax layers beside recurrent ones",
+        "fused decode": "its state grows with the text",
+    }
+
+    def __init__(self, config: "RadladsConfig", layer_idx: int):
         super().__init__()
         self.head_dim, self.rope_factor = config.head_dim, rope_attention_factor(config)
         query_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -33,7 +45,7 @@ class SoftmaxAttention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, x: torch.Tensor, state: KeyValueState | None, v_first, shared: SharedInputs):
-        """See contracts.TimeMixer; `state` is a KeyValueState, or None when nothing needs to be kept."""
+        """See TimeMixer.forward; `state` is a KeyValueState, or None when nothing needs to be kept."""
         B, T, _ = x.shape
         q, k = self.q_proj(x).view(B, T, -1, self.head_dim), self.k_proj(x).view(B, T, -1, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
@@ -52,3 +64,36 @@ class SoftmaxAttention(nn.Module):
             enable_gqa=k.shape[1] != q.shape[1],
         )
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1)), state, v_first
+
+    def reset_fresh_parameters(self) -> None:
+        """See TimeMixer. Nothing is fresh."""
+
+    @classmethod
+    def product_weights(cls, config: "RadladsConfig", layer_idx: int) -> MixerWeights:
+        """See TimeMixer."""
+        C, D, D_kv = _sizes(config)
+        return MixerWeights(C * (D + 2 * D_kv), D * C)
+
+    @classmethod
+    def mixing_flops(cls, config: "RadladsConfig", layer_idx: int, context_tokens: float) -> float:
+        """See TimeMixer. Scores and their sum over all earlier tokens."""
+        return 4 * config.num_attention_heads * config.head_dim * context_tokens
+
+    @classmethod
+    def kept_bytes(cls, config: "RadladsConfig", layer_idx: int, *, wide: bool) -> float:
+        """See TimeMixer. The input, q, k and v as attention reads them, its output, and fp32 sums of each row's
+        scores."""
+        C, D, D_kv = _sizes(config)
+        return 2 * C + 2 * (D + 2 * D_kv) + 2 * D + 4 * config.num_attention_heads
+
+    @classmethod
+    def backward_bytes(cls, config: "RadladsConfig", layer_idx: int) -> float:
+        """See TimeMixer. The gradients of its output, and of q, k and v."""
+        _, D, D_kv = _sizes(config)
+        return 2 * D + 2 * (D + 2 * D_kv)
+
+
+def _sizes(config: "RadladsConfig") -> tuple[int, int, int]:
+    """Hidden size, size of all query heads, size of all key/value heads."""
+    size = config.head_dim
+    return config.hidden_size, config.num_attention_heads * size, config.num_key_value_heads * size

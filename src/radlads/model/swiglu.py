@@ -3,17 +3,20 @@
 Shape letters: B batch, T tokens, C hidden size, F intermediate size.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .configuration import RadladsConfig
+if TYPE_CHECKING:
+    from .configuration import RadladsConfig
 
 
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)), no biases. Training keeps gate(x) and up(x) and computes their product again."""
 
-    def __init__(self, config: RadladsConfig, layer_idx: int):
+    def __init__(self, config: "RadladsConfig", layer_idx: int):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)

@@ -14,8 +14,9 @@ from radlads.checkpoint.named_models import NAMED_MODELS
 from radlads.config.schema import ModelConfig
 from radlads.convert.hf_source import SUPPORTED_ARCHITECTURES, locate, teacher_config
 from radlads.convert.student import student_config
-from radlads.model.configuration import MIXER_ALIASES, RadladsConfig
+from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
+from radlads.model.registry import registered_name
 
 Variant = Literal["group_norm", "balanced"]
 MIXERS = ("rad_rwkv7", "rad_rwkv6")
@@ -36,7 +37,7 @@ def open_shape(name: str, *, mixer: str, variant: Variant) -> Shape:
 
     Raises ValueError for an unknown size or mixer, and for a folder that is no model we know.
     """
-    mixer = MIXER_ALIASES.get(mixer, mixer)
+    mixer = registered_name(mixer)
     if mixer not in MIXERS:
         raise ValueError(f"--mixer must be {' or '.join(MIXERS)}, not {mixer!r}")
     teacher = _teacher(name)

@@ -7,7 +7,7 @@ import torch
 from radlads.config.schema import TrainConfig
 from radlads.distill.stage import Stage
 from radlads.model.modeling import RadladsForCausalLM
-from radlads.model.registry import is_registered
+from radlads.model.registry import all_can
 from radlads.train.step import PartSum
 
 # Of the GPU's memory that gradients may take: beyond it a step's kernels are large enough for the host to keep up, and
@@ -21,7 +21,7 @@ def records_graph(train: TrainConfig, stage: Stage, student: RadladsForCausalLM,
         return train.cuda_graphs == "always"
     # A user's own mixer may wait for the device, which a graph cannot record; so does counting labels in every batch
     counts_labels = train.reset_state_at_eos or (train.mask_labels_at_eos and stage.name != "align")
-    if not compiled or not is_registered(student.config) or counts_labels:
+    if not compiled or not all_can(student.config, "CUDA graph") or counts_labels:
         return False
     if stage.name == "align":
         return True

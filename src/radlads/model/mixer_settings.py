@@ -1,0 +1,61 @@
+"""A mixer's own settings: a frozen dataclass that it defines. config.json holds them under the key `mixer_settings`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """Of a mixer without settings of its own."""
+
+
+def settings_by_mixer(kinds: Mapping[str, type], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """config.json's mixer_settings of a stack: for each mixer that has settings, those given and defaults for the rest.
+
+    kinds: the Settings class of each of the stack's mixers by its name. given: settings by key; a key that several
+    mixers have is for all of them. Raises ValueError for a key that no mixer has, and as settings_from.
+    """
+    known = sorted({field.name for kind in kinds.values() for field in fields(kind)})
+    if unknown := [key for key in given if key not in known]:
+        choices = f"choose one of {', '.join(known)}" if known else "they have none, so leave it out"
+        raise ValueError(f"model.mixer.{unknown[0]} is not a setting of {', '.join(kinds)}: {choices}")
+    found = {}
+    for name, kind in kinds.items():
+        own = {field.name for field in fields(kind)}
+        found[name] = vars(settings_from(kind, {key: given[key] for key in given if key in own}))
+    return {name: dict(values) for name, values in found.items() if values}
+
+
+def settings_from(kind: type, given: Mapping[str, Any]) -> Any:
+    """The settings of one mixer: what is given, and defaults for the rest.
+
+    Raises ValueError for a key that the mixer does not have, and a value of another type or out of its range.
+    """
+    hints, known = get_type_hints(kind), [field.name for field in fields(kind)]
+    if unknown := [key for key in given if key not in known]:
+        raise ValueError(
+            f"model.mixer.{unknown[0]} is not a setting of the mixer, which has {', '.join(known) or 'none'}"
+        )
+    own = {key: _checked(key, value, hints[key]) for key, value in given.items()}
+    try:
+        return kind(**own)
+    except ValueError as error:
+        raise ValueError(f"model.mixer.{error}") from error
+
+
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    """The value, a whole number as a float where the setting is one."""
+    kinds = get_args(hint) if get_origin(hint) is Literal else (hint,)
+    if get_origin(hint) is Literal:
+        if value in kinds and type(value) in {type(kind) for kind in kinds}:
+            return value
+        raise ValueError(f"model.mixer.{name} must be one of {', '.join(map(repr, kinds))}, not {value!r}")
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise ValueError(f"model.mixer.{name} must be {_WORDS.get(hint, hint.__name__)}, not {value!r}")
+    return value
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
