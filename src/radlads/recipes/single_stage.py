@@ -29,7 +29,7 @@ from radlads.convert.hf_source import (
 )
 from radlads.convert.student import layer_mixers, student_blueprint, teacher_blueprint
 from radlads.model.configuration import RadladsConfig
-from radlads.model.registry import name_mixers
+from radlads.model.registry import SOFTMAX, mixer_class, name_mixers
 from radlads.train.fit import StageResult, run_stage
 from radlads.train.hardware import check_hardware
 from radlads.train.loggers import check_loggers
@@ -94,7 +94,7 @@ def check_student(config: Config, student: RadladsConfig, teacher: RadladsConfig
     if teacher is not None:
         check_sizes(config.train.teacher.model, "train.teacher.model", teacher.to_dict())
     wanted = layer_mixers(config.model, student.num_hidden_layers)
-    if stage_of(config.train) == "align" and set(wanted) == {"qwen2"}:
+    if stage_of(config.train) == "align" and all(mixer_class(name).state_grows for name in wanted):
         raise ValueError(
             f"model.tmix is {config.model.tmix!r}, so no layer has a mixer to align: pass the mixer's file with -c, "
             "after the size file, which names the teacher's attention"
@@ -122,7 +122,7 @@ def run_folder(config: Config, student: RadladsConfig) -> Path:
     if train.proj_name:
         return Path(train.proj_dir) / train.proj_name
     size = f"L{student.num_hidden_layers}-D{student.hidden_size}"
-    words = [size, f"{model.tmix}_{model.tmix2 or 'qwen2'}", train.proj_suffix0, train.proj_suffix]
+    words = [size, f"{model.tmix}_{model.tmix2 or SOFTMAX}", train.proj_suffix0, train.proj_suffix]
     return Path(train.proj_dir) / re.sub(r"[^\w.-]", "_", "-".join(word for word in words if word))
 
 
