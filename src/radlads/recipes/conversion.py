@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
 
 from radlads.checkpoint.atomic import locked, partial_name
-from radlads.checkpoint.hf_export import export, remove_export
+from radlads.checkpoint.hf_export import check_exportable, export, remove_export
 from radlads.checkpoint.manifest import MANIFEST, joint_hash, read_manifest, versions, weights_hash
 from radlads.checkpoint.model_folder import load_model
 from radlads.checkpoint.named_models import NAMED_MODELS, is_fetched
@@ -130,6 +130,7 @@ def _convert(
     device, recipe = only_device(configs["align"].train), _recipe(conversion, configs)
     teacher = build_teacher(source)
     student, rows = build_student(source, configs["align"].model)
+    check_exportable(student.config)  # now, not after hours of training
     for model in (teacher, student):
         model.to(device)  # type: ignore[arg-type]
     console.line("setup   " + ", ".join(f"{count} weights {_PAST[action]}" for action, count in sorted(rows.items())))
