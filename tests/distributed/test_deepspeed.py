@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from tiny import stage_config
 from tolerances import TRAJECTORY_MAX, TRAJECTORY_MEAN
 
-from radlads.train import partitions
-from radlads.train.deepspeed_engine import check_engine, uses_engine
-from radlads.train.processes import ALONE, Processes
+from radlads.train.engines import zero3
+from radlads.train.engines.zero import check_engine, uses_engine
+from radlads.train.processes.group import ALONE, Processes
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 ZERO = ("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
@@ -134,7 +134,7 @@ def test_compiled_and_recomputed_parts_make_the_same_curve(compiled, name):
 @needs_deepspeed
 def test_graphs_have_torchs_linear(monkeypatch):
     """In those of torch 2.11 the gradients of DeepSpeed's are zero, which on this torch they may not be."""
-    monkeypatch.setattr(torch.nn.functional, "linear", partitions._linear)
+    monkeypatch.setattr(torch.nn.functional, "linear", zero3._linear)
     layer, graphs = torch.nn.Linear(2, 2), []
     x = torch.ones(3, 2)
 

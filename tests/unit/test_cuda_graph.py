@@ -13,7 +13,7 @@ from radlads.distill.logits import build_stage
 from radlads.distill.stage import is_trainable
 from radlads.train.cuda_graph import records_graph
 from radlads.train.hardware import check_hardware, out_of_memory
-from radlads.train.processes import ALONE
+from radlads.train.processes.group import ALONE
 
 NUMBERS = {"align": 1, "distill": 2, "extend": -1}
 

@@ -25,7 +25,7 @@ from radlads.train import fit, hardware
 from radlads.train.fit import run_stage
 from radlads.train.hardware import resolve_precision
 from radlads.train.lightning_module import StageModule
-from radlads.train.processes import Processes
+from radlads.train.processes.group import Processes
 
 PAIR = Processes(0, 2)
 

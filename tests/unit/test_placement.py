@@ -13,7 +13,7 @@ from radlads.convert.student import student_blueprint, teacher_blueprint
 from radlads.train import placement
 from radlads.train.hardware import only_device
 from radlads.train.placement import build_models
-from radlads.train.processes import ALONE, Processes
+from radlads.train.processes.group import ALONE, Processes
 
 
 def blueprints(teacher, config):

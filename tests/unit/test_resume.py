@@ -25,12 +25,13 @@ from radlads.convert.hf_source import open_teacher
 from radlads.convert.student import build_student, build_teacher
 from radlads.data.binidx import BinIdxReader
 from radlads.recipes import conversion
-from radlads.train import checkpointing, snapshots, stopping
+from radlads.train import checkpointing, stopping
+from radlads.train.checkpoints import snapshots
+from radlads.train.checkpoints.resume import describe_run, first_checkpoint
+from radlads.train.corpora.run_corpora import corpus_differences, describe_corpora
 from radlads.train.fit import run_stage
 from radlads.train.lightning_module import StageModule
-from radlads.train.metrics_csv import MetricsCsv
-from radlads.train.resume import describe_run, first_checkpoint
-from radlads.train.run_corpora import corpus_differences, describe_corpora
+from radlads.train.logging.metrics_csv import MetricsCsv
 
 SIX_STEPS = {"my_exit_tokens": 16 * 2 * 6, "micro_bsz": 1, "accumulate_grad_batches": 2}
 CHECKPOINTS = {"checkpoint_every_steps": 1, "keep_checkpoints": 3}

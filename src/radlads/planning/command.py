@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, get_args
 
 from radlads.config.schema import Stage
 from radlads.planning.machines import Machine
-from radlads.train.gpus import GPUS, USABLE_SHARE
+from radlads.train.logging.gpus import GPUS, USABLE_SHARE
 
 if TYPE_CHECKING:
     from radlads.planning.memory import Models

@@ -12,7 +12,7 @@ from radlads.distill.arithmetic import train_flops
 from radlads.model.configuration import RadladsConfig
 from radlads.planning.machines import Machine
 from radlads.planning.memory import Models, Step, parameter_bytes, sharding
-from radlads.train.gpus import GPUS
+from radlads.train.logging.gpus import GPUS
 
 
 class Measured(NamedTuple):

@@ -12,8 +12,8 @@ import torch
 from radlads.console import Console
 from radlads.distill.heldout import Heldout, measure
 from radlads.train.lightning_module import StageModule
-from radlads.train.loggers import HELDOUT_PREFIX
-from radlads.train.optim import weights_to_keep
+from radlads.train.logging.loggers import HELDOUT_PREFIX
+from radlads.train.optimizers.optim import weights_to_keep
 
 
 class Progress(L.Callback):

@@ -10,10 +10,7 @@ import lightning as L
 from radlads.config.schema import TrainConfig
 from radlads.console import Console
 from radlads.train.callbacks import HeldoutCallback
-from radlads.train.deepspeed_engine import DeepSpeedUpdates
-from radlads.train.lightning_module import StageModule
-from radlads.train.samples import sequences_per_step
-from radlads.train.snapshots import (
+from radlads.train.checkpoints.snapshots import (
     Position,
     checkpoints_in,
     remove,
@@ -22,6 +19,9 @@ from radlads.train.snapshots import (
     stored_optimizers,
     write_checkpoint,
 )
+from radlads.train.corpora.samples import sequences_per_step
+from radlads.train.engines.zero import DeepSpeedUpdates
+from radlads.train.lightning_module import StageModule
 from radlads.train.stopping import StopRequests
 
 

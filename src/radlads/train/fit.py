@@ -26,15 +26,9 @@ from radlads.distill.logits import build_stage
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.train.callbacks import HeldoutCallback, Progress
 from radlads.train.checkpointing import Checkpointing
-from radlads.train.cuda_graph import records_graph
-from radlads.train.deepspeed_engine import ZeroStrategy, engine_dtype
-from radlads.train.hardware import check_hardware, compiles, out_of_memory
-from radlads.train.lightning_module import StageModule
-from radlads.train.loggers import build_loggers, carry, check_loggers
-from radlads.train.processes import ALONE, Processes, check_processes
-from radlads.train.resume import describe_run, first_checkpoint
-from radlads.train.rows import is_in_rows
-from radlads.train.samples import (
+from radlads.train.checkpoints.resume import describe_run, first_checkpoint
+from radlads.train.checkpoints.snapshots import CHECKPOINTS, Position, read_position, remove_all, restore_student
+from radlads.train.corpora.samples import (
     ends_of_documents,
     heldout_batches,
     open_corpora,
@@ -42,12 +36,18 @@ from radlads.train.samples import (
     sequences_per_step,
     training_samples,
 )
-from radlads.train.sharding import settle
-from radlads.train.snapshots import CHECKPOINTS, Position, read_position, remove_all, restore_student
+from radlads.train.corpora.watched_corpora import WatchedCorpora
+from radlads.train.cuda_graph import records_graph
+from radlads.train.engines.rows import is_in_rows
+from radlads.train.engines.sharding import settle
+from radlads.train.engines.strategies import strategy_arguments
+from radlads.train.engines.zero import ZeroStrategy, engine_dtype
+from radlads.train.hardware import check_hardware, compiles, out_of_memory
+from radlads.train.lightning_module import StageModule
+from radlads.train.logging.loggers import build_loggers, carry, check_loggers
+from radlads.train.processes.group import ALONE, Processes, check_processes
 from radlads.train.spike_guard import SpikeGuard
 from radlads.train.stopping import StopRequests
-from radlads.train.strategies import strategy_arguments
-from radlads.train.watched_corpora import WatchedCorpora
 
 # run_stage casts the weights for bf16-true: Lightning's own would also make bf16 the default type of every tensor that
 # a model makes on its way, RoPE frequencies among them

@@ -4,8 +4,8 @@ import torch
 
 from radlads.config.schema import Config, TrainConfig, checkpointing_of, stage_of
 from radlads.model.modeling import has_triton
-from radlads.train.deepspeed_engine import uses_engine
-from radlads.train.processes import Processes
+from radlads.train.engines.zero import uses_engine
+from radlads.train.processes.group import Processes
 
 _OLDEST_BF16_CAPABILITY = (8, 0)
 

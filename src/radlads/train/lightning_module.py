@@ -11,17 +11,17 @@ from radlads.distill.stage import Stage, is_trainable
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.train import spike_guard
 from radlads.train.cuda_graph import GraphedPasses
-from radlads.train.deepspeed_engine import DeepSpeedUpdates, is_partitioned, uses_engine
 from radlads.train.diagnosis import first_not_finite
-from radlads.train.optim import build_optimizers, set_learning_rates
-from radlads.train.partitions import PartitionedUpdates
-from radlads.train.processes import ALONE, Processes
-from radlads.train.sharding import is_sharded
-from radlads.train.step import GradientNorms, PartSum, Readout, backward_parts
+from radlads.train.engines.sharding import is_sharded
+from radlads.train.engines.updates import ReplicatedUpdates, ShardedUpdates, Updates
+from radlads.train.engines.zero import DeepSpeedUpdates, is_partitioned, uses_engine
+from radlads.train.engines.zero3 import PartitionedUpdates
+from radlads.train.logging.throughput import Throughput, stage_flops
+from radlads.train.optimizers.optim import build_optimizers, set_learning_rates
+from radlads.train.optimizers.step import GradientNorms, PartSum, Readout, backward_parts
+from radlads.train.processes.group import ALONE, Processes
 from radlads.train.step_record import StepRecord
 from radlads.train.stopping import StopRequests
-from radlads.train.throughput import Throughput, stage_flops
-from radlads.train.updates import ReplicatedUpdates, ShardedUpdates, Updates
 
 
 class StageModule(L.LightningModule):

@@ -9,12 +9,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from radlads.config.schema import Config, TrainConfig, stage_of
 from radlads.convert.blueprint import Blueprint
 from radlads.model.modeling import RadladsForCausalLM
-from radlads.train.deepspeed_engine import check_engine, uses_engine
+from radlads.train.corpora.samples import runs_teacher
+from radlads.train.engines.rows import build_in_rows
+from radlads.train.engines.sharding import build_sharded
+from radlads.train.engines.zero import check_engine, uses_engine
 from radlads.train.hardware import models_out_of_memory, only_device
-from radlads.train.processes import Processes
-from radlads.train.rows import build_in_rows
-from radlads.train.samples import runs_teacher
-from radlads.train.sharding import build_sharded
+from radlads.train.processes.group import Processes
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,7 @@ from radlads.data.binidx import BinIdxReader
 from radlads.data.sampling import magic_prime
 from radlads.files import read_json
 from radlads.model.modeling import RadladsForCausalLM
-from radlads.train.loggers import WANDB_RUN
-from radlads.train.metrics_csv import METRICS, SPEED
-from radlads.train.processes import ALONE, Processes
-from radlads.train.run_corpora import HELDOUT, TRAINING, corpus_differences, describe_corpora
-from radlads.train.samples import sequences_per_step, steps_of
-from radlads.train.snapshots import (
+from radlads.train.checkpoints.snapshots import (
     CHECKPOINT_FILES,
     CHECKPOINTS,
     RUN,
@@ -33,6 +28,11 @@ from radlads.train.snapshots import (
     remove,
     remove_incomplete,
 )
+from radlads.train.corpora.run_corpora import HELDOUT, TRAINING, corpus_differences, describe_corpora
+from radlads.train.corpora.samples import sequences_per_step, steps_of
+from radlads.train.logging.loggers import WANDB_RUN
+from radlads.train.logging.metrics_csv import METRICS, SPEED
+from radlads.train.processes.group import ALONE, Processes
 
 # Of every tensor, so that models that differ are told apart without reading all of a large one
 _NUMBERS_COMPARED = 1024

@@ -11,11 +11,11 @@ import torch
 
 from radlads.config.schema import TrainConfig
 from radlads.model.modeling import RadladsForCausalLM
-from radlads.train.optim import weights_to_keep
-from radlads.train.own_parts import own_parts, take_gradients
-from radlads.train.processes import Processes
-from radlads.train.replicas import GradientSums
-from radlads.train.step import GradientNorms, optimizer_step
+from radlads.train.engines.own_parts import own_parts, take_gradients
+from radlads.train.engines.replicas import GradientSums
+from radlads.train.optimizers.optim import weights_to_keep
+from radlads.train.optimizers.step import GradientNorms, optimizer_step
+from radlads.train.processes.group import Processes
 
 
 class Updates(Protocol):

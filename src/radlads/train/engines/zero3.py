@@ -14,9 +14,9 @@ import torch.nn.functional as F
 
 from radlads.model.modeling import Block, RadladsForCausalLM
 from radlads.model.whole_parameters import Turns, turns_of
-from radlads.train.deepspeed_engine import DeepSpeedUpdates, ZeroStrategy
-from radlads.train.rows import HostRows, gathered, replace_parameters
-from radlads.train.step import GradientNorms
+from radlads.train.engines.rows import HostRows, gathered, replace_parameters
+from radlads.train.engines.zero import DeepSpeedUpdates, ZeroStrategy
+from radlads.train.optimizers.step import GradientNorms
 
 _LINEAR = F.linear  # _linear takes its place for the whole process
 

@@ -5,9 +5,9 @@ from typing import Any
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from radlads.config.schema import TrainConfig
-from radlads.train.deepspeed_engine import ZeroStrategy, is_partitioned, uses_engine
-from radlads.train.partitions import PartitionedStrategy
-from radlads.train.processes import Processes
+from radlads.train.engines.zero import ZeroStrategy, is_partitioned, uses_engine
+from radlads.train.engines.zero3 import PartitionedStrategy
+from radlads.train.processes.group import Processes
 
 
 class ReplicatedStrategy(DDPStrategy):

@@ -21,11 +21,11 @@ from radlads.checkpoint.weights import PrefixedWeights, StoredWeights, TensorInf
 from radlads.config.schema import TrainConfig
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.whole_parameters import whole_shape
-from radlads.train.processes import Processes
-from radlads.train.rows import HostRows, gathered, in_rows, is_in_rows, replace_parameters
-from radlads.train.snapshots import Held
-from radlads.train.step import GradientNorms
-from radlads.train.updates import trained_parameters
+from radlads.train.checkpoints.snapshots import Held
+from radlads.train.engines.rows import HostRows, gathered, in_rows, is_in_rows, replace_parameters
+from radlads.train.engines.updates import trained_parameters
+from radlads.train.optimizers.step import GradientNorms
+from radlads.train.processes.group import Processes
 
 OPTIMIZERS = ("adamw", "dsfusedadamw")
 

@@ -42,9 +42,9 @@ from radlads.checksums import sha256
 from radlads.distill.heldout import Heldout
 from radlads.files import read_json, write_text
 from radlads.model.modeling import RadladsForCausalLM
-from radlads.train.loggers import CARRIED, carry
-from radlads.train.processes import ALONE, Processes
-from radlads.train.sharding import is_sharded
+from radlads.train.engines.sharding import is_sharded
+from radlads.train.logging.loggers import CARRIED, carry
+from radlads.train.processes.group import ALONE, Processes
 
 CHECKPOINTS = "checkpoints"
 STATE, POSITION, RUN = "state.safetensors", "position.json", "run.json"

@@ -1,0 +1,1 @@
+"""Checkpoints inside a stage: their files, and which of them a run goes on from."""
