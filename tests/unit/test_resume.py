@@ -29,6 +29,7 @@ from radlads.train import checkpointing, stopping
 from radlads.train.checkpoints import snapshots
 from radlads.train.checkpoints.resume import describe_run, first_checkpoint
 from radlads.train.corpora.run_corpora import corpus_differences, describe_corpora
+from radlads.train.engines.single import SingleProcess
 from radlads.train.fit import run_stage
 from radlads.train.lightning_module import StageModule
 from radlads.train.logging.metrics_csv import MetricsCsv
@@ -140,7 +141,7 @@ def test_a_stopped_run_ends_as_one_that_never_stopped(teacher, corpus_folder, tm
 @pytest.mark.parametrize("forgotten", ["restore_optimizers", None])
 def test_it_takes_the_optimisers_to_end_the_same(teacher, corpus_folder, straight, stopped, monkeypatch, forgotten):
     if forgotten:
-        monkeypatch.setattr(checkpointing, forgotten, lambda *arguments: None)
+        monkeypatch.setattr(SingleProcess, forgotten, lambda *arguments: None)
     run(teacher, config_of(corpus_folder), stopped)
     same = (stopped / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
     assert same is not bool(forgotten)
@@ -209,7 +210,7 @@ def test_a_step_that_is_not_finite_reaches_no_checkpoint(tmp_path):
     train = SimpleNamespace(checkpoint_every_steps=1, checkpoint_every_minutes=0)
     each = checkpointing.Checkpointing(train, tmp_path, {}, stopping.StopRequests(), tiny.Silent())
     with pytest.raises(ValueError, match="the loss is nan"):
-        each._write(None, SimpleNamespace(read_steps=read_steps))
+        each._write(None, SimpleNamespace(reader=SimpleNamespace(read=read_steps)))
     assert list(tmp_path.iterdir()) == []
 
 
