@@ -1,1 +1,1 @@
-"""Running a stage: optimiser, schedule, Lightning. The only door to lightning."""
+"""Running a stage. Rooms, from the lowest: processes, corpora, optimizers, logging, engines, checkpoints; then the run."""

@@ -21,7 +21,7 @@ def leave_signals_alone(trainer: L.Trainer) -> None:
 class DeepSpeedOfModule(DeepSpeedStrategy):
     """Lightning's DeepSpeedStrategy, in which a subclass may say what module DeepSpeed puts its hooks on.
 
-    Lightning hands the LightningModule itself to deepspeed.initialize, in a private method, and has no setting for it.
+    Lightning hands the LightningModule itself to DeepSpeed, in a private method, and has no setting for it.
     """
 
     def hooked(self, model: torch.nn.Module) -> torch.nn.Module:

@@ -5,6 +5,7 @@ The table holds names of classes, not classes, so that reading it imports nothin
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from typing import TYPE_CHECKING
@@ -28,6 +29,12 @@ SAME_AS = dict.fromkeys(("auto", "ddp_find_unused_parameters_false", "ddp_find_u
 """Other names that train.strategy may have."""
 
 
+def is_users(strategy: str) -> bool:
+    """Whether the name is of an engine of the user's own."""
+    return ":" in strategy
+
+
+@functools.cache
 def engine_class(strategy: str) -> type[Engine]:
     """The class that `strategy` names. Raises ValueError if it is no engine."""
     from radlads.train.engines.engine import Engine
