@@ -1,1 +1,2 @@
-"""Running a stage. Rooms, from the lowest: processes, corpora, optimizers, logging, engines, checkpoints; then the run."""
+"""Running a stage. Its rooms, from the lowest: processes, corpora, optimizers, logging, engines, checkpoints; above them
+the run itself, whose files lie here."""

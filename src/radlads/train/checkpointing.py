@@ -1,4 +1,7 @@
-"""When checkpoints are written, what the stage takes from the one it begins at, and ending early after one."""
+"""The callback that says when checkpoints are written, what a stage takes from the one it begins at, and when to end.
+
+Its files are checkpoints/'s, and the formats of models radlads.checkpoint's.
+"""
 
 import time
 from collections.abc import Callable, Mapping
