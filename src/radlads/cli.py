@@ -70,7 +70,7 @@ def train(argv: Sequence[str]) -> int:
     _find_mixers_in(own.mixer_path)
     from radlads.console import Silent
     from radlads.recipes.single_stage import train_stage
-    from radlads.train.processes import joined
+    from radlads.train.processes.joining import joined
 
     with joined(config.train) as processes:
         if processes.is_first:
