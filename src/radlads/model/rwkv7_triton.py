@@ -1,7 +1,7 @@
 """RAD-RWKV7's recurrence as Triton kernels for CUDA GPUs, forward and backward.
 
 Owns the kernels and their launch sizes; recurrence.py decides when they run. The chunk algebra is that of Chunked in
-recurrence.py, whose letters are used here: c the running sum of log w inside a chunk, e its value at the end, m
+recurrence_chunked.py, whose letters are used here: c the running sum of log w inside a chunk, e its value at the end, m
 = e / 2 what is taken off c; X what reads the state and Y what is written to it, for outputs (r, k) and for removals
 (kappa, b = kappa a); v and u the values written, dq the gradient of what the removals find. A forward pass is two
 kernels: `_prepare`, which works on every chunk by itself, and `_scan`, which carries the state through them. A backward
