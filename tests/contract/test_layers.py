@@ -113,7 +113,7 @@ def test_only_the_command_line_prints():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     }
-    assert printing <= {"radlads.cli"}
+    assert {name.rpartition(".")[0] for name in printing} == {"radlads.cli"}
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_a_violation_is_seen(file, line, problem):
         ("model/recurrence.py", "import fla.ops.gla"),
         ("train/fit.py", "from lightning.pytorch import Trainer"),
         ("train/fit.py", "from radlads import __version__"),
-        ("cli.py", "from radlads.recipes import demo"),
+        ("cli/commands.py", "from radlads.recipes import demo"),
         ("data/__init__.py", "from .loader import TokenSamples"),
     ],
 )
