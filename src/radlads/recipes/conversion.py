@@ -27,7 +27,7 @@ from radlads.config.load import load_config
 from radlads.config.schema import Config
 from radlads.console import Console
 from radlads.convert.hf_source import TeacherSource, end_of_text_id, load_tokenizer, open_teacher
-from radlads.convert.student import build_student, build_teacher, retie
+from radlads.convert.student import build_student, build_teacher, retie, student_config
 from radlads.data.binidx import BinIdxReader, corpus_files
 from radlads.data.build import build_binidx
 from radlads.data.loader import HeldoutWindows
@@ -106,6 +106,7 @@ def run_conversion(conversion: Conversion, console: Console) -> dict[str, Any]:
         raise ValueError(f"{source.folder} has a head of its own, not its embedding: convert it without --retie")
     tokenizer = load_tokenizer(source.folder, source.config.vocab_size)
     configs = stage_configs(conversion)
+    _check_layers(source, configs["align"])
     if not (conversion.out / SUMMARY).is_file():
         for config in configs.values():
             check_processes(config.train, ALONE)
@@ -201,6 +202,12 @@ def stage_configs(conversion: Conversion) -> dict[str, Config]:
         )
         for stage in STAGES
     }
+
+
+def _check_layers(source: TeacherSource, config: Config) -> None:
+    """Raise ValueError for layers or settings of which no student can be made, before anything is written."""
+    if not student_config(source.config, config.model).recurrent_layers:
+        raise ValueError("--set model.softmax_layers and model.layer_mixers leave no mixer to align: name fewer layers")
 
 
 def _device_type(overrides: Mapping[str, object]) -> str:
