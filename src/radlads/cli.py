@@ -16,7 +16,7 @@ FAILED = 1
 USER_ERROR = 2
 INTERRUPTED = 130
 # The commands, beside train, that load models whose config.json may name any mixer
-_LOADING = ("generate", "chat", "serve", "eval", "longcontext", "export")
+_LOADING = ("generate", "chat", "serve", "eval", "longcontext", "export", "mixers")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -213,6 +213,13 @@ def plan(arguments: argparse.Namespace) -> int:
     return _print(plan_lines(arguments))
 
 
+def mixers(arguments: argparse.Namespace) -> int:
+    """List the time mixers that are found, or say what one of them says about itself."""
+    from radlads.convert.command import mixer_lines
+
+    return _print(mixer_lines(arguments))
+
+
 class Terminal:
     """Progress on one line that is rewritten where stdout is a terminal, and as a line every ten seconds elsewhere."""
 
@@ -243,6 +250,7 @@ class Terminal:
 
 def _parser() -> argparse.ArgumentParser:
     from radlads.bench.command import add_options as add_bench_options
+    from radlads.convert.command import add_options as add_mixers_options
     from radlads.evaluation.command import add_options as add_eval_options
     from radlads.evaluation.long_context import add_options as add_long_context_options
     from radlads.inference.options import add_chat_options, add_generate_options, add_serve_options
@@ -272,6 +280,7 @@ def _parser() -> argparse.ArgumentParser:
     add("verify", verify, add_verify_options, what)
     add("bench", bench, add_bench_options, "measure speed and memory on this machine, random weights")
     add("plan", plan, add_plan_options, "memory, hours and cost of the stages on a machine, before renting it")
+    add("mixers", mixers, add_mixers_options, "the time mixers there are, or one of them and its settings")
     return parser
 
 

@@ -78,7 +78,7 @@ print(*sorted({name.partition(".")[0] for name in sys.modules} & set(SLOW)))
 
 COMMANDS = (
     *("", "demo", "train", "config", "data", "generate", "chat", "serve", "eval", "longcontext"),
-    *("report", "export", "verify", "bench", "plan"),
+    *("report", "export", "verify", "bench", "plan", "mixers"),
 )
 
 

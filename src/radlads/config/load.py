@@ -8,7 +8,7 @@ import argparse
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import NoneType
@@ -17,7 +17,9 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 import jsonargparse
 import yaml
 
-from radlads.config.schema import Config
+from radlads.config.layer_lists import as_text
+from radlads.config.open_values import in_yaml, spelt_out
+from radlads.config.schema import Config, ModelConfig
 
 ON_COMMAND_LINE = "on the command line"
 USAGE = "radlads train [-c FILE ...] [--KEY VALUE ...] [--mixer-path DIR] [--print_config]"
@@ -41,8 +43,10 @@ def parse_config(argv: Sequence[str], write: Callable[[str], None]) -> Config:
     win over all files, wherever they stand. `--help` and `--print_config` hand their text to `write` and raise
     SystemExit(0). Anything wrong is a ValueError of one sentence.
     """
+    words = [_without_colon(word) for word in argv]
+    named = (word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--"))
     try:
-        options, extras = _command_line().parse_known_args([_without_colon(word) for word in argv])
+        options, extras = _command_line(frozenset(filter(_is_open, named))).parse_known_args(words)
     except argparse.ArgumentError as error:
         raise ValueError(f"{str(error).removeprefix('argument ')}; --help lists every option") from error
     if options.help:
@@ -50,7 +54,7 @@ def parse_config(argv: Sequence[str], write: Callable[[str], None]) -> Config:
         raise SystemExit(0)
     if extras:
         raise ValueError(_unexpected_word(extras))
-    overrides = {key: value for key, value in vars(options).items() if key in _leaves()}
+    overrides = {key: value for key, value in vars(options).items() if key in _leaves() or _is_open(key)}
     config = _resolve(options.files, overrides, ON_COMMAND_LINE)
     if options.print_config:
         write(dump_config(config))
@@ -75,20 +79,30 @@ def _resolve(files: Iterable[str | Path], overrides: Mapping[str, object], overr
     settings: _Settings = {}
     for file in files:
         settings |= _settings(_read(Path(file)), f"in {file}")
-    settings |= _settings(overrides, overrides_place)
+    read = {key: in_yaml(key, value, overrides_place) if _is_open(key) else value for key, value in overrides.items()}
+    settings |= _settings(read, overrides_place)
+    closed = {key: setting for key, setting in settings.items() if not _is_open(key)}
     parser = _schema_parser()
     try:
-        parsed = parser.parse_object({key: setting.value for key, setting in settings.items()})
+        parsed = parser.parse_object({key: setting.value for key, setting in closed.items()})
     except argparse.ArgumentError as error:
-        wrong = next(key for key, setting in settings.items() if not _accepts(key, setting.value))
+        wrong = next(key for key, setting in closed.items() if not _accepts(key, setting.value))
         raise ValueError(_wrong_type(wrong, *settings[wrong])) from error
     try:
         parts = parser.instantiate(parsed)
-        return Config(model=parts.model, train=parts.train)
+        model, train = _with_mixer(parts.model, "model", settings), parts.train
+        teacher_model = _with_mixer(train.teacher.model, "train.teacher.model", settings)
+        return Config(model=model, train=replace(train, teacher=replace(train.teacher, model=teacher_model)))
     except ValueError as error:
         key, _, rest = str(error).partition(" ")
         place = f" {settings[key].place}" if key in settings else ""
         raise ValueError(f"{key}{place} {rest}") from error
+
+
+def _with_mixer(section: ModelConfig, prefix: str, settings: _Settings) -> ModelConfig:
+    """A model section with its open keys, sorted: jsonargparse would read their text once more."""
+    own = {key: settings[key].value for key in sorted(settings) if key.startswith(f"{prefix}.mixer.")}
+    return replace(section, mixer={key.rpartition(".")[2]: value for key, value in own.items()})
 
 
 def _settings(mapping: Mapping[Any, object], place: str, prefix: str = "") -> _Settings:
@@ -102,7 +116,9 @@ def _settings(mapping: Mapping[Any, object], place: str, prefix: str = "") -> _S
             if value is None and not _accepts(key, None):
                 raise ValueError(_wrong_type(key, None, place))
             ours = _RELEASED_NAMES.get(key, key) if value else key  # a dumped configuration has '' here
-            settings[ours] = _Setting(_spelt_as(_leaves()[key], value), place)
+            settings[ours] = _Setting(_spelt_as(key, value), place)
+        elif _is_open(key):
+            settings[key] = _Setting(spelt_out(value), place)
         elif key not in _groups():
             raise ValueError(_unknown_key(key, place))
         elif isinstance(value, Mapping):
@@ -114,8 +130,12 @@ def _settings(mapping: Mapping[Any, object], place: str, prefix: str = "") -> _S
     return settings
 
 
-def _spelt_as(hint: Any, value: object) -> object:
-    """`value` for a key of type `hint`: true is 1 for a switch, a whole number is text where text is held."""
+def _spelt_as(key: str, value: object) -> object:
+    """`value` for a key, by its type: true is 1 for a switch, a whole number is text where text is held, and so is a
+    list or mapping of layers."""
+    hint = _leaves()[key]
+    if key.rpartition(".")[2] in ("softmax_layers", "layer_mixers"):
+        value = as_text(value)
     of_type = type(get_args(hint)[0]) if get_origin(hint) is Literal else hint
     if get_origin(hint) is Literal and of_type is int:
         return {"true": 1, "false": 0}.get(str(value).lower(), value)
@@ -161,7 +181,8 @@ def _unexpected_word(words: Sequence[str]) -> str:
     if not word.startswith("--"):
         return f"unexpected {word!r} on the command line: files are given as -c FILE and keys as --train.lr_init 6e-4"
     if key in _groups():
-        return f"{key} on the command line is a group: set its keys, such as --{next(_leaves_below(key))}"
+        example = next(_leaves_below(key), f"{key}.KEY")
+        return f"{key} on the command line is a group: set its keys, such as --{example}"
     return _unknown_key(key, ON_COMMAND_LINE)
 
 
@@ -175,13 +196,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 @cache
-def _command_line() -> argparse.ArgumentParser:
-    """Splits a command line into files and key-value pairs; the values stay text."""
+def _command_line(open_keys: frozenset[str]) -> argparse.ArgumentParser:
+    """Splits a command line into files and key-value pairs; the values stay text. open_keys: those it may have."""
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("-c", "--config", action="append", default=[], dest="files")
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--print_config", action="store_true")
-    for key in _leaves():
+    for key in (*_leaves(), *open_keys):
         parser.add_argument(f"--{key}", default=argparse.SUPPRESS)
     return parser
 
@@ -201,13 +222,24 @@ def _schema_parser() -> jsonargparse.ArgumentParser:
 
 @cache
 def _leaves() -> dict[str, Any]:
-    """Every dotted key that holds a value, with its type."""
-    return {key: hint for key, hint in _walk(Config) if not is_dataclass(hint)}
+    """Every dotted key that holds a value, with its type, but for open ones."""
+    return {key: hint for key, hint in _walk(Config) if key not in _groups()}
 
 
 @cache
 def _groups() -> frozenset[str]:
-    return frozenset(key for key, hint in _walk(Config) if is_dataclass(hint))
+    return frozenset(key for key, hint in _walk(Config) if is_dataclass(hint)) | _open_groups()
+
+
+@cache
+def _open_groups() -> frozenset[str]:
+    """The groups whose keys the schema leaves open."""
+    return frozenset(key for key, hint in _walk(Config) if get_origin(hint) is dict)
+
+
+def _is_open(key: str) -> bool:
+    group, _, name = key.rpartition(".")
+    return group in _open_groups() and name.isidentifier()
 
 
 def _leaves_below(group: str) -> Iterator[str]:

@@ -5,9 +5,9 @@ released RADLADS system. The docstring below a field is its help text.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Literal, NamedTuple, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 Switch = Literal[0, 1]
 """Off or on. Files and the command line may also say true or false."""
@@ -22,6 +22,8 @@ STRATEGIES = (
 """What train.strategy may be. The ddp_... are Lightning's names for what is all the same here."""
 Precision = Literal["auto", "bf16", "bf16-mixed", "bf16-true", "fp32", "32", "32-true"]
 Checkpointing = Literal["none", "selective", "full"]
+DEFAULT_MIXER, SOFTMAX_MIXER, GATED_MLP = "rad_rwkv7", "qwen2", "swiglu"
+"""The time mixer of a student that names none, the teacher's, and the teacher's channel mixer."""
 
 
 class Range(NamedTuple):
@@ -60,7 +62,7 @@ class ModelConfig:
     """Hugging Face folder or hub name to set the student up from, where it is not the teacher; '' = the teacher."""
     classname: str = ""
     """Accepted so that released files load; no effect: sizes are always the teacher's."""
-    tmix: str = "rad_rwkv7"
+    tmix: str = DEFAULT_MIXER
     """Time mixer: rad_rwkv6, rad_rwkv7 (also by their published names qwerky6, qwerky7), qwen2, or your own."""
     tmix2: str = ""
     """Time mixer of the layers that inv_other_layer_ratio sets apart; '' = the family's softmax attention."""
@@ -94,6 +96,15 @@ class ModelConfig:
     """The last 1/r of the layers use tmix2 and cmix2: 3 = the last third; 1 = none."""
     preserve_last_n_layers: int = 0
     """Number of layers at the end of the stack that keep the teacher's softmax attention."""
+    softmax_layers: str = ""
+    """Layers, counted from 0, that keep the teacher's softmax attention: 5,12 or 3-6; every:4 = the last of each four;
+    last:4. They win over tmix, tmix2 and preserve_last_n_layers. Files may give a list."""
+    layer_mixers: str = ""
+    """Time mixers of single layers: 0-3:rad_rwkv6,12:qwen2, the layers written as in softmax_layers, over which this
+    wins. Files may give a mapping."""
+    mixer: dict[str, Any] = field(default_factory=dict)
+    """Settings that the stack's mixers define themselves, each given as --model.mixer.KEY VALUE, or as a mapping in a
+    file. radlads mixers NAME lists a mixer's."""
     rope: RopeConfig = field(default_factory=RopeConfig)
     """Rotary position embedding."""
     attention_type: str = ""
@@ -135,7 +146,7 @@ class TeacherConfig:
     """Weight of KL(teacher || student) on logits. Extend stage only; naming a teacher there switches it on."""
     ce_weight: float = 0.5
     """Weight of cross-entropy on the labels. Extend stage only; without a teacher it counts as 1."""
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(tmix="qwen2"))
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(tmix=SOFTMAX_MIXER))
     """Sizes of the teacher, checked as the student's are; the other keys have no effect."""
 
     def __post_init__(self) -> None:
@@ -459,6 +470,15 @@ def _check_model(model: ModelConfig, prefix: str) -> None:
     ranks = [entry.name for entry in fields(model) if entry.name.startswith("lora_rank_")]
     _check_ranges(model, prefix, NOT_NEGATIVE, sizes + ranks)
     _check_ranges(model.rope, f"{prefix}.rope", POSITIVE, ["base", "rescale", "rebase"])
+    _check_settings(model.mixer, f"{prefix}.mixer")
+
+
+def _check_settings(settings: Mapping[str, Any], prefix: str) -> None:
+    """Raise ValueError for what no setting of a mixer can be; its own type and range are the mixer's to check."""
+    for name, value in settings.items():
+        is_value = isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))
+        if not is_value:
+            raise ValueError(f"{prefix}.{name} must be a finite number, text, or true or false, not {value!r}")
 
 
 def _check_choices(config: ModelConfig | TrainConfig, prefix: str) -> None:

@@ -4,13 +4,15 @@ from collections import Counter
 
 import torch
 
+from radlads.config.layer_lists import mixers_by_layer
 from radlads.config.schema import ModelConfig
 from radlads.convert.blueprint import Blueprint
 from radlads.convert.hf_source import SIZES, TeacherSource
 from radlads.convert.weight_map import transfer
-from radlads.model.configuration import RadladsConfig
+from radlads.model.configuration import RadladsConfig, layer_type_of
+from radlads.model.mixer_settings import settings_by_mixer
 from radlads.model.modeling import RadladsForCausalLM
-from radlads.model.registry import registered_name
+from radlads.model.registry import mixer_class, registered_name
 
 
 def build_teacher(source: TeacherSource, *, dtype: torch.dtype = torch.float32) -> RadladsForCausalLM:
@@ -62,24 +64,21 @@ def retie(student: RadladsForCausalLM, source: TeacherSource) -> None:
 
 
 def student_config(teacher: RadladsConfig, model: ModelConfig) -> RadladsConfig:
-    """The teacher's configuration with the mixers and switches that `model` names.
+    """The teacher's configuration with the mixers, their settings and the switches that `model` names.
 
-    The last n * (1 / inv_other_layer_ratio) layers take tmix2 and cmix2, the last preserve_last_n_layers softmax.
-    Raises ValueError if more layers are to be preserved than there are.
+    Raises ValueError as layer_lists.mixers_by_layer, for a mixer that cannot be found, and as
+    mixer_settings.settings_by_mixer for settings.
     """
-    layers = teacher.num_hidden_layers
-    if model.preserve_last_n_layers > layers:
-        raise ValueError(
-            f"model.preserve_last_n_layers is {model.preserve_last_n_layers}, but there are {layers} layers"
-        )
+    time_mixers = layer_mixers(model, teacher.num_hidden_layers)
+    kinds = {name: mixer_class(name) for name in time_mixers}
     return RadladsConfig(
         **{name: getattr(teacher, name) for name in (*SIZES, "attention_bias", "qk_norm")},
         tie_word_embeddings=False,
         rope_parameters=dict(teacher.rope_parameters),
-        time_mixers=layer_mixers(model, layers),
-        channel_mixers=_per_layer(
-            model.cmix or "swiglu", model.cmix2 or model.cmix or "swiglu", "swiglu", layers, model
-        ),
+        time_mixers=time_mixers,
+        channel_mixers=mixers_by_layer(model, teacher.num_hidden_layers).channel,
+        layer_types=[layer_type_of(kinds[name]) for name in time_mixers],
+        mixer_settings=settings_by_mixer({name: kind.Settings for name, kind in kinds.items()}, model.mixer),
         use_rope=bool(model.use_pos_emb),
         gate_rank_type=model.gate_rank_type,
         balance_state=bool(model.balance_state),
@@ -94,12 +93,5 @@ def student_config(teacher: RadladsConfig, model: ModelConfig) -> RadladsConfig:
 
 
 def layer_mixers(model: ModelConfig, layers: int) -> list[str]:
-    """The time mixer of each layer, by its registered name."""
-    names = _per_layer(model.tmix, model.tmix2 or "qwen2", "qwen2", layers, model)
-    return [registered_name(name) for name in names]
-
-
-def _per_layer(first: str, second: str, preserved: str, layers: int, model: ModelConfig) -> list[str]:
-    ratio, kept = model.inv_other_layer_ratio, layers - model.preserve_last_n_layers
-    switch = layers * (ratio - 1) / ratio if ratio > 1 else layers
-    return [preserved if layer >= kept else second if layer >= switch else first for layer in range(layers)]
+    """The time mixer of each layer, by its registered name. Raises ValueError as layer_lists.mixers_by_layer."""
+    return [registered_name(name) for name in mixers_by_layer(model, layers).time]

@@ -46,16 +46,19 @@ def settings_from(kind: type, given: Mapping[str, Any]) -> Any:
 
 def _checked(name: str, value: Any, hint: Any) -> Any:
     """The value, a whole number as a float where the setting is one."""
-    kinds = get_args(hint) if get_origin(hint) is Literal else (hint,)
-    if get_origin(hint) is Literal:
-        if value in kinds and type(value) in {type(kind) for kind in kinds}:
-            return value
-        raise ValueError(f"model.mixer.{name} must be one of {', '.join(map(repr, kinds))}, not {value!r}")
     if hint is float and type(value) is int:
         return float(value)
-    if type(value) is not hint:
-        raise ValueError(f"model.mixer.{name} must be {_WORDS.get(hint, hint.__name__)}, not {value!r}")
-    return value
+    allowed = [(type(choice), choice) for choice in get_args(hint)]
+    if (type(value), value) in allowed if get_origin(hint) is Literal else type(value) is hint:
+        return value
+    raise ValueError(f"model.mixer.{name} must be {in_words(hint)}, not {value!r}")
+
+
+def in_words(hint: Any) -> str:
+    """What a setting of this type may be."""
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(repr, get_args(hint)))}"
+    return _WORDS.get(hint, str(hint))
 
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

@@ -90,6 +90,14 @@ def find_mixer_class(name: str) -> type[TimeMixer] | None:
         return None
 
 
+def files_of_time_mixers() -> dict[str, Path]:
+    """Mixers of the user's own on the import path, by name, found by their files' names: none of them is run."""
+    spec = importlib.util.find_spec("tmix")
+    folders = [*_mixer_paths, *(spec.submodule_search_locations or () if spec else ())]
+    files = [file for folder in folders for file in sorted(Path(folder).glob("tmix_*.py"))]
+    return {file.stem.removeprefix("tmix_"): file for file in reversed(files)}
+
+
 def build_time_mixer(config: "RadladsConfig", layer_idx: int) -> TimeMixer:
     """The time mixer that `config.time_mixers[layer_idx]` names. Raises ValueError for an unknown name."""
     return mixer_class(config.time_mixers[layer_idx])(config, layer_idx)

@@ -22,7 +22,7 @@ from radlads.checkpoint.model_folder import load_model
 from radlads.checkpoint.named_models import NAMED_MODELS, is_fetched
 from radlads.checkpoint.tokenizer_files import check_copyable, locate_tokenizer, read_tokenizer
 from radlads.checksums import sha256
-from radlads.config.compare import deciding, differences
+from radlads.config.compare import Decisive, deciding, differences
 from radlads.config.load import load_config
 from radlads.config.schema import Config
 from radlads.console import Console
@@ -354,7 +354,7 @@ def _identity(conversion: Conversion, teacher: Mapping[str, str], configs: dict[
         "radlads": versions().get("radlads", ""),
         "teacher": recipe_hash(joint_hash(teacher), *(teacher[name] for name in ("config.json", "tokenizer.json"))),
         "data": data,
-        "mixer": recipe_hash(configs["align"].model),
+        "mixer": recipe_hash(Decisive(configs["align"].model)),
         "stages": recipe_hash(*(deciding(config) for config in configs.values())),
         "retie": str(conversion.retie),
     }
@@ -363,7 +363,8 @@ def _identity(conversion: Conversion, teacher: Mapping[str, str], configs: dict[
 def _settings(configs: dict[str, Config]) -> dict[str, Any]:
     """What the configurations decide: each key's value, by stage where the stages' differ."""
     by_stage = {stage: deciding(config) for stage, config in configs.items()}
-    values = {key: {stage: held[key] for stage, held in by_stage.items()} for key in by_stage["align"]}
+    keys = dict.fromkeys(key for held in by_stage.values() for key in held)
+    values = {key: {stage: held.get(key) for stage, held in by_stage.items()} for key in keys}
     return {key: held if len(set(held.values())) > 1 else held["align"] for key, held in values.items()}
 
 

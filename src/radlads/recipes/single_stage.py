@@ -15,7 +15,8 @@ from radlads.checkpoint.tokenizer_files import locate_tokenizer
 from radlads.checkpoint.weight_files import is_weights_file, open_weights, starting_point
 from radlads.checkpoint.weights import StoredWeights
 from radlads.checksums import sha256
-from radlads.config.schema import SIZE_KEYS, Config, ModelConfig, check_available, stage_of
+from radlads.config.layer_lists import mixer_names
+from radlads.config.schema import SIZE_KEYS, SOFTMAX_MIXER, Config, ModelConfig, check_available, stage_of
 from radlads.config.sizes import check_sizes
 from radlads.console import Console
 from radlads.convert.bare_weights import is_teachers, shape_of, student_from_teacher, student_of
@@ -29,7 +30,8 @@ from radlads.convert.hf_source import (
 )
 from radlads.convert.student import layer_mixers, student_blueprint, teacher_blueprint
 from radlads.model.configuration import RadladsConfig
-from radlads.model.registry import name_mixers
+from radlads.model.mixer_settings import settings_by_mixer, settings_from
+from radlads.model.registry import mixer_class, name_mixers
 from radlads.train.fit import StageResult, run_stage
 from radlads.train.hardware import check_hardware
 from radlads.train.loggers import check_loggers
@@ -54,7 +56,7 @@ def train_stage(config: Config, console: Console, processes: Processes = ALONE) 
         open_corpora(train)
     teacher_path = train.teacher.path or train.teacher.hf_path
     model = config.model
-    name_mixers(model.tmix, model.tmix2, model.cmix, model.cmix2)
+    name_mixers(*mixer_names(model))
     torch.manual_seed(train.seed_everything)
     source = _teacher(config, teacher_path) if teacher_path else None
     teacher = None if source is None else teacher_blueprint(source)
@@ -93,22 +95,54 @@ def check_student(config: Config, student: RadladsConfig, teacher: RadladsConfig
     check_sizes(config.model, "model", student.to_dict())
     if teacher is not None:
         check_sizes(config.train.teacher.model, "train.teacher.model", teacher.to_dict())
-    wanted = layer_mixers(config.model, student.num_hidden_layers)
-    if stage_of(config.train) == "align" and set(wanted) == {"qwen2"}:
-        raise ValueError(
-            f"model.tmix is {config.model.tmix!r}, so no layer has a mixer to align: pass the mixer's file with -c, "
-            "after the size file, which names the teacher's attention"
-        )
-    if student.time_mixers != wanted:
-        raise ValueError(
-            f"{config.train.load_model} holds the mixers {_counted(student.time_mixers)}, but the configuration "
-            f"names {_counted(wanted)}: pass the model's own mixer file with -c"
-        )
+    _check_mixers(config, student)
+    _check_settings(config.model, student)
     for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
         if teacher is not None and getattr(teacher, name) != getattr(student, name):
             raise ValueError(
                 f"the teacher's {name} is {getattr(teacher, name)}, the student's "
                 f"{getattr(student, name)}: they are not the same model"
+            )
+
+
+def _check_mixers(config: Config, student: RadladsConfig) -> None:
+    """Raise ValueError if the student's layers do not have the mixers that are configured, or none is to be aligned."""
+    wanted, found = layer_mixers(config.model, student.num_hidden_layers), student.time_mixers
+    if stage_of(config.train) == "align" and set(wanted) == {SOFTMAX_MIXER}:
+        if config.model.softmax_layers or config.model.layer_mixers:
+            raise ValueError(
+                "model.softmax_layers and model.layer_mixers leave no layer with a mixer to align: name fewer layers"
+            )
+        raise ValueError(
+            f"model.tmix is {config.model.tmix!r}, so no layer has a mixer to align: pass the mixer's file with -c, "
+            "after the size file, which names the teacher's attention"
+        )
+    if found == wanted:
+        return
+    if Counter(found) == Counter(wanted):
+        layer = next(layer for layer, name in enumerate(wanted) if found[layer] != name)
+        raise ValueError(
+            f"{config.train.load_model} has {found[layer]} in layer {layer}, but the configuration names "
+            f"{wanted[layer]} there: give the layers of the model itself"
+        )
+    raise ValueError(
+        f"{config.train.load_model} holds the mixers {_counted(found)}, but the configuration "
+        f"names {_counted(wanted)}: pass the model's own mixer file with -c"
+    )
+
+
+def _check_settings(model: ModelConfig, student: RadladsConfig) -> None:
+    """Raise ValueError for a mixer's setting that is given and is not the student's own."""
+    if not model.mixer:
+        return
+    kinds = {name: mixer_class(name).Settings for name in student.time_mixers}
+    for name, values in settings_by_mixer(kinds, model.mixer).items():
+        held = vars(settings_from(kinds[name], student.mixer_settings.get(name, {})))
+        if different := [key for key in values if key in model.mixer and values[key] != held[key]]:
+            key = different[0]
+            raise ValueError(
+                f"model.mixer.{key} is {values[key]!r}, but {name} in the model has {held[key]!r}: give the value of "
+                "that very model, or none"
             )
 
 
