@@ -32,21 +32,12 @@ OWN |= {"mixer_settings": {"leaky": {"leak": 0.25}}}
 
 
 @pytest.fixture
-def mixers(tmp_path, monkeypatch):
+def mixers(tmp_path):
     """The folder of the page's mixers and a channel mixer, as --mixer-path finds them; forgotten afterwards."""
     folder = documented_mixers.write_mixers(tmp_path / "mixers")
     write(folder, CHANNEL, "cmix/cmix_twist.py")
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    for name, empty in (("_named_by_user", set()), ("_mixer_paths", set()), ("_exports", [])):
-        monkeypatch.setattr(registry, name, empty)
-    registry.add_mixer_path(folder)
-    yield folder
-    forget()
-
-
-def forget():
-    for name in [name for name in sys.modules if name.startswith(("tmix", "cmix", "radlads.model.tmix_"))]:
-        del sys.modules[name]
+    with documented_mixers.known(folder):
+        yield folder
 
 
 def write(folder, source, name="tmix/tmix_theirs.py"):
@@ -139,7 +130,7 @@ def test_converted_weights_bring_the_code_along_unrun(model, mixers, tmp_path):
     (tmp_path / "run").mkdir()
     save_model(model, tmp_path / "run")
     tiny.save_tokenizer(tmp_path / "run")
-    forget()
+    documented_mixers.forget()
     convert_to_safetensors(tmp_path / "run", tmp_path / "out")
     assert "auto_map" in json.loads((tmp_path / "out" / "config.json").read_text())
     assert (tmp_path / "out" / "tmix_leaky.py").is_file()
@@ -224,7 +215,7 @@ def test_a_mixer_that_transformers_cannot_build_is_refused(mixers):
 @pytest.fixture
 def elsewhere(exported, monkeypatch):
     """The export where its mixers' own folder is not known."""
-    forget()
+    documented_mixers.forget()
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if not entry.endswith("mixers")])
     registry._mixer_paths.clear()
     return exported
