@@ -26,6 +26,7 @@ from radlads.checkpoint.model_folder import save_model
 from radlads.checkpoint.own_files import MARK, check_names, refuse_links, remove_folder
 from radlads.checkpoint.safetensors_files import WEIGHTS_FILE
 from radlads.checkpoint.safetensors_writer import file_order, write_safetensors
+from radlads.checkpoint.strict_loading import load_strict
 from radlads.checkpoint.weights import (
     HeldTensors,
     ModelWeights,
@@ -34,7 +35,6 @@ from radlads.checkpoint.weights import (
     SafetensorsFolder,
     StoredWeights,
     TensorInfo,
-    load_strict,
     own_part,
     own_rows,
 )
