@@ -18,7 +18,8 @@ from radlads.convert.hf_source import open_teacher, teacher_config
 from radlads.convert.student import build_student, build_teacher, retie, student_config
 from radlads.convert.weight_map import table
 from radlads.distill.align import Align
-from radlads.inference.decoder import RecurrentStep, can_be_fused, left_padded, prefill
+from radlads.inference.decode_steps import RecurrentStep, can_be_fused
+from radlads.inference.prefill import left_padded, prefill
 from radlads.model.cache import RadladsCache
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM

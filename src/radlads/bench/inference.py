@@ -16,7 +16,8 @@ from radlads.bench.costs import decode_state_bytes, prefill_flops
 from radlads.bench.measure import Ceilings, Timing, held_bytes, peak_bytes, release_memory, timed
 from radlads.bench.models import Shape, random_model, stock_teacher, weight_bytes
 from radlads.bench.record import Record, Row
-from radlads.inference.decoder import Decoder, prefill
+from radlads.inference.decoder import Decoder
+from radlads.inference.prefill import prefill
 from radlads.inference.sampling import Sampling
 from radlads.model.configuration import RadladsConfig
 

@@ -127,7 +127,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 def long_context(arguments: argparse.Namespace) -> int:
     """Measure what a model keeps of long texts and what they cost it."""
-    from radlads.evaluation.long_context import RESULTS, long_context_of, measure_long_context
+    from radlads.evaluation.long_context import measure_long_context
+    from radlads.evaluation.long_context_options import RESULTS, long_context_of
 
     settings = long_context_of(arguments)
     measure_long_context(settings, Terminal())

@@ -18,7 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
     from radlads.bench.command import add_options as add_bench_options
     from radlads.convert.command import add_options as add_mixers_options
     from radlads.evaluation.command import add_options as add_eval_options
-    from radlads.evaluation.long_context import add_options as add_long_context_options
+    from radlads.evaluation.long_context_options import add_options as add_long_context_options
     from radlads.inference.options import add_chat_options, add_generate_options, add_serve_options
     from radlads.planning.command import add_options as add_plan_options
     from radlads.recipes.command import add_demo_options, add_export_options, add_verify_options

@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from radlads.checkpoint.atomic import unfinished_file
 from radlads.checkpoint.safetensors_writer import write_safetensors
 from radlads.checkpoint.weights import HeldTensors, SafetensorsFolder
-from radlads.inference.decoder import PREFILL_TOKENS, prefill
 from radlads.inference.finite import NotFinite
+from radlads.inference.prefill import PREFILL_TOKENS, prefill
 from radlads.model.cache import RadladsCache, RecurrentCacheLayer
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM

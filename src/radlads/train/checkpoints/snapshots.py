@@ -25,6 +25,7 @@ from radlads.checkpoint.model_folder import save_model
 from radlads.checkpoint.own_files import MARK, check_names, refuse_links, remove_folder
 from radlads.checkpoint.safetensors_files import WEIGHTS_FILE
 from radlads.checkpoint.safetensors_writer import file_order, write_safetensors
+from radlads.checkpoint.strict_loading import load_strict
 from radlads.checkpoint.weights import (
     HeldTensors,
     PrefixedWeights,
@@ -32,7 +33,6 @@ from radlads.checkpoint.weights import (
     SafetensorsFolder,
     StoredWeights,
     TensorInfo,
-    load_strict,
 )
 from radlads.checksums import sha256
 from radlads.distill.heldout import Heldout
