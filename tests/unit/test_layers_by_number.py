@@ -22,7 +22,7 @@ from radlads.model.registry import build_time_mixer
 from radlads.recipes.llama_cpp import check_runs
 from radlads.recipes.single_stage import check_student, train_stage
 from radlads.recipes.stage_configs import Conversion, stage_configs
-from radlads.train.optim import build_optimizers
+from radlads.train.optimizers.optim import build_optimizers
 
 MIXED = "0:rad_rwkv6,1:qwen2"
 WINDOW = '''

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import documented_mixers
 import pytest
 import tiny
 import torch
@@ -12,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from radlads.convert.hf_source import open_teacher
 from radlads.convert.student import build_student
 from radlads.inference import decoder, saved_state
-from radlads.inference.decoder import prefill
 from radlads.inference.finite import NotFinite
 from radlads.inference.generate import Sampling, generate_tokens, stream_tokens
+from radlads.inference.prefill import prefill
 from radlads.inference.saved_state import fingerprint, load_state, read_text, save_state
 
 DOCUMENT = [number * 7 % 251 for number in range(150)]
@@ -26,7 +27,8 @@ MINE = "0" * 64
 @pytest.fixture(autouse=True)
 def pieces_of_64_tokens(monkeypatch):
     monkeypatch.setattr(saved_state, "PREFILL_TOKENS", 64)
-    monkeypatch.setitem(decoder.Decoder.prefill.__wrapped__.__kwdefaults__, "piece", 64)
+    for reader in (decoder.Decoder.prefill, decoder.prefill):
+        monkeypatch.setitem(reader.__wrapped__.__kwdefaults__, "piece", 64)
 
 
 def student(teacher, folder, mixer):
@@ -38,9 +40,11 @@ def student(teacher, folder, mixer):
     return model.eval()
 
 
-@pytest.fixture(scope="module", params=["rad_rwkv6", "rad_rwkv7", "qwen2"])
+@pytest.fixture(scope="module", params=["rad_rwkv6", "rad_rwkv7", "qwen2", "leaky", "mean"])
 def model(request, teacher, tmp_path_factory):
-    return student(teacher, tmp_path_factory.mktemp("none"), request.param)
+    folder = documented_mixers.write_mixers(tmp_path_factory.mktemp("mixers"))
+    with documented_mixers.known(folder):
+        yield student(teacher, tmp_path_factory.mktemp("none"), request.param)
 
 
 @pytest.fixture(scope="module")
@@ -159,3 +163,38 @@ def test_a_fingerprint_knows_weights_of_the_same_sizes_apart(teacher, tmp_path):
     name = sorted(weights)[5]
     save_file(weights | {name: weights[name] * 1.001}, folder / "model.safetensors")
     assert fingerprint(folder, config) != fingerprint(teacher, config)
+
+
+# A user's own mixer, whose state has tensors of its own
+
+
+def test_a_file_holds_all_that_an_own_mixers_state_has(teacher, tmp_path):
+    documented_mixers.write_mixers(tmp_path / "mixers")
+    with documented_mixers.known(tmp_path / "mixers"):
+        model = student(teacher, tmp_path, "leaky")
+        after = saved_and_loaded(model, DOCUMENT, tmp_path / "state")
+    stored, expected = load_file(tmp_path / "state"), read_text(model, DOCUMENT).cache
+    for index, layer in enumerate(expected.layers):
+        assert torch.equal(stored[f"layers.{index}.mean"], layer.state.mean)
+        assert torch.equal(after.cache.layers[index].state.mean, layer.state.mean) and layer.state.mean.any()
+
+
+@pytest.mark.parametrize("mixer", ["leaky", "mean"])
+def test_beams_carry_an_own_mixers_state(teacher, tmp_path, mixer):
+    documented_mixers.write_mixers(tmp_path / "mixers")
+    with documented_mixers.known(tmp_path / "mixers"):
+        model = student(teacher, tmp_path, mixer)
+    prompt = torch.tensor([DOCUMENT[:9], DOCUMENT[5:14]])
+    kept = {"max_new_tokens": 8, "do_sample": False, "num_beams": 3}
+    cached, plain = (model.generate(prompt, use_cache=use, **kept) for use in (True, False))
+    assert torch.equal(cached, plain)
+
+
+def test_settings_of_a_mixer_tell_models_apart_and_none_change_no_fingerprint(teacher):
+    config = open_teacher(teacher).config
+    found = []
+    for settings in ({}, {"leaky": {"leak": 0.25}}, {"leaky": {"leak": 0.5}}):
+        config.mixer_settings = settings
+        found.append(fingerprint(teacher, config))
+    del config.__dict__["mixer_settings"]  # as before there were any
+    assert len(set(found)) == 3 and fingerprint(teacher, config) == found[0]

@@ -12,6 +12,7 @@ import radlads.model
 from radlads.checkpoint.atomic import discard, unfinished_folder
 from radlads.checkpoint.foreign_folders import refuse_links_out
 from radlads.checkpoint.manifest import write_folder_checksums
+from radlads.checkpoint.mixer_code import check_code, has_code, write_mixer_code
 from radlads.checkpoint.model_folder import architectures_of, save_model
 from radlads.checkpoint.own_files import check_names, refuse_links
 from radlads.checkpoint.safetensors_writer import SHARD_BYTES
@@ -20,7 +21,6 @@ from radlads.checksums import CHECKSUMS, differences, read_checksums
 from radlads.files import read_json, write_text
 from radlads.model.configuration import RadladsConfig, names_code
 from radlads.model.modeling import RadladsForCausalLM
-from radlads.model.registry import is_registered
 
 _AUTO_MAP = {
     "AutoConfig": "configuration.RadladsConfig",
@@ -66,19 +66,17 @@ def write_export(
     """Write weights (in `dtype`, default: their own), configuration, code and tokenizer into a folder that exists.
 
     The tokenizer's files are the teacher's, verbatim; generation_config.json is too, but for the rows that pad the
-    embedding (copy_tokenizer). The code is radlads/model, verbatim.
+    embedding (copy_tokenizer). The code is radlads/model, verbatim, and the files of mixers of the user's own.
     """
     save_model(model, folder, dtype=dtype, shard_bytes=shard_bytes)
-    _add_code(folder)
+    _add_code(model.config, folder)
     copy_tokenizer(teacher_folder, folder)
 
 
 def check_exportable(config: RadladsConfig) -> None:
-    """Raise ValueError for a model with mixers of the user's own, whose code is not in radlads/model."""
-    if not is_registered(config):
-        raise ValueError(
-            "a model with mixers of your own cannot be exported with code: load it with radlads and your files instead"
-        )
+    """Raise ValueError for a model with a mixer of the user's own that an export cannot hold (mixer_code.check_code),
+    or whose code is not to be found."""
+    check_code(config)
 
 
 def copy_all_but_weights(
@@ -91,7 +89,8 @@ def copy_all_but_weights(
 ) -> None:
     """Copy what makes weights a model: config.json if there is one, tokenizer, and our code for a model of ours.
 
-    Of config.json, keys that choose code are left out: the code that a folder brings along is not copied.
+    Of config.json, keys that choose code are left out: the code that a folder brings along is not copied. A mixer of
+    the user's own comes along if its file is found and an export can hold it; it is not run.
 
     `tokenizer_folder`: where the tokenizer is, if not in `folder`. `dtype`: what the weights have been cast to.
     `changed`: new values in config.json.
@@ -103,9 +102,10 @@ def copy_all_but_weights(
         if dtype is not None:
             values["torch_dtype" if "torch_dtype" in values else "dtype"] = str(dtype).removeprefix("torch.")
         _write_config(values, target)
-        ours = RadladsForCausalLM.__name__ in architectures_of(values)
-        if ours and is_registered(RadladsConfig.from_dict(dict(values))):
-            _add_code(target)
+        if RadladsForCausalLM.__name__ in architectures_of(values):
+            config = RadladsConfig.from_dict(dict(values))
+            if has_code(config):
+                _add_code(config, target)
     copy_tokenizer(tokenizer_folder or folder, target)
 
 
@@ -113,9 +113,10 @@ def _write_config(values: dict, folder: Path) -> None:
     write_text(folder / "config.json", json.dumps(values, indent=2) + "\n")
 
 
-def _add_code(folder: Path) -> None:
-    """Put our code into a model folder, and into its config.json where transformers finds it."""
+def _add_code(config: RadladsConfig, folder: Path) -> None:
+    """Put the model's code into its folder, and into its config.json where transformers finds it."""
     _write_config(read_json(folder / "config.json") | {"auto_map": _AUTO_MAP}, folder)
     for source in Path(radlads.model.__file__).parent.glob("*.py"):
         if source.name != "__init__.py":
             shutil.copyfile(source, folder / source.name)
+    write_mixer_code(config, folder)

@@ -10,6 +10,7 @@ from radlads.checkpoint.config_values import check_values
 from radlads.checkpoint.described_weights import check_described, keep_own_head
 from radlads.checkpoint.foreign_folders import refuse_adapter, refuse_quantised
 from radlads.checkpoint.manifest import check_model_files
+from radlads.checkpoint.mixer_code import check_brought
 from radlads.checkpoint.published import (
     ARCHITECTURE_OF,
     ARCHITECTURES,
@@ -19,15 +20,8 @@ from radlads.checkpoint.published import (
 )
 from radlads.checkpoint.safetensors_files import WEIGHTS_FILE
 from radlads.checkpoint.safetensors_writer import SHARD_BYTES, file_order, shards_of, write_safetensors, write_shards
-from radlads.checkpoint.weights import (
-    CastWeights,
-    ModelWeights,
-    SafetensorsFolder,
-    StoredWeights,
-    TiedWeights,
-    check_fit,
-    load_strict,
-)
+from radlads.checkpoint.strict_loading import check_fit, load_strict
+from radlads.checkpoint.weights import CastWeights, ModelWeights, SafetensorsFolder, StoredWeights, TiedWeights
 from radlads.files import read_json
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
@@ -96,10 +90,11 @@ def open_checked(folder: Path, *, verify: bool = False) -> StoredModel:
     """open_model, once its files are found to be those that hashes beside them describe (check_model_files).
 
     verify: every byte of an export too. Raises ValueError, also for weights that do not fit a model of ours, for which
-    no memory is taken then.
+    no memory is taken then, and for a mixer whose code nobody but the folder has.
     """
     check_model_files(folder, whole=verify)
     stored = open_model(folder)
+    check_brought(stored.config, folder)
     if is_registered(stored.config):
         check_fit(unplaced_model(stored.config, torch.float32), stored.used, folder)
     return stored

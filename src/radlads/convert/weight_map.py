@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from radlads.checkpoint.weights import copy_checked
+from radlads.checkpoint.strict_loading import copy_checked
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.recurrent_mixer import RecurrentMixer
@@ -41,7 +41,8 @@ def table(
     """
     rows = [_row(name, teacher_names, config, tied=tied, reinit_att=reinit_att) for name in sorted(student_names)]
     used = {row.teacher for row in rows}
-    rows += [Row("drop", name, None) for name in sorted(teacher_names - used) if _may_drop(name, tied, reinit_att)]
+    unused = sorted(teacher_names - used)
+    rows += [Row("drop", name, None) for name in unused if _may_drop(name, config, tied=tied, reinit_att=reinit_att)]
     if left := sorted(teacher_names - {row.teacher for row in rows}):
         raise ValueError(
             f"the teacher's {left[0]} ({len(left)} such) has no place in the student: is it a supported model?"
@@ -98,11 +99,13 @@ def _row(name: str, teacher_names: set[str], config: RadladsConfig, *, tied: boo
     raise ValueError(f"the teacher has no {name}: its weights are incomplete, or it is not a supported model")
 
 
-def _may_drop(name: str, tied: bool, reinit_att: bool) -> bool:
+def _may_drop(name: str, config: RadladsConfig, *, tied: bool, reinit_att: bool) -> bool:
     layer, part = _split_mixer_name(name)
     if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
         return True
-    return reinit_att and layer is not None and part.split(".")[0] in TimeMixer.from_teacher
+    if layer is None or part.split(".")[0] not in TimeMixer.from_teacher:
+        return False
+    return reinit_att or part.split(".")[0] not in config.mixer_class(layer).from_teacher
 
 
 def _split_mixer_name(name: str) -> tuple[int | None, str]:

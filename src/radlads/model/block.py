@@ -53,11 +53,14 @@ class Block(GradientCheckpointingLayer):
     def begin_mixer(self, config: RadladsConfig) -> None:
         """Give the mixer's fresh parameters the values that its constructor gave, unless they were read from a
         checkpoint: transformers has filled the layers inside with its own."""
+        own = dict(self.self_attn.named_parameters())
+        fresh = [name for name in own if name.partition(".")[0] not in self.self_attn.from_teacher]
+        if all(own[name].is_meta for name in fresh):
+            return
         with torch.device("cpu"):
             begun = dict(build_time_mixer(config, self.layer_idx).named_parameters())
-        for name, parameter in self.self_attn.named_parameters():
-            if name.partition(".")[0] not in self.self_attn.from_teacher:
-                init.copy_(parameter, begun[name])
+        for name in fresh:
+            init.copy_(own[name], begun[name])
 
     def forward(self, hidden, v_first, shared: SharedInputs, past_key_values: RadladsCache | None = None):
         """hidden [B, T, C] and v_first to the same after this block. Tensors are positional for checkpointing."""
@@ -116,8 +119,10 @@ class Block(GradientCheckpointingLayer):
 
 
 def begins_by_itself(mixer: TimeMixer) -> bool:
-    """Whether the mixer defines reset_fresh_parameters."""
-    return type(mixer).reset_fresh_parameters is not TimeMixer.reset_fresh_parameters
+    """Whether the mixer's reset_fresh_parameters knows all of its parameters: it has one, and no subclass has added
+    parameters in a constructor of its own since."""
+    kind = next(each for each in type(mixer).__mro__ if {"__init__", "reset_fresh_parameters"} & vars(each).keys())
+    return kind is not TimeMixer and "reset_fresh_parameters" in vars(kind)
 
 
 @functools.cache

@@ -116,8 +116,9 @@ class RadladsConfig(PreTrainedConfig):
         """Of each layer, whether its state grows with the text. To read a configuration runs nobody's code: the file of
         a mixer of one's own is not looked for, and `given` counts."""
         stored = given if len(given or ()) == self.num_hidden_layers else ["linear_attention"] * self.num_hidden_layers
+        ours = known_mixers()
         return [
-            layer_type_of(known_mixers()[name]) if name in known_mixers() else kind
+            layer_type_of(ours[name]) if name in ours else kind
             for name, kind in zip(self.time_mixers, stored, strict=True)
         ]
 

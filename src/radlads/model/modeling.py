@@ -56,10 +56,16 @@ class RadladsPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, TimeMixer) and begins_by_itself(module):
             module.reset_fresh_parameters()
-        elif isinstance(module, Block) and not begins_by_itself(module.self_attn):
-            module.begin_mixer(self.config)
         else:
             super()._init_weights(module)
+
+    @torch.no_grad()
+    def _initialize_weights(self, module: nn.Module, *arguments) -> None:
+        """As transformers', which never asks _init_weights of a module without parameters of its own, as a block is."""
+        is_begun = getattr(module, "_is_hf_initialized", False)
+        if isinstance(module, Block) and not is_begun and not begins_by_itself(module.self_attn):
+            module.begin_mixer(self.config)
+        super()._initialize_weights(module, *arguments)
 
 
 class RadladsModel(RadladsPreTrainedModel):

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
 
 from radlads.checkpoint.atomic import partial_name
-from radlads.checkpoint.hf_export import export, remove_export
+from radlads.checkpoint.hf_export import check_exportable, export, remove_export
 from radlads.checkpoint.manifest import MANIFEST, read_manifest, versions, weights_hash
 from radlads.checkpoint.model_folder import load_model
 from radlads.checkpoint.named_models import NAMED_MODELS, is_fetched
@@ -41,7 +41,7 @@ from radlads.recipes.teacher_record import check_teacher, record_teacher, teache
 from radlads.report.page import write_page
 from radlads.train.fit import recipe_hash, run_stage
 from radlads.train.hardware import check_hardware, only_device
-from radlads.train.processes import ALONE, check_processes
+from radlads.train.processes.group import ALONE, check_processes
 
 RELOAD_TOLERANCE = 1e-4
 HELDOUT_CONTEXT = 512
@@ -96,6 +96,7 @@ def _convert(
     device, recipe = only_device(configs["align"].train), recipe_of(conversion, configs)
     teacher = build_teacher(source)
     student, rows = build_student(source, configs["align"].model)
+    check_exportable(student.config)  # now, not after hours of training
     for model in (teacher, student):
         model.to(device)  # type: ignore[arg-type]
     console.line("setup   " + ", ".join(f"{count} weights {_PAST[action]}" for action, count in sorted(rows.items())))

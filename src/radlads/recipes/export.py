@@ -22,6 +22,7 @@ from radlads.checkpoint.manifest import (
     read_manifest,
     write_folder_checksums,
 )
+from radlads.checkpoint.mixer_code import check_brought
 from radlads.checkpoint.model_folder import StoredModel, load_model, open_model
 from radlads.checkpoint.tokenizer_files import (
     GENERATION_FILE,
@@ -203,6 +204,7 @@ def _write(export: Export, out: Path, console: Console) -> None:
     """Write OUT, its model card last, once the model in it has proved to be the run's."""
     source = find_source(export.run, export.teacher)
     stored = open_model(source.folder)
+    check_brought(stored.config, source.folder)
     check_exportable(stored.config)
     check_copyable(source.tokenizer_folder)
     if export.for_llama_cpp:

@@ -32,12 +32,12 @@ from radlads.convert.student import layer_mixers, student_blueprint, teacher_blu
 from radlads.model.configuration import RadladsConfig
 from radlads.model.mixer_settings import settings_by_mixer, settings_from
 from radlads.model.registry import mixer_class, name_mixers
+from radlads.train.corpora.samples import open_corpora
 from radlads.train.fit import StageResult, run_stage
 from radlads.train.hardware import check_hardware
-from radlads.train.loggers import check_loggers
+from radlads.train.logging.loggers import check_loggers
 from radlads.train.placement import build_models
-from radlads.train.processes import ALONE, Processes
-from radlads.train.samples import open_corpora
+from radlads.train.processes.group import ALONE, Processes
 
 
 def train_stage(config: Config, console: Console, processes: Processes = ALONE) -> StageResult:
