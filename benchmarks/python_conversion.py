@@ -19,13 +19,16 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from conversion_runs import TimedConsole, add_knobs, budget, device_name, stage_keys, with_knobs
+from pretraining import autocast
 from python_corpus import build_corpus, interpreter_roots
-from python_teacher import TeacherPlan, autocast, train_teacher
+from python_plan import TINY, Plan
+from python_teacher import train_teacher
 from torch.utils.data import DataLoader
 
 from radlads.checkpoint.manifest import versions
@@ -43,96 +46,6 @@ from radlads.train.fit import run_stage
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 STUDENTS = {"rad_rwkv7": "rad_rwkv7.yaml", "rad_rwkv7_group_norm": "qwerky7.yaml", "rad_rwkv6": "rad_rwkv6.yaml"}
 STAGES = {"align": "paper_distill1.yaml", "distill": "paper_distill2.yaml", "extend": "paper_distill3.yaml"}
-_PROGRESS_EVERY_S = 5
-
-
-def knob(default: Any, text: str) -> Any:
-    """A field with its help text."""
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Every number of a run, chosen for 8.5 minutes on one H200 with 16 CPU cores."""
-
-    vocab_size: int = knob(16384, "Entries of the tokenizer")
-    tokenizer_bytes: int = knob(60_000_000, "Text that the tokenizer is trained on")
-    hidden_size: int = knob(640, "Channels of the models")
-    intermediate_size: int = knob(1760, "Channels inside the channel mixers")
-    num_layers: int = knob(12, "Layers of the models")
-    head_size: int = knob(64, "Channels of a head")
-    teacher_seconds: float = knob(165.0, "Time for the teacher's training, compiling included")
-    teacher_tokens: int = knob(0, "The teacher's token budget; 0 = by time")
-    teacher_context: int = knob(2048, "Tokens in a sequence for the first 80 % of the teacher's training")
-    teacher_batch_tokens: int = knob(131_072, "Tokens in a step of the teacher's")
-    teacher_lr: float = knob(2e-3, "The teacher's learning rate (Muon, AdamW)")
-    align_tokens: int = knob(2_000_000, "Budget of stage 1")
-    distill_tokens: int = knob(3_000_000, "Budget of stage 2")
-    extend_tokens: int = knob(1_000_000, "Budget of stage 3")
-    align_lr: float = knob(1e-3, "Learning rate of stage 1, the paper's; falls to 1 % of it")
-    distill_lr: float = knob(
-        3e-4, "Learning rate of stage 2; falls to a tenth. The paper's 1e-5 is for models of billions of parameters"
-    )
-    extend_lr: float = knob(1e-4, "Learning rate of stage 3; falls to a tenth")
-    context: int = knob(512, "Tokens in a sequence of stages 1 and 2")
-    batch_tokens: int = knob(8192, "Tokens in a step of stages 1 and 2: small, because the steps are few")
-    long_context: int = knob(
-        8192, "Tokens in a sequence of stage 3, of the end of the teacher's training, and of the losses by position"
-    )
-    long_batch_tokens: int = knob(16_384, "Tokens in a step of stage 3")
-    measure_tokens: int = knob(131_072, "Held-out tokens for loss, KL and agreement, in windows of --context")
-    position_tokens: int = knob(262_144, "Held-out tokens for the losses by position")
-    seed: int = knob(1337, "Seed of the teacher and of every student")
-
-    def __post_init__(self) -> None:
-        if self.long_context <= 4 * self.context:
-            raise ValueError(f"--long-context must be more than 4 times --context, so above {4 * self.context}")
-
-    @property
-    def edges(self) -> tuple[int, ...]:
-        """Bins of the losses by position: the short context, up to four times that, and all beyond."""
-        return (0, self.context, 4 * self.context, self.long_context)
-
-    def teacher(self, *, compile_layers: bool) -> TeacherPlan:
-        """The teacher's part."""
-        return TeacherPlan(
-            vocab_size=self.vocab_size,
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            num_layers=self.num_layers,
-            head_size=self.head_size,
-            context=self.teacher_context,
-            long_context=self.long_context,
-            long_share=0.2,
-            batch_tokens=self.teacher_batch_tokens,
-            seconds=self.teacher_seconds,
-            tokens=self.teacher_tokens,
-            lr=self.teacher_lr,
-            seed=self.seed,
-            compile=compile_layers,
-        )
-
-
-TINY = Plan(
-    vocab_size=320,
-    tokenizer_bytes=200_000,
-    hidden_size=64,
-    intermediate_size=128,
-    num_layers=2,
-    head_size=16,
-    teacher_tokens=40_960,
-    teacher_context=64,
-    teacher_batch_tokens=1024,
-    align_tokens=2048,
-    distill_tokens=2048,
-    extend_tokens=1024,
-    context=32,
-    batch_tokens=256,
-    long_context=256,
-    long_batch_tokens=256,
-    measure_tokens=1024,
-    position_tokens=1024,
-)
 
 
 class Results:
@@ -149,21 +62,6 @@ class Results:
         place[keys[-1]] = value
         self.content["seconds"] = round(time.monotonic() - self._began, 1)
         write_text(self._path, json.dumps(self.content, indent=2) + "\n")
-
-
-class TimedConsole:
-    """Prints every line with the seconds since the start, and progress every few seconds."""
-
-    def __init__(self, began: float) -> None:
-        self._began, self._shown = began, 0.0
-
-    def line(self, text: str) -> None:
-        print(f"{time.monotonic() - self._began:6.1f}s  {text}", flush=True)
-
-    def progress(self, text: str) -> None:
-        if time.monotonic() - self._shown >= _PROGRESS_EVERY_S:
-            self._shown = time.monotonic()
-            self.line(text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,28 +139,21 @@ def convert(run: Run, name: str, source: TeacherSource, teacher: RadladsForCausa
 
 def stage_config(run: Run, name: str, stage: str) -> Config:
     """A stage of a student: the paper's files, then the plan's budget, rates and shapes, then the run's overrides."""
-    plan, on_gpu = run.plan, run.device == "cuda"
-    context, batch_tokens = plan.context, plan.batch_tokens
-    if stage == "extend":
-        context, batch_tokens = plan.long_context, plan.long_batch_tokens
-    tokens = {"align": plan.align_tokens, "distill": plan.distill_tokens, "extend": plan.extend_tokens}[stage]
-    first = {"align": plan.align_lr, "distill": plan.distill_lr, "extend": plan.extend_lr}[stage]
-    keys: dict[str, object] = {
-        "model.ctx_len": context,
-        "train.my_exit_tokens": tokens,
-        "train.micro_bsz": max(1, batch_tokens // context),
+    given = budget(run.plan, stage)
+    keys = stage_keys(
+        given,
+        seed=run.plan.seed,
+        data=str(run.out / "data" / "train"),
+        folder=run.out / name,
+        teacher=None if stage == "extend" else run.out / "teacher",
+        device=run.device,
+    )
+    keys |= {
         "train.accumulate_grad_batches": 1,
         "train.grad_cp": 0,
-        "train.lr_init": first,
-        "train.lr_final": first / (100 if stage == "align" else 10),
-        "train.warmup_steps": tokens // batch_tokens // 20,
+        "train.lr_final": given.lr / (100 if stage == "align" else 10),
+        "train.warmup_steps": given.tokens // given.batch_tokens // 20,
         "train.log_every_n_steps": 10,
-        "train.seed_everything": plan.seed,
-        "train.data_file": str(run.out / "data" / "train"),
-        "train.proj_dir": str(run.out / name),
-        "train.teacher.hf_path": "" if stage == "extend" else str(run.out / "teacher"),
-        "train.accelerator": "gpu" if on_gpu else "cpu",
-        "train.precision": "bf16" if on_gpu else "fp32",
     }
     return load_config([CONFIGS / STUDENTS[name], CONFIGS / STAGES[stage]], keys | run.overrides)
 
@@ -307,11 +198,6 @@ def table(content: dict[str, Any]) -> Iterator[str]:
         yield f"{name:32}{means}" + "".join(f"{loss:11.4f}" for loss in losses)
 
 
-def device_name(device: str) -> str:
-    """What the run runs on, in words."""
-    return torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; `plan` is the default or TINY, with the numbers given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -328,12 +214,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that read and tokenise")
     parser.add_argument("--eager", action="store_true", help="do not compile the teacher's layers for its training")
-    for each in fields(Plan):
-        text = f"{each.metadata['help']} (default: {each.default})".replace("%", "%%")
-        parser.add_argument(f"--{each.name.replace('_', '-')}", type=each.type, help=text)
+    add_knobs(parser, Plan, default="default: {}")
     arguments = parser.parse_args(argv)
-    given = {each.name: getattr(arguments, each.name) for each in fields(Plan)}
-    given = {name: value for name, value in given.items() if value is not None}
     if wrong := [pair for pair in arguments.set if "=" not in pair]:
         parser.error(f"--set {wrong[0]} must be KEY=VALUE")
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -342,7 +224,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if held := [name for name in arguments.only if (arguments.out / name).exists()]:
         parser.error(f"{arguments.out / held[0]} exists already: remove it, or choose another --out or --only")
     try:
-        arguments.plan = replace(TINY if arguments.tiny else Plan(), **given)
+        arguments.plan = with_knobs(TINY if arguments.tiny else Plan(), arguments)
     except ValueError as error:
         parser.error(str(error))
     return arguments

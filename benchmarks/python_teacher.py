@@ -8,15 +8,14 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from python_corpus import END_OF_TEXT
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from pretraining import autocast, build_optimizers, fast_tokenizer, qwen2_config, rate, update, windows
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from radlads.checkpoint.atomic import unfinished_folder
 from radlads.data.binidx import BinIdxReader
@@ -63,17 +62,15 @@ def train_teacher(
         return json.loads((folder / FACTS).read_text())
     began = time.monotonic()
     torch.manual_seed(plan.seed)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(tokenizer_file),
-        eos_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
-        clean_up_tokenization_spaces=False,
-    )
-    model = Qwen2ForCausalLM(qwen2_config(plan, tokenizer.eos_token_id)).to(device)
+    tokenizer = fast_tokenizer(tokenizer_file=str(tokenizer_file))
+    model = Qwen2ForCausalLM(_config(plan, tokenizer.eos_token_id)).to(device)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     tell(f"teacher: {num_parameters:,} parameters")
     tokens = torch.from_numpy(corpus.tokens.astype("int32")).to(device)
-    batches = {length: windows(tokens, length, plan) for length in (plan.context, plan.long_context)}
+    batches = {
+        length: windows(tokens, length, max(1, plan.batch_tokens // length), plan.seed)
+        for length in (plan.context, plan.long_context)
+    }
     was_compiled = prepare(model, plan, {length: next(each) for length, each in batches.items()}, tell)
     facts = _train(model, plan, batches, began, tell)
     facts |= {"parameters": num_parameters, "compiled": was_compiled, "corpus_epochs": facts["tokens"] / len(tokens)}
@@ -85,40 +82,17 @@ def train_teacher(
     return facts
 
 
-def qwen2_config(plan: TeacherPlan, end_of_text: int) -> Qwen2Config:
-    """The plan's shape: half as many key-value heads as heads, untied head, Qwen2.5's RoPE base."""
-    heads = plan.hidden_size // plan.head_size
-    return Qwen2Config(
+def _config(plan: TeacherPlan, end_of_text: int) -> Qwen2Config:
+    """The plan's shape with Qwen2.5's RoPE base."""
+    return qwen2_config(
         vocab_size=plan.vocab_size,
         hidden_size=plan.hidden_size,
         intermediate_size=plan.intermediate_size,
-        num_hidden_layers=plan.num_layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads // 2,
-        max_position_embeddings=32768,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=False,
-        bos_token_id=end_of_text,
-        eos_token_id=end_of_text,
-        pad_token_id=end_of_text,
+        num_layers=plan.num_layers,
+        head_size=plan.head_size,
+        rope_theta=1e6,
+        end_of_text=end_of_text,
     )
-
-
-def windows(tokens: torch.Tensor, length: int, plan: TeacherPlan) -> Iterator[torch.Tensor]:
-    """Yield batches [batch_tokens / length, length + 1] for ever: every epoch a new offset and order of windows."""
-    generator = torch.Generator().manual_seed(plan.seed + length)
-    rows = max(1, plan.batch_tokens // length)
-    steps = torch.arange(length + 1, device=tokens.device)
-    if len(tokens) < (rows + 1) * length + 1:
-        raise ValueError(f"a corpus of {len(tokens)} tokens is too short for batches of {rows} x {length}")
-    while True:
-        offset = int(torch.randint(length, (1,), generator=generator))
-        order = torch.randperm((len(tokens) - offset - 1) // length, generator=generator)
-        for chunk in order.split(rows):
-            if len(chunk) == rows:
-                starts = (offset + chunk * length).to(tokens.device)
-                yield tokens[starts[:, None] + steps].long()
 
 
 def prepare(model, plan: TeacherPlan, samples: dict[int, torch.Tensor], tell: Callable[[str], None]) -> bool:
@@ -153,24 +127,6 @@ def next_token_loss(model, batch: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
 
 
-def autocast(device_type: str) -> AbstractContextManager:
-    """bf16 matrix products on CUDA, fp32 elsewhere."""
-    return torch.autocast(device_type, torch.bfloat16, enabled=device_type == "cuda")
-
-
-def build_optimizers(model, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for embedding, head and vectors."""
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
-    rest = [p for name, p in model.named_parameters() if p.ndim != 2 or ".layers." not in name]
-    muon = torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    return [muon, torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
-
-
-def rate(done: float, step: int) -> float:
-    """Share of the full learning rate: warm-up by steps, flat for 30 % of the training, then linearly to 1 %."""
-    return min(1.0, (step + 1) / _WARMUP_STEPS) * min(1.0, max(0.01, (1 - done) / 0.7))
-
-
 def _train(
     model, plan: TeacherPlan, batches: dict[int, Iterator[torch.Tensor]], began: float, tell: Callable[[str], None]
 ) -> dict[str, Any]:
@@ -186,15 +142,8 @@ def _train(
             break
         length = plan.long_context if done >= 1 - plan.long_share else plan.context
         batch = next(batches[length])
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = plan.lr * rate(done, step)
         loss = next_token_loss(model, batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        update(model, optimizers, loss, plan.lr * rate(done, step, warmup_steps=_WARMUP_STEPS))
         step, tokens_seen = step + 1, tokens_seen + batch[:, 1:].numel()
         long_tokens += batch[:, 1:].numel() if length == plan.long_context else 0
         # Also keeps the host from running ahead of the device, by whose clock the training ends

@@ -19,16 +19,18 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import real_measures
 import torch
-from python_conversion import TimedConsole, device_name, knob
-from python_teacher import autocast
+from conversion_runs import TimedConsole, add_knobs, budget, device_name, stage_keys, with_knobs
+from pretraining import autocast
+from real_plan import TINY, Plan
+from real_results import Results, conversations, share, summary, table
 from real_text import SOURCES, write_tiny_text
 
 from radlads.checkpoint.hf_export import export
@@ -48,76 +50,6 @@ ROOT = Path(__file__).resolve().parents[1]
 MIXER = ROOT / "configs" / "rad_rwkv7.yaml"
 STAGES = {"align": 1, "distill": 2, "extend": -1}
 ROWS = ("teacher", "window_untrained", "setup", *STAGES)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Every number of a run."""
-
-    align_tokens: int = knob(20_000_000, "Budget of stage 1")
-    distill_tokens: int = knob(40_000_000, "Budget of stage 2")
-    extend_tokens: int = knob(5_000_000, "Budget of stage 3")
-    align_lr: float = knob(1e-3, "Rate of stage 1, the paper's; falls to 1 % of it")
-    distill_lr: float = knob(3e-4, "Rate of stage 2; falls to 3 %. The paper's 1e-5 is for billions of parameters")
-    extend_lr: float = knob(1e-5, "Rate of stage 3, the paper's; flat")
-    context: int = knob(512, "Tokens in a sequence of stages 1 and 2, and in the windows of the headline figures")
-    batch_tokens: int = knob(8192, "Tokens in a step of stages 1 and 2")
-    long_context: int = knob(4096, "Tokens in a sequence of stage 3, and in the windows of the figures by position")
-    long_batch_tokens: int = knob(16_384, "Tokens in a step of stage 3")
-    measure_tokens: int = knob(262_144, "Held-out tokens of each kind for the headline figures")
-    position_tokens: int = knob(262_144, "Held-out tokens of each kind for the figures by position")
-    recall_samples: int = knob(20, "Prompts in each cell of the passkey's and the needle's grid")
-    ruler_samples: int = knob(20, "Questions of each RULER task at each length")
-    reply_tokens: int = knob(96, "Longest reply to a chat prompt")
-    seed: int = knob(1337, "Seed of the first conversion; the second one's is the next number")
-
-    @property
-    def edges(self) -> tuple[int, ...]:
-        """Bins of the figures by position: the short context, then doubling."""
-        edges = [0, self.context]
-        while edges[-1] < self.long_context:
-            edges.append(min(2 * edges[-1], self.long_context))
-        return tuple(edges)
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """Lengths of RULER's questions, which need 1024 tokens, and with half of that of the grids' prompts."""
-        return tuple(length for length in (1024, 2048, 4096) if length <= self.long_context)
-
-
-TINY = Plan(
-    align_tokens=2048,
-    distill_tokens=2048,
-    extend_tokens=2048,
-    context=128,
-    batch_tokens=256,
-    long_context=1024,
-    long_batch_tokens=1024,
-    measure_tokens=1024,
-    position_tokens=2048,
-    recall_samples=2,
-    ruler_samples=1,
-    reply_tokens=8,
-)
-
-
-class Results:
-    """results.json: what has been measured so far, and by which plan."""
-
-    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
-        self._path = path
-        self.content: dict[str, Any] = read_json(path) if path.is_file() else {**facts, "rows": {}, "seeds": {}}
-        if self.content["plan"] != facts["plan"]:
-            raise ValueError(f"{path} holds a run of another plan: remove its folder, or choose another --out")
-
-    def once(self, *keys: str, measure: Callable[[], object]) -> None:
-        """Put what `measure` gives at a path of keys, unless there is something."""
-        place = self.content
-        for key in keys[:-1]:
-            place = place.setdefault(key, {})
-        if keys[-1] not in place:
-            place[keys[-1]] = measure()
-            write_text(self._path, json.dumps(self.content, indent=1) + "\n")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,30 +122,21 @@ def convert(run: Run, seed: int, measured: Sequence[str]) -> None:
 
 def stage_config(run: Run, seed: int, stage: str) -> Config:
     """A stage by the paper's recipe with the plan's numbers."""
-    plan, on_gpu = run.plan, run.device == "cuda"
-    context, batch = plan.context, plan.batch_tokens
-    if stage == "extend":
-        context, batch = plan.long_context, plan.long_batch_tokens
-    tokens = {"align": plan.align_tokens, "distill": plan.distill_tokens, "extend": plan.extend_tokens}[stage]
-    first = {"align": plan.align_lr, "distill": plan.distill_lr, "extend": plan.extend_lr}[stage]
-    share = {"align": 0.01, "distill": 0.03, "extend": 1.0}[stage]
-    corpora = ",".join(f"{run.data / f'{kind}-train'}:0.5" for kind in real_measures.KINDS)
-    keys: dict[str, object] = {
-        "model.ctx_len": context,
+    given = budget(run.plan, stage)
+    keys = stage_keys(
+        given,
+        seed=seed,
+        data=",".join(f"{run.data / f'{kind}-train'}:0.5" for kind in real_measures.KINDS),
+        folder=run.out / f"seed-{seed}",
+        teacher=None if stage == "extend" else run.source.folder,
+        device=run.device,
+    )
+    keys |= {
         "train.attention_distillation_stage": STAGES[stage],
-        "train.my_exit_tokens": tokens,
-        "train.micro_bsz": max(1, batch // context),
-        "train.lr_init": first,
-        "train.lr_final": first * share,
+        "train.lr_final": given.lr * {"align": 0.01, "distill": 0.03, "extend": 1.0}[stage],
         "train.beta2": 0.95,
-        "train.warmup_steps": max(1, tokens // batch // 40),
+        "train.warmup_steps": max(1, given.tokens // given.batch_tokens // 40),
         "train.log_every_n_steps": 20,
-        "train.seed_everything": seed,
-        "train.data_file": corpora,
-        "train.proj_dir": str(run.out / f"seed-{seed}"),
-        "train.teacher.hf_path": "" if stage == "extend" else str(run.source.folder),
-        "train.accelerator": "gpu" if on_gpu else "cpu",
-        "train.precision": "bf16" if on_gpu else "fp32",
     }
     return load_config([MIXER], keys)
 
@@ -269,7 +192,7 @@ def record_use(run: Run, row: str) -> None:
     run.results.once(*keys, "replies", measure=lambda: real_measures.replies(model, folder, plan.reply_tokens))
     grids, ruler = (run.results.content["rows"][row][name] for name in ("recall", "ruler"))
     mean = statistics.mean(score for by_length in ruler.values() for score in by_length.values())
-    shares = ", ".join(f"{task} {_share(cells):.0%}" for task, cells in grids.items())
+    shares = ", ".join(f"{task} {share(cells):.0%}" for task, cells in grids.items())
     run.console.line(f"{row:17}{shares}, RULER {mean:.0%}")
 
 
@@ -285,65 +208,12 @@ def record_costs(run: Run, row: str) -> None:
     )
 
 
-def _share(cells: Sequence[dict[str, Any]]) -> float:
-    return sum(cell["num_right"] for cell in cells) / sum(cell["num_samples"] for cell in cells)
-
-
-def table(content: dict[str, Any]) -> Iterator[str]:
-    """The rows' headline figures, KL by position, recall and RULER."""
-    bins = [f"{each['first']}-{each['end']}" for each in content["rows"]["teacher"]["english"]["by_position"]]
-    for kind in real_measures.KINDS:
-        yield f"\n{kind:18}{'loss':>8}{'KL':>8}{'top-1':>8}" + "".join(f"KL {name}".rjust(14) for name in bins)
-        second = {f"extend, seed {seed}": row for seed, row in content["seeds"].items()}
-        for name, row in (content["rows"] | second).items():
-            values = row[kind]
-            yield f"{name:18}{values['loss']:8.3f}{values['kl']:8.3f}{values['top1']:8.1%}" + "".join(
-                f"{each['kl']:14.3f}" for each in values["by_position"]
-            )
-    lengths = list(next(iter(content["rows"]["teacher"]["ruler"].values())))
-    yield (
-        f"\n{'':18}{'passkey':>9}{'needle':>9}"
-        + "".join(f"RULER {length}".rjust(12) for length in lengths)
-        + (f"{'ms a token':>12}{'state MB':>10}")
-    )
-    for name, row in content["rows"].items():
-        ruler = [statistics.mean(task[length] for task in row["ruler"].values()) for length in lengths]
-        grids = "".join(f"{_share(row['recall'][task]):9.0%}" for task in ("passkey", "needle"))
-        last = row["costs"][-1]
-        yield (
-            f"{name:18}{grids}"
-            + "".join(f"{score:12.0%}" for score in ruler)
-            + (f"{last['decode_ms']:12.2f}{last['state_bytes'] / 1e6:10.2f}")
-        )
-
-
-def conversations(content: dict[str, Any]) -> Iterator[str]:
-    """Each prompt with the teacher's reply and the finished student's."""
-    rows = content["rows"]
-    for number, prompt in enumerate(real_measures.PROMPTS):
-        yield f"\n> {prompt}"
-        for name in ("teacher", "extend"):
-            yield f"[{name}] {rows[name]['replies'][number]}"
-
-
 def write_report_files(run: Run) -> None:
     """Leave in the first conversion's folder what `radlads report` reads: the export, scores and grids."""
     folder, rows = run.out / f"seed-{run.plan.seed}", run.results.content["rows"]
     if not (folder / "hf").exists():
         export(load_model(run.stage_folder(run.plan.seed, "extend")), run.source.folder, folder / "hf")
-    means = {
-        name: {key: statistics.mean(row[kind][key] for kind in real_measures.KINDS) for key in ("loss", "kl", "top1")}
-        for name, row in rows.items()
-        if name != "window_untrained"
-    }
-    names = {"student": "extend", "teacher": "teacher"}
-    costs = {name: rows[row]["costs"] for name, row in names.items()}
-    summary = means | {
-        "decode_ms": {name: {str(c["context_tokens"]): c["decode_ms"] for c in each} for name, each in costs.items()},
-        "bytes": {name: {str(c["context_tokens"]): c["state_bytes"] for c in each} for name, each in costs.items()},
-        "sample": {"prompt": real_measures.PROMPTS[0]} | {n: rows[row]["replies"][0] for n, row in names.items()},
-    }
-    write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_text(folder / "summary.json", json.dumps(summary(rows), indent=1) + "\n")
 
 
 def commit() -> str:
@@ -363,19 +233,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--commit", default=commit(), help="what results.json names (default: the checkout's)")
     parser.add_argument("--tiny", action="store_true", help="start from numbers for a CPU and two minutes")
-    for name, default in asdict(Plan()).items():
-        kind = Plan.__dataclass_fields__[name]
-        text = f"{kind.metadata['help']} (default {default})".replace("%", "%%")
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), help=text)
+    add_knobs(parser, Plan, default="default {}")
     arguments = parser.parse_args(argv)
-    given = {name: value for name in asdict(Plan()) if (value := getattr(arguments, name)) is not None}
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA GPU is here: choose --device cpu, and --tiny with it")
     if arguments.data is None and not arguments.tiny:
         parser.error("--data is missing: write the text with benchmarks/real_text.py first")
     if arguments.data is not None and not (arguments.data / SOURCES).is_file():
         parser.error(f"{arguments.data} holds no {SOURCES}: write it with benchmarks/real_text.py")
-    arguments.plan = replace(TINY if arguments.tiny else Plan(), **given)
+    arguments.plan = with_knobs(TINY if arguments.tiny else Plan(), arguments)
     return arguments
 
 

@@ -2,21 +2,18 @@
 
     python benchmarks/real_text.py --out data/real [--tokenizer smollm2] [--train-tokens 30000000]
 
-Fetches the Debian packages of DEBIAN with apt-get (no root needed), takes the English pages out of them, and reads the
+Fetches the packages that debian_text.py lists with apt-get (no root needed), takes their English pages, and reads the
 .py files of the packages that this interpreter has. One document in forty is held out, by a hash of its name. A
 document for training that shares most of its lines with one read before, held out or not, is left out. Writes
 {english,python}-{train,heldout}.{bin,idx} and sources.json, which names every package with version, licence and tokens.
 """
 
 import argparse
-import gzip
 import hashlib
 import itertools
 import json
 import pydoc_data.topics
-import re
 import shutil
-import subprocess
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -25,9 +22,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-import lxml.etree
-import lxml.html
 import numpy as np
+from debian_text import DEBIAN, MAX_CHARACTERS, MIN_CHARACTERS, english_texts, fetch
 from numpy.typing import NDArray
 from python_corpus import copies, distinctive_lines
 from tokenizers import Tokenizer
@@ -39,43 +35,8 @@ from radlads.data.python_text import iter_documents
 from radlads.files import write_text
 from radlads.recipes.stage_configs import BUNDLED_TEACHER
 
-# Debian 12's packages and the licence of their texts, as /usr/share/doc/PACKAGE/copyright has it
-DEBIAN = {
-    "anarchism": "GPL-2",
-    "apache2-doc": "Apache-2.0",
-    "cmake-doc": "BSD-3-Clause",
-    "debian-handbook": "GPL-2+ or CC-BY-SA-3.0",
-    "debian-policy": "GPL-2+",
-    "debian-reference-en": "GPL-2+",
-    "developers-reference": "GPL-2+",
-    "dict-gcide": "GPL-3+",
-    "gimp-help-en": "GFDL-1.2+",
-    "git-doc": "GPL-2",
-    "gnucash-docs": "GFDL-1.1+",
-    "installation-guide-amd64": "GPL-2",
-    "libboost1.74-doc": "BSL-1.0",
-    "linux-doc-6.1": "GPL-2",
-    "maxima-doc": "GPL-2",
-    "octave-doc": "GPL-3+",
-    "perl-doc": "GPL-1+ or Artistic",
-    "postfix-doc": "IPL-1.0 or EPL-2.0",
-    "postgresql-doc-15": "PostgreSQL",
-    "python3.11-doc": "PSF-2.0",
-    "python-django-doc": "BSD-3-Clause",
-    "python-sqlalchemy-doc": "MIT",
-    "qtbase5-doc-html": "GFDL-1.3",
-    "sqlite3-doc": "public domain",
-    "vim-doc": "Vim",
-}
 HELDOUT_ONE_IN = 40
 SOURCES = "sources.json"
-_MIN_CHARACTERS, _MAX_CHARACTERS = 800, 400_000
-_PAGES = (".html", ".htm", ".xhtml")
-_TEXTS = (".txt", ".pod", ".md")
-_BLOCKS = {"p", "div", "li", "dt", "dd", "tr", "pre", "br", "h1", "h2", "h3", "h4", "h5", "h6", "section", "blockquote"}
-_FURNITURE = re.compile(r"sidebar|related|nav|footer|header$|headerlink|toctree|breadcrumb|menu|search")
-_COMMON = frozenset("the of to and a in is that for it be as are with this or not can on by from an if which".split())  # noqa: SIM905
-_COMMON_SHARE, _DICTIONARY_CHUNK = 0.16, 8000
 _BATCH = 64
 _Ids = NDArray[np.int32]
 _ByPackage = dict[str, list[_Ids]]
@@ -93,76 +54,13 @@ class Document(NamedTuple):
         return int(hashlib.sha256(f"{self.package}/{self.name}".encode()).hexdigest(), 16) % HELDOUT_ONE_IN == 0
 
 
-def english_documents(folder: Path, package: str) -> Iterator[Document]:
-    """The English pages and texts of an unpacked Debian package, by path."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_symlink() or not path.is_file():
-            continue
-        name = str(path.relative_to(folder))
-        if name.endswith(".dict.dz"):
-            yield from _entries(path, package)
-            continue
-        suffix = Path(name.removesuffix(".gz")).suffix
-        if suffix not in _PAGES + _TEXTS:
-            continue
-        raw = gzip.decompress(path.read_bytes()) if name.endswith(".gz") else path.read_bytes()
-        text = _page_text(raw) if suffix in _PAGES else raw.decode("utf-8", errors="ignore")
-        if len(text) >= _MIN_CHARACTERS and is_english(text):
-            yield Document(package, name, text[:_MAX_CHARACTERS])
-
-
-def _entries(path: Path, package: str) -> Iterator[Document]:
-    """A dictionary's entries, some pages at a time."""
-    text = gzip.decompress(path.read_bytes()).decode("utf-8", errors="ignore")
-    for number, start in enumerate(range(0, len(text), _DICTIONARY_CHUNK)):
-        yield Document(package, f"{path.name}#{number}", text[start : start + _DICTIONARY_CHUNK])
-
-
-def _page_text(raw: bytes) -> str:
-    """What a reader sees of a page, a line for each block."""
-    try:
-        page = lxml.html.document_fromstring(raw, parser=lxml.html.HTMLParser(encoding="utf-8"))
-    except (lxml.etree.ParserError, ValueError):
-        return ""
-    for element in list(page.iter()):
-        if (
-            not isinstance(element.tag, str)
-            or element.tag in ("script", "style", "head", "nav", "footer")
-            or _FURNITURE.search(element.get("class") or "")
-            or element.get("role") in ("navigation", "search")
-        ):
-            _remove(element)
-        elif element.tag in _BLOCKS:
-            element.tail = "\n" + (element.tail or "")
-    lines = (re.sub(r"[ \t\xa0]+", " ", line).rstrip() for line in page.text_content().splitlines())
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip() + "\n"
-
-
-def _is_furniture(element: lxml.html.HtmlElement) -> bool:
-    """Whether an element is none of the page's text: a comment, a script, a menu."""
-    if not isinstance(element.tag, str) or element.tag in ("script", "style", "head", "nav", "footer"):
-        return True
-    return bool(_FURNITURE.search(element.get("class") or "")) or element.get("role") in ("navigation", "search")
-
-
-def _remove(element: lxml.html.HtmlElement) -> None:
-    if element.getparent() is not None:
-        element.drop_tree()
-
-
-def is_english(text: str) -> bool:
-    """Whether the commonest English words are as common as in English prose."""
-    words = re.findall(r"[^\W\d_]+", text[:20_000].lower())
-    return bool(words) and sum(word in _COMMON for word in words) / len(words) >= _COMMON_SHARE
-
-
 def python_documents() -> Iterator[Document]:
     """The .py files of every package that this interpreter has, by package and path."""
     installed = {each.metadata["Name"]: each for each in metadata.distributions()}
     for package in sorted(installed, key=str.lower):
         for file in sorted(installed[package].files or (), key=str):
             path = Path(str(file.locate()))
-            if file.suffix == ".py" and path.is_file() and _MIN_CHARACTERS <= path.stat().st_size <= _MAX_CHARACTERS:
+            if file.suffix == ".py" and path.is_file() and MIN_CHARACTERS <= path.stat().st_size <= MAX_CHARACTERS:
                 yield Document(package, str(file), path.read_text(encoding="utf-8", errors="ignore"))
 
 
@@ -259,18 +157,6 @@ def write_tiny_text(folder: Path) -> tuple[Path, Path]:
     return teacher, data
 
 
-def fetch(package: str, folder: Path) -> str:
-    """Download and unpack a Debian package below `folder`; its version."""
-    done = subprocess.run(
-        ["apt-get", "download", "-q", package], cwd=folder, capture_output=True, text=True, check=False
-    )
-    files = list(folder.glob(f"{package}_*.deb"))
-    if done.returncode or not files:
-        raise ValueError(f"{package} could not be fetched with apt-get: {done.stderr.strip().splitlines()[-1:]}")
-    subprocess.run(["dpkg-deb", "-x", str(files[0]), str(folder / package)], check=True)
-    return files[0].name.split("_")[1].replace("%3a", ":")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Write both kinds of text and what is in them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -294,7 +180,8 @@ def main(argv: list[str] | None = None) -> int:
         with TemporaryDirectory() as temporary:
             for package in arguments.debian or DEBIAN:
                 versions["english"][package] = fetch(package, Path(temporary))
-                yield from english_documents(Path(temporary) / package, package)
+                for name, text in english_texts(Path(temporary) / package):
+                    yield Document(package, name, text)
 
     sources = {}
     for kind, documents in (("english", english()), ("python", python_documents())):

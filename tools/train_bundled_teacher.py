@@ -10,37 +10,20 @@ import argparse
 import json
 import lzma
 import math
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
 
 from radlads.data.python_text import iter_documents
 
-END_OF_TEXT = "<|endoftext|>"
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-
-def train_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE that keeps runs of spaces together, digits apart, and words with their leading space."""
-    tokenizer = Tokenizer(models.BPE())
-    pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+ *|\s+(?!\S)|\s+"
-    split = pre_tokenizers.Split(pattern=Regex(pattern), behavior="isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((text for _, text in iter_documents("train")), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT, clean_up_tokenization_spaces=False
-    )
+from pretraining import build_optimizers, fast_tokenizer, qwen2_config, rate, update, windows
+from python_corpus import train_tokenizer
 
 
 def encode_split(tokenizer, split) -> tuple[np.ndarray, int]:
@@ -81,24 +64,20 @@ def bigram_nats(train: np.ndarray, heldout: np.ndarray, vocab_size: int) -> floa
 def train(args) -> None:
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(args.vocab_size)
+    texts = (text for _, text in iter_documents("train"))
+    tokenizer = fast_tokenizer(tokenizer_object=train_tokenizer(texts, args.vocab_size))
     train_ids, _ = encode_split(tokenizer, "train")
     heldout_ids, heldout_bytes = encode_split(tokenizer, "heldout")
     print(f"{len(train_ids):,} training tokens, {len(heldout_ids):,} held out ({heldout_bytes:,} bytes)", flush=True)
 
-    config = Qwen2Config(
+    config = qwen2_config(
         vocab_size=args.vocab_size,
         hidden_size=args.hidden_size,
         intermediate_size=args.intermediate_size,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.hidden_size // 64,
-        num_key_value_heads=args.hidden_size // 128,
-        max_position_embeddings=32768,
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=False,
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
+        num_layers=args.layers,
+        head_size=64,
+        rope_theta=1e4,
+        end_of_text=tokenizer.eos_token_id,
     )
     model = Qwen2ForCausalLM(config)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
@@ -108,26 +87,19 @@ def train(args) -> None:
     long_from = 0.75  # short sequences first; the last quarter of the time is for long ones
     tokens_per_batch = args.batch * args.context
     batches = {
-        length: epochs(train_ids, length, tokens_per_batch // length, args.seed)
+        length: windows(torch.from_numpy(train_ids), length, tokens_per_batch // length, args.seed)
         for length in (args.short, args.context)
     }
     while (elapsed := time.monotonic() - began) < seconds:
         done = elapsed / seconds
-        rate = min(1.0, (step + 1) / 100) * min(1.0, max(0.01, (1 - done) / 0.7))
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * rate
+        share = rate(done, step, warmup_steps=100)
         batch = next(batches[args.short if done < long_from else args.context])
         loss = loss_of(model, batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        update(model, optimizers, loss, args.lr * share)
         step, tokens_seen = step + 1, tokens_seen + batch[:, 1:].numel()
         if step % 50 == 0:
             speed = tokens_seen / (time.monotonic() - began)
-            print(f"{elapsed:6.0f}s step {step} loss {loss.item():.4f} rate {rate:.3f} {speed:,.0f} tok/s", flush=True)
+            print(f"{elapsed:6.0f}s step {step} loss {loss.item():.4f} rate {share:.3f} {speed:,.0f} tok/s", flush=True)
         if step % 500 == 0:
             _report(model.eval(), heldout_ids[:40_000], heldout_bytes * 40_000 / len(heldout_ids), args.context)
             save(model, tokenizer, args.out)
@@ -141,25 +113,6 @@ def next_token_loss(model, batch):
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(batch[:, :-1], use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
-
-
-def build_optimizers(model, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for embeddings, head and vectors."""
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
-    rest = [p for name, p in model.named_parameters() if p.ndim != 2 or ".layers." not in name]
-    muon = torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    return [muon, torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
-
-
-def epochs(ids: np.ndarray, length: int, rows: int, seed: int):
-    """Yield [rows, length + 1] batches for ever: every epoch a new offset and a new order of windows."""
-    tokens, generator = torch.from_numpy(ids), torch.Generator().manual_seed(seed + length)
-    while True:
-        offset = int(torch.randint(length, (1,), generator=generator))
-        order = torch.randperm((len(tokens) - offset - 1) // length, generator=generator)
-        for chunk in order.split(rows):
-            if len(chunk) == rows:
-                yield torch.stack([tokens[offset + i * length :][: length + 1] for i in chunk.tolist()])
 
 
 def save(model, tokenizer, out: Path) -> None:

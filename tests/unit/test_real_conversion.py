@@ -12,6 +12,7 @@ from radlads.data.binidx import BinIdxReader
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
+import debian_text  # noqa: E402
 import real_conversion  # noqa: E402
 import real_text  # noqa: E402
 
@@ -76,9 +77,9 @@ def test_pages_lose_their_menus_and_other_languages_are_told_apart():
     page = (
         b"<html><head><title>no</title></head><body><nav>Menu</nav><p>The first line.</p><p>And the second.</p></body>"
     )
-    assert real_text._page_text(page) == "The first line.\nAnd the second.\n"
-    assert real_text.is_english("It is not the end of the story, and that is as it should be for all of us." * 20)
-    assert not real_text.is_english("Das ist nicht das Ende der Geschichte, und so soll es auch sein." * 20)
+    assert debian_text.page_text(page) == "The first line.\nAnd the second.\n"
+    assert debian_text.is_english("It is not the end of the story, and that is as it should be for all of us." * 20)
+    assert not debian_text.is_english("Das ist nicht das Ende der Geschichte, und so soll es auch sein." * 20)
 
 
 def test_documents_are_held_out_by_name_and_copies_of_them_left_out():
