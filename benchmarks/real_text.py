@@ -37,7 +37,7 @@ from radlads.convert.hf_source import end_of_text_id, load_tokenizer
 from radlads.data.binidx import BinIdxWriter
 from radlads.data.python_text import iter_documents
 from radlads.files import write_text
-from radlads.recipes.conversion import BUNDLED_TEACHER
+from radlads.recipes.stage_configs import BUNDLED_TEACHER
 
 # Debian 12's packages and the licence of their texts, as /usr/share/doc/PACKAGE/copyright has it
 DEBIAN = {

@@ -26,9 +26,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from radlads.checkpoint.model_folder import save_model
 from radlads.config.schema import ModelConfig
 from radlads.convert.hf_source import open_teacher
+from radlads.convert.shapes import QWEN25
 from radlads.convert.student import build_student
 from radlads.data.binidx import BinIdxWriter
-from radlads.planning.models import QWEN25
 from radlads.report.run_folder import read_csv
 
 TINY = (2, 128, 256, 4, 2, 512, False)

@@ -56,7 +56,7 @@ def load_texts(dataset: str | None, num_characters: int) -> list[str]:
 def load(folder: Path | None):
     from tokenizers import Tokenizer
 
-    from radlads.recipes.conversion import BUNDLED_TEACHER
+    from radlads.recipes.stage_configs import BUNDLED_TEACHER
 
     return Tokenizer.from_file(str(Path(folder or BUNDLED_TEACHER) / "tokenizer.json"))
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 FAILED = 1
 USER_ERROR = 2
 INTERRUPTED = 130
-# The commands, beside train, that load models whose config.json may name any mixer
-_LOADING = ("generate", "chat", "serve", "eval", "longcontext", "export", "mixers")
+# The commands, beside train and bench, that any mixer may be named to, by an option or by a model's config.json
+_LOADING = ("demo", "generate", "chat", "serve", "eval", "longcontext", "report", "export", "plan", "mixers")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

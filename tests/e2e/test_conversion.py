@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from radlads.checkpoint.model_folder import load_model
 from radlads.cli import main
-from radlads.recipes.conversion import only_process_in
+from radlads.recipes.conversion_folder import only_process_in
 
 SMALL = ["--set", "model.ctx_len=32", "--set", "train.my_exit_tokens=1280", "--set", "train.micro_bsz=4"]
 SMALL += ["--set", "train.heldout_every_steps=5", "--set", "train.heldout_tokens=640"]

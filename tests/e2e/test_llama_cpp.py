@@ -20,8 +20,8 @@ from radlads.cli import main
 from radlads.config.load import load_config
 from radlads.convert.hf_source import open_teacher
 from radlads.convert.student import build_student
-from radlads.recipes.conversion import BUNDLED_TEACHER
 from radlads.recipes.reload_check import logits_of
+from radlads.recipes.stage_configs import BUNDLED_TEACHER
 
 SOURCE = os.environ.get("RADLADS_LLAMA_CPP")
 pytestmark = pytest.mark.skipif(SOURCE is None, reason="RADLADS_LLAMA_CPP names no llama.cpp source folder")

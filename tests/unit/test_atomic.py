@@ -9,7 +9,7 @@ from root_scripts import largest_file
 from radlads.checkpoint import own_files
 from radlads.checkpoint.atomic import unfinished_file, unfinished_folder
 from radlads.files import write_text
-from radlads.recipes.conversion import only_process_in
+from radlads.recipes.conversion_folder import only_process_in
 
 
 def test_a_folder_has_its_name_when_it_is_complete(tmp_path):

@@ -1,6 +1,7 @@
 """What `radlads bench` counts, times, writes and says."""
 
 import json
+import math
 import sys
 import weakref
 from types import ModuleType
@@ -13,9 +14,10 @@ from radlads.bench.cases import DEFAULT_CASES, KINDS, decode_case, kernel_case, 
 from radlads.bench.costs import decode_state_bytes, prefill_flops, recurrence_bytes
 from radlads.bench.kernels import StillTuning, tuning_limit
 from radlads.bench.measure import Timing, timed
-from radlads.bench.models import open_shape, random_model, weight_bytes
+from radlads.bench.models import random_model, weight_bytes
 from radlads.bench.record import LATEST, Row, checkout_commit, merge_results
 from radlads.cli import main
+from radlads.convert.shapes import open_shape
 from radlads.distill.arithmetic import mixer_weights, train_flops
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
@@ -26,7 +28,7 @@ TIMING = Timing(median_ms=10.0, min_ms=9.0, max_ms=12.0, runs=3, warmup_s=1.0)
 
 
 def shape_7b(mixer="rad_rwkv7"):
-    return open_shape("7b", layers=None, mixer=mixer, variant="group_norm")
+    return open_shape("7b", mixer=mixer)
 
 
 def bench(*argv):
@@ -85,7 +87,7 @@ def test_warm_up_is_not_timed():
 
 @pytest.mark.parametrize("mixer", ["rad_rwkv6", "rad_rwkv7"])
 def test_random_weights_leave_nothing_at_zero(mixer):
-    config = open_shape("tiny", layers=None, mixer=mixer, variant="group_norm").student
+    config = open_shape("tiny", mixer=mixer, variant=None).student
     model = random_model(config, device=CPU, dtype=torch.bfloat16)
     for name, parameter in model.named_parameters():
         assert parameter.dtype == torch.bfloat16
@@ -93,6 +95,53 @@ def test_random_weights_leave_nothing_at_zero(mixer):
         assert (parameter != 0).float().mean() > 0.9, name
     assert model.model.norm.weight.float().mean().item() == pytest.approx(1, abs=0.02)
     assert weight_bytes(model) == 2 * sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_random_weights_are_those_of_a_student_in_use():
+    mixer = random_model(open_shape("tiny").student, device=CPU, dtype=torch.float32).model.layers[1].self_attn
+    decay = torch.exp(-math.exp(-0.5) * torch.sigmoid(mixer.w0))
+    assert 0.95 < decay.median() < 1
+    assert mixer.v0.mean().item() == pytest.approx(1, abs=0.02)
+    assert mixer.ln_x.weight.mean().item() == pytest.approx(1, abs=0.02)
+
+
+OWN = """
+import torch
+from torch import nn
+
+class TMix_{name}(nn.Module):
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.share = nn.Parameter(torch.full((config.hidden_size,), 0.25))
+        self.register_buffer("seven", torch.full((3,), 7.0))
+
+    def forward(self, x, state, v_first, shared):
+        assert bool((self.seven == 7).all())
+        return self.v_proj(x) * self.share, state, v_first
+"""
+
+
+@pytest.fixture
+def own_mixer(tmp_path, monkeypatch):
+    """The name of a mixer that radlads knows nothing of, and the folder of its file."""
+    name = f"own{abs(hash(tmp_path))}"
+    (tmp_path / "mixers" / "tmix").mkdir(parents=True)
+    (tmp_path / "mixers" / "tmix" / f"tmix_{name}.py").write_text(OWN.format(name=name))
+    for module in [key for key in sys.modules if key.partition(".")[0] == "tmix"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return name, tmp_path / "mixers"
+
+
+def test_a_mixer_of_ones_own_begins_as_it_says(own_mixer):
+    name, folder = own_mixer
+    sys.path.insert(0, str(folder))
+    model = random_model(open_shape("tiny", mixer=name).student, device=CPU, dtype=torch.bfloat16)
+    for block in model.model.layers:
+        assert block.self_attn.seven.tolist() == [7, 7, 7]
+        assert block.self_attn.share.float().mean().item() == pytest.approx(0.25, abs=0.01)
+        assert block.self_attn.share.float().std() > 0.01
 
 
 def test_cases_are_read_from_their_names():
@@ -230,9 +279,14 @@ def test_results_hold_the_latest_of_the_students_usual_cases(tmp_path):
         (["train", "--batch", "4", "--tokens", "512"], "--stage is needed"),
         (["train", "--stage", "align"], "--tokens is needed"),
         (["train", "--cases", "align_4x512", "--batch", "4"], "leave out --stage"),
-        (["train", "--shape", "8b"], "choose one of 7b, tiny, or a Hugging Face folder"),
+        (["train", "--shape", "8b"], "choose one of 0.5b, 1.5b, 3b, 7b, 14b, 32b, 72b, tiny, "),
         (["train", "--layers", "0"], "--layers must be 1 or more"),
-        (["decode", "--mixer", "mamba"], "rad_rwkv6 or rad_rwkv7, not 'mamba'"),
+        (["decode", "--mixer", "mamba"], "no mixer named 'mamba': use one of qwen2, rad_rwkv6, rad_rwkv7"),
+        (["decode", "--variant", "tall"], "--variant must be one of balanced, group_norm, not 'tall'"),
+        (["decode", "--mixer", "rad_rwkv6", "--variant", "group_norm"], "belongs to --mixer rad_rwkv7"),
+        (["decode", "--set", "train.lr_init=1"], "only keys of the model section"),
+        (["decode", "--set", "model.tmix=rad_rwkv6"], "name the mixer with --mixer"),
+        (["decode", "--set", "model.gate_rank=1"], "did you mean 'model.gate_rank_type'"),
         (["decode", "--results", "results.json"], "leave --results out"),
     ],
 )

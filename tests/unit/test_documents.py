@@ -14,7 +14,7 @@ from radlads.convert.student import build_student, build_teacher
 from radlads.data.binidx import BinIdxReader, BinIdxWriter
 from radlads.distill.documents import UNCOUNTED, document_ends, documents, rows_without_first_tokens
 from radlads.distill.logits import build_stage
-from radlads.model import modeling
+from radlads.model import block
 from radlads.train import fit, hardware
 
 END = 256
@@ -218,7 +218,7 @@ def test_accumulating_unequal_counts_is_one_large_batch(teacher, corpus, tmp_pat
 
 def test_documents_are_never_compiled(teacher, corpus, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(modeling, "_compiled", lambda function, backend: asked.append(backend) or function)
+    monkeypatch.setattr(block, "_compiled", lambda function, backend: asked.append(backend) or function)
     monkeypatch.setattr(hardware, "has_triton", lambda device: True)
     compiles = hardware.compiles
     monkeypatch.setattr(fit, "compiles", lambda train, device: compiles(train, torch.device("cuda")))

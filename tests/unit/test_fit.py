@@ -18,7 +18,7 @@ from radlads.convert.student import build_student, build_teacher
 from radlads.data.binidx import BinIdxReader
 from radlads.data.loader import HeldoutWindows
 from radlads.distill.heldout import measure
-from radlads.model import modeling, rad_rwkv7
+from radlads.model import block, rad_rwkv7
 from radlads.model.rad_rwkv7 import RadRwkv7
 from radlads.model.swiglu import SwiGLU
 from radlads.train import fit, hardware
@@ -278,7 +278,7 @@ def test_too_little_gpu_memory_says_what_to_lower(teacher, corpus_folder, tmp_pa
 
 def test_compiling_always_compiles_while_the_stage_runs(teacher, corpus_folder, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(modeling, "_compiled", lambda function, backend: asked.append(backend) or function)
+    monkeypatch.setattr(block, "_compiled", lambda function, backend: asked.append(backend) or function)
     run(teacher, corpus_folder, tmp_path / "never", compile="never", my_exit_tokens=64)
     assert asked == []
     _, student, _ = run(teacher, corpus_folder, tmp_path / "always", compile="always", my_exit_tokens=64)

@@ -9,14 +9,15 @@ import torch
 from transformers import Qwen2Config
 
 from radlads.cli import main
+from radlads.convert.shapes import QWEN25, open_shape
 from radlads.distill.stage import is_mixer_parameter
 from radlads.model import rwkv7_triton
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.planning.activations import channel_mixer_kept, mixer_kept
 from radlads.planning.machines import Machine
-from radlads.planning.memory import Models, Step, host_bytes, largest_micro_batch, peak
-from radlads.planning.models import QWEN25, count_parameters, open_shape
+from radlads.planning.memory import Models, Step, _logit_moments, host_bytes, largest_micro_batch, peak
+from radlads.planning.models import count_parameters
 from radlads.planning.plan import PAPER_HOURS, RECIPES, Recipe, Request, largest_micro_batches, plan_stage
 from radlads.planning.speed import MEASURED, SEVERAL_GPUS, share, stage_hours, step_of
 from radlads.train.gpus import GPUS
@@ -29,7 +30,7 @@ NAMES = [
 
 
 def models_of(size):
-    return Models.of(open_shape(size, mixer="rad_rwkv7", variant="group_norm"))
+    return Models.of(open_shape(size, variant="group_norm"))
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +196,7 @@ def cut_models(size, layers, folder):
     shape = {"num_hidden_layers": layers, "hidden_size": channels, "intermediate_size": inner}
     shape |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocabulary}
     Qwen2Config(**shape, tie_word_embeddings=tied, architectures=["Qwen2ForCausalLM"]).save_pretrained(folder)
-    return Models.of(open_shape(str(folder), mixer="rad_rwkv7", variant="balanced"))
+    return Models.of(open_shape(str(folder), variant="balanced"))
 
 
 @pytest.mark.parametrize(
@@ -363,7 +364,10 @@ def test_the_command_says_all_of_it(teacher, capsys):
         (["7b", "--batch", "0"], "--batch must be 1 or more"),
         (["7b", "--micro-batch", "97", "--stage", "distill"], "--micro-batch must be 1 to 96"),
         (["7b", "--gpu", "a100", "--teacher-precision", "fp8"], "no 8-bit products"),
-        (["7b", "--mixer", "rwkv"], "--mixer must be"),
+        (["7b", "--mixer", "rwkv"], "no mixer named 'rwkv': use one of"),
+        (["7b", "--mixer", "rad_rwkv6", "--variant", "group_norm"], "belongs to --mixer rad_rwkv7"),
+        (["7b", "--mixer", "qwen2"], "no layer of this student has a mixer to align"),
+        (["7b", "--set", "train.lr_init=1"], "only keys of the model section"),
         (["7b", "--variant", "x"], "--variant must be"),
     ],
 )
@@ -387,3 +391,30 @@ def test_a_batch_of_another_size_is_planned(seven):
     plan = plan_stage(seven, seven, Request(stage="distill", recipe=recipe, machine=Machine("h200", 4)))
     assert plan.fits
     assert plan.step.sequences == 3
+
+
+def test_softmax_layers_are_planned_as_what_they_are(seven):
+    keys = {"model.preserve_last_n_layers": 4}
+    mixed = Models.of(open_shape("7b", overrides=keys))
+    assert mixed.aligned == seven.student.mixers[:24]
+    assert mixed.student.total < seven.student.total
+    align, whole = replace(DISTILL, stage="align"), peak(seven, replace(DISTILL, stage="align")).parts
+    for part in ("optimiser", "gradients"):
+        assert peak(mixed, align).parts[part] == pytest.approx(whole[part] * 24 / 28, rel=0.02)
+    assert peak(mixed, DISTILL).total < peak(seven, DISTILL).total
+
+
+def test_the_fullest_moment_may_lie_between_two_kinds_of_layers():
+    models = Models.of(open_shape("7b", overrides={"model.preserve_last_n_layers": 1}))
+    softmax, recurrent = (mixer_kept(models.shape.student, layer, wide=False) for layer in (27, 26))
+    assert softmax < recurrent / 3
+    names = {moment.name for moment in _logit_moments(models, DISTILL)}
+    assert {"layer 26's mixer backward", "last layer's mixer backward", "first layer's mixer backward"} <= names
+
+
+def test_a_plan_takes_keys_of_the_model_and_says_so(capsys):
+    assert main(["plan", "0.5b", "--stage", "align", "--set", "model.preserve_last_n_layers=2"]) == 0
+    said = capsys.readouterr().out
+    assert "rad_rwkv7 with model.preserve_last_n_layers=2: activations counted from its equations" in said
+    assert main(["plan", "0.5b", "--stage", "distill", "--mixer", "qwen2"]) == 0
+    assert "fits" in capsys.readouterr().out

@@ -20,7 +20,8 @@ from radlads.convert.student import build_teacher
 from radlads.evaluation.models import notes_on
 from radlads.evaluation.models import open_model as open_any_model
 from radlads.recipes import single_stage
-from radlads.recipes.conversion import Conversion, run_conversion
+from radlads.recipes.conversion import run_conversion
+from radlads.recipes.stage_configs import Conversion
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 SHARDS = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]

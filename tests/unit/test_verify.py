@@ -16,7 +16,7 @@ from radlads.checkpoint.weight_files import convert_to_pth, convert_to_safetenso
 from radlads.checksums import write_checksums
 from radlads.cli import main
 from radlads.convert.blueprint import stored_blueprint
-from radlads.recipes.conversion import claim_folder
+from radlads.recipes.conversion_folder import claim_folder
 from radlads.recipes.teacher_record import check_teacher, record_teacher, teacher_checksums
 
 WEIGHTS = "model.safetensors"

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from radlads.recipes.command import add_model_options, overrides_of
+
 if TYPE_CHECKING:
     from radlads.bench.run import Bench
 
@@ -32,6 +34,7 @@ def bench_of(arguments: argparse.Namespace, argv: Sequence[str]) -> "Bench":
         layers=arguments.layers,
         mixer=arguments.mixer,
         variant=arguments.variant,
+        overrides=overrides_of(arguments),
         device=arguments.device,
         cases=_cases(arguments),
         checkpointing=arguments.checkpointing,
@@ -95,14 +98,13 @@ def _add_kind(kinds: Any, name: str, what: str) -> argparse.ArgumentParser:
     """Options that all kinds of benchmarks share."""
     kind: argparse.ArgumentParser = kinds.add_parser(name, help=what)
     kind.add_argument("--cases", help="comma-separated names, or all (default); unknown names list the known ones")
-    kind.add_argument("--shape", help="7b (default on CUDA), tiny (elsewhere), or a Hugging Face folder")
-    kind.add_argument("--layers", type=int, help="instead of the shape's own number")
-    kind.add_argument("--mixer", default="rad_rwkv7", help="rad_rwkv7 (default) or rad_rwkv6")
     kind.add_argument(
-        "--variant",
-        default="group_norm",
-        choices=["group_norm", "balanced"],
-        help="of rad_rwkv7: the released 7B's (default) or the paper's",
+        "--shape", help="7b (default on CUDA), tiny (elsewhere), another size of Qwen2.5, or a Hugging Face folder"
+    )
+    kind.add_argument("--layers", type=int, help="instead of the shape's own number")
+    add_model_options(kind, default_variant="group_norm, the released 7B's")
+    kind.add_argument(
+        "--mixer-path", type=Path, metavar="DIR", help="where mixers of your own are, in DIR/tmix and DIR/cmix"
     )
     kind.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu"])
     kind.add_argument("--json", type=Path, metavar="FILE", help="write the full record, case by case")

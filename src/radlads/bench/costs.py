@@ -4,7 +4,7 @@ What a kernel adds is not counted. Training steps are counted in distill/arithme
 """
 
 from radlads.distill.arithmetic import forward_flops, head_flops
-from radlads.model.configuration import RadladsConfig, state_bytes
+from radlads.model.configuration import RadladsConfig
 
 
 def prefill_flops(config: RadladsConfig, sequence_tokens: int) -> float:
@@ -13,11 +13,13 @@ def prefill_flops(config: RadladsConfig, sequence_tokens: int) -> float:
 
 
 def decode_state_bytes(config: RadladsConfig, context_tokens: int, bytes_per_value: int) -> int:
-    """Bytes moved per sequence and decoded token: recurrent states are read and written, keys and values read."""
-    cached = config.num_hidden_layers - len(config.recurrent_layers)
-    per_layer = 2 * config.num_key_value_heads * config.head_dim * context_tokens * bytes_per_value
-    keys_and_values = cached * per_layer
-    return keys_and_values + 2 * (state_bytes(config, context_tokens, bytes_per_value) - keys_and_values)
+    """Bytes moved per sequence and decoded token: a state is read and written, but what it has of every token, as keys
+    and values are, is read."""
+    return sum(
+        (1 if tensor.per_token else 2) * tensor.num_bytes(context_tokens, bytes_per_value)
+        for layer in range(config.num_hidden_layers)
+        for tensor in config.mixer_class(layer).state_tensors(config, layer).values()
+    )
 
 
 def recurrence_bytes(kernel: str, shape_BTHN: tuple[int, int, int, int], *, backward: bool) -> int:

@@ -14,8 +14,9 @@ from transformers import DynamicCache, PreTrainedModel
 from radlads.bench.cases import DecodeCase, PrefillCase
 from radlads.bench.costs import decode_state_bytes, prefill_flops
 from radlads.bench.measure import Ceilings, Timing, held_bytes, peak_bytes, release_memory, timed
-from radlads.bench.models import Shape, random_model, stock_teacher, weight_bytes
+from radlads.bench.models import random_model, stock_teacher, weight_bytes
 from radlads.bench.record import Record, Row
+from radlads.convert.shapes import Shape
 from radlads.inference.decoder import Decoder, prefill
 from radlads.inference.sampling import Sampling
 from radlads.model.configuration import RadladsConfig

@@ -1,17 +1,19 @@
 """A whole benchmark as the command runs it: device, shape, ceilings, cases, record."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from radlads.bench.cases import Kind, decode_case, kernel_case, prefill_case, read_cases, select_cases, train_case
 from radlads.bench.inference import bench_decode, bench_prefill
 from radlads.bench.kernels import bench_kernels, select_backends
 from radlads.bench.measure import device_name, measure_ceilings
-from radlads.bench.models import Variant, open_shape
 from radlads.bench.record import Record, checkout_commit, environment
 from radlads.bench.train import TrainSettings, bench_train
 from radlads.console import Console
+from radlads.convert.shapes import MEASURED_VARIANT, measured_variant, open_shape
 from radlads.inference.generate import choose_device
+from radlads.model.registry import DEFAULT, registered_name
 
 RESULTS_SHAPE = "7b"
 
@@ -20,7 +22,8 @@ RESULTS_SHAPE = "7b"
 class Bench:
     """What to measure. shape: "7b", "tiny", a Hugging Face folder, or None for 7b on CUDA and tiny elsewhere.
 
-    layers: instead of the shape's. cases: comma-separated names or "all". compiled: torch.compile; None = on CUDA.
+    layers: instead of the shape's. variant: as measured_variant has it. overrides: keys of the model section.
+    cases: comma-separated names or "all". compiled: torch.compile; None = on CUDA.
     checkpointing, teacher_precision: of training steps, as TrainSettings has them. backends: of kernels, None = all.
     teacher: measure it beside the student (prefill and decode). json: the full record. results: the file of latest
     results to bring up to date. commit: to record where the code lies in no checkout.
@@ -29,8 +32,9 @@ class Bench:
     kind: Kind
     shape: str | None = None
     layers: int | None = None
-    mixer: str = "rad_rwkv7"
-    variant: Variant = "group_norm"
+    mixer: str = DEFAULT
+    variant: str | None = None
+    overrides: Mapping[str, object] = field(default_factory=dict)
     device: str = "auto"
     cases: str = "all"
     checkpointing: str = "auto"
@@ -51,14 +55,15 @@ def run_bench(bench: Bench, console: Console) -> int:
     """
     device, dtype = choose_device(bench.device)
     shape_name = bench.shape or ("7b" if device.type == "cuda" else "tiny")
-    shape = open_shape(shape_name, layers=bench.layers, mixer=bench.mixer, variant=bench.variant)
+    variant = measured_variant(bench.mixer, bench.variant)
+    shape = open_shape(shape_name, mixer=bench.mixer, variant=variant, layers=bench.layers, overrides=bench.overrides)
     names = select_cases(bench.kind, bench.cases, tiny=shape_name == "tiny")
     _prepare_outputs(bench, device.type, shape_name)
     record = Record(
         console=console,
         facts={
             **{"command": bench.command, **environment(device_name(device))},
-            **{"shape": {"name": shape_name, **shape.sizes()}, "mixer": bench.mixer, "variant": bench.variant},
+            **{"shape": {"name": shape_name, **shape.sizes()}, "mixer": bench.mixer, "variant": variant},
             "dtype": str(dtype).removeprefix("torch."),
         },
         commit=bench.commit or checkout_commit(),
@@ -94,11 +99,12 @@ def run_bench(bench: Bench, console: Console) -> int:
 
 def _prepare_outputs(bench: Bench, device_type: str, shape_name: str) -> None:
     """Make the folders to write to. Raises ValueError for results that would not be comparable."""
-    usual = (bench.layers, bench.mixer, bench.variant) == (None, "rad_rwkv7", "group_norm")
+    model = registered_name(bench.mixer), measured_variant(bench.mixer, bench.variant)
+    usual = model == (DEFAULT, MEASURED_VARIANT) and bench.layers is None and not bench.overrides
     if bench.results is not None and not (usual and device_type == "cuda" and shape_name == RESULTS_SHAPE):
         raise ValueError(
-            "--results holds measurements on CUDA of the shape 7b with rad_rwkv7, group_norm: leave --results out, or "
-            "use --json"
+            f"--results holds measurements on CUDA of the shape {RESULTS_SHAPE} with {DEFAULT}, {MEASURED_VARIANT}: "
+            "leave --results out, or use --json"
         )
     for path in (bench.json, bench.results):
         if path is not None:

@@ -8,9 +8,10 @@ import torch
 
 from radlads.bench.cases import TrainCase
 from radlads.bench.measure import Ceilings, held_bytes, peak_bytes, release_memory, timed
-from radlads.bench.models import Shape, random_model, weight_bytes
+from radlads.bench.models import random_model, weight_bytes
 from radlads.bench.record import Record, Row
 from radlads.config.schema import TrainConfig
+from radlads.convert.shapes import Shape
 from radlads.distill.arithmetic import train_flops
 from radlads.distill.fp8_teacher import fp8_copy
 from radlads.distill.logits import build_stage

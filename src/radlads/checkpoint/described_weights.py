@@ -7,6 +7,8 @@ import torch
 
 from radlads.checkpoint.weights import EMBEDDING, HEAD, StoredWeights, check_floats
 from radlads.model.configuration import RadladsConfig
+from radlads.model.registry import find_mixer_class
+from radlads.model.time_mixer import TimeMixer
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
@@ -52,13 +54,15 @@ def _head_is_embedding(weights: StoredWeights) -> bool:
 
 
 def _shapes(config: RadladsConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of matrices that all models have, and of the first layer's where its mixers are ours."""
+    """Shapes of matrices that all models have, and of those in the first layer that are as in a teacher."""
     channels = config.hidden_size
-    mixer, mlp = "model.layers.0.self_attn", "model.layers.0.mlp"
-    return {
-        EMBEDDING: (config.vocab_size, channels),
-        HEAD: (config.vocab_size, channels),
-        f"{mixer}.q_proj.weight": (config.num_attention_heads * config.head_dim, channels),
-        f"{mixer}.k_proj.weight": (config.num_key_value_heads * config.head_dim, channels),
-        f"{mlp}.gate_proj.weight": (config.intermediate_size, channels),
+    in_all: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, channels), HEAD: (config.vocab_size, channels)}
+    of_mixer: dict[str, tuple[int, ...]] = {
+        "q_proj": (config.num_attention_heads * config.head_dim, channels),
+        "k_proj": (config.num_key_value_heads * config.head_dim, channels),
     }
+    kind = find_mixer_class(config.time_mixers[0])
+    from_teacher = TimeMixer.from_teacher if kind is None else kind.from_teacher
+    taken = {f"model.layers.0.self_attn.{name}.weight": of_mixer[name] for name in of_mixer if name in from_teacher}
+    gate: dict[str, tuple[int, ...]] = {"model.layers.0.mlp.gate_proj.weight": (config.intermediate_size, channels)}
+    return in_all | taken | gate

@@ -26,6 +26,7 @@ from radlads.checkpoint.weights import EMBEDDING, HEAD, CastWeights, StoredWeigh
 from radlads.files import write_text
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
+from radlads.model.registry import find_mixer_class
 
 StoredOnly = Callable[[RadladsConfig, int, str], dict[str, tuple[tuple[int, ...], float]]]
 
@@ -122,7 +123,7 @@ def _kind_of(config: RadladsConfig) -> str:
     recurrent = {name for name in config.time_mixers if name != "qwen2"}
     kinds = [kind for kind, mixer in MIXER_OF.items() if recurrent == {mixer}]
     if not kinds:
-        found = " and ".join(sorted(recurrent)) or "softmax alone"
+        found = " and ".join(map(_with_obstacle, sorted(recurrent))) or "softmax alone"
         raise ValueError(
             f"the published format holds stacks of rad_rwkv6 or of rad_rwkv7, not of {found}: "
             "export the model with its code instead"
@@ -161,6 +162,13 @@ def _kind_of(config: RadladsConfig) -> str:
             "instead"
         )
     return kind
+
+
+def _with_obstacle(mixer: str) -> str:
+    """A mixer's name, and why the format does not hold it, if it says so itself."""
+    kind = find_mixer_class(mixer)
+    why = None if kind is None else kind.obstacle("published format")
+    return mixer if why is None else f"{mixer} ({why})"
 
 
 def _config_values(config: RadladsConfig, kind: str, dtype: torch.dtype) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from radlads.convert.hf_source import teacher_source
 from radlads.convert.student import student_blueprint, student_config
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
+from radlads.model.registry import SOFTMAX
 
 _LAYER = "model.layers.{}.self_attn.q_proj.weight"
 _MLP = "model.layers.0.mlp.gate_proj.weight"
@@ -50,7 +51,7 @@ def shape_of(weights: StoredWeights, model: ModelConfig, origin: Path) -> Radlad
         qk_norm="model.layers.0.self_attn.q_norm.weight" in weights,
         tie_word_embeddings=HEAD not in weights,
         rope_parameters={"rope_type": "default", "rope_theta": model.rope.base},
-        time_mixers=["qwen2"] * layers,
+        time_mixers=[SOFTMAX] * layers,
     )
 
 

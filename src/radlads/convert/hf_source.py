@@ -22,6 +22,7 @@ from radlads.checkpoint.weights import SafetensorsFolder, StoredWeights
 from radlads.files import read_json
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
+from radlads.model.registry import SOFTMAX
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +123,7 @@ def teacher_config(values: dict, folder: Path) -> RadladsConfig:
             attention_bias=family.attention_bias,
             qk_norm=family.qk_norm,
             rope_parameters=rope_parameters(values),
-            time_mixers=["qwen2"] * sizes["num_hidden_layers"],
+            time_mixers=[SOFTMAX] * sizes["num_hidden_layers"],
         )
     except (StrictDataclassError, ValueError, TypeError, AttributeError) as error:
         reason = str(error).replace("\n", " ")

@@ -10,8 +10,9 @@ from torch.distributed.fsdp import FSDPModule
 from radlads.distill.documents import Cut, Sequences, whole_rows
 from radlads.distill.losses import alignment
 from radlads.distill.stage import LossPart, Trainable
+from radlads.model.block import Block
 from radlads.model.contracts import SharedInputs
-from radlads.model.modeling import Block, RadladsForCausalLM
+from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.whole_parameters import call_whole
 
 

@@ -15,7 +15,6 @@ from radlads.inference.sampling import Sampling, choose, row_generators
 from radlads.model.cache import RadladsCache, RecurrentCacheLayer
 from radlads.model.contracts import SharedInputs
 from radlads.model.modeling import RadladsForCausalLM, has_triton
-from radlads.model.rad_rwkv7 import RadRwkv7
 from radlads.model.registry import all_can
 from radlads.model.rope import rope_attention_factor, rope_inverse_frequencies
 from radlads.model.swiglu import SwiGLU
@@ -280,15 +279,16 @@ def build_step(model: RadladsForCausalLM, rows: int, *, fused: bool = True) -> S
 
 
 def can_be_fused(model: RadladsForCausalLM, rows: int) -> bool:
-    """True if the fused kernels cover the model: RAD-RWKV7 and SwiGLU layers, head size 64 or 128, one dtype and
-    device, queries and keys that are neither normed nor scaled (yarn)."""
+    """True if the fused kernels cover the model: mixers that are made for them (RAD-RWKV7) and SwiGLU layers, head size
+    64 or 128, one dtype and device, queries and keys that are neither normed nor scaled (yarn)."""
     blocks = model.model.layers
     return (
         rows <= FUSED_ROWS
         and model.config.head_dim in (64, 128)
         and not model.config.qk_norm
         and rope_attention_factor(model.config) == 1.0
-        and all(type(block.self_attn) is RadRwkv7 and type(block.mlp) is SwiGLU for block in blocks)
+        and all(type(block.self_attn).obstacle("fused decode") is None for block in blocks)
+        and all(type(block.mlp) is SwiGLU for block in blocks)
         and len({(parameter.dtype, parameter.device) for parameter in model.parameters()}) == 1
     )
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from radlads.model.modeling import Block, RadladsForCausalLM
+from radlads.model.block import Block
+from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.rad_rwkv7 import RadRwkv7
 from radlads.model.swiglu import SwiGLU
 

@@ -1,29 +1,28 @@
-"""Block, stack and language-model head, as transformers models.
+"""Stack and language-model head, as transformers models. A layer is in block.py.
 
 Shape letters: B batch, T new tokens, S all tokens so far, C hidden size, V vocabulary.
 """
 
 import functools
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import initialization as init
 from transformers.generation import GenerationMixin
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
+from .block import Block, begins_by_itself
 from .cache import RadladsCache, check_cache, check_cache_class
-from .configuration import RadladsConfig, layer_type_of
+from .configuration import RadladsConfig
 from .contracts import SharedInputs
 from .layers import RMSNorm, rope_tables
-from .packed_rows import find_texts, mix_texts
-from .registry import all_can, build_channel_mixer, build_time_mixer
+from .registry import all_can
+from .shared_inputs import shared_inputs
 from .time_mixer import TimeMixer
 from .whole_parameters import begin_gathering, whole
 
@@ -39,118 +38,6 @@ class AttentionTap(NamedTuple):
     x: torch.Tensor
     y: torch.Tensor
     shared: SharedInputs
-
-
-class Block(GradientCheckpointingLayer):
-    """Pre-norm residual block: time mixer, then channel mixer.
-
-    mix, feed and run know no cache, so that torch.compile can take them; forward and tapped may call them compiled.
-    compile_backend: torch.compile's backend once compile_blocks() asked for it, else None.
-    recompute_mixer: what runs the first half in training, and again in the backward pass, instead of keeping what it
-    made; None: it is kept.
-    """
-
-    compile_backend: str | None = None
-    recompute_mixer: Callable | None = None
-
-    def __init__(self, config: RadladsConfig, layer_idx: int):
-        super().__init__()
-        self.layer_idx = layer_idx
-        self.self_attn = build_time_mixer(config, layer_idx)
-        self._check_state(config)
-        self.reads_texts = type(self.self_attn).obstacle("packed rows") is None
-        self.mlp = build_channel_mixer(config, layer_idx)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def _check_state(self, config: RadladsConfig) -> None:
-        """Raise ValueError if the configuration says of the state what the mixer does not."""
-        kind, said = type(self.self_attn), config.layer_types[self.layer_idx]
-        if layer_type_of(kind) != said:
-            raise ValueError(
-                f"config.layer_types calls layer {self.layer_idx} {said}, but {kind.name_for_people()} is "
-                f"{layer_type_of(kind)}: correct it in config.json"
-            )
-
-    def begin_mixer(self, config: RadladsConfig) -> None:
-        """Give the mixer's fresh parameters the values that its constructor gave, unless they were read from a
-        checkpoint: transformers has filled the layers inside with its own."""
-        own = dict(self.self_attn.named_parameters())
-        fresh = [name for name in own if name.partition(".")[0] not in self.self_attn.from_teacher]
-        if all(own[name].is_meta for name in fresh):
-            return
-        with torch.device("cpu"):
-            begun = dict(build_time_mixer(config, self.layer_idx).named_parameters())
-        for name in fresh:
-            init.copy_(own[name], begun[name])
-
-    def forward(self, hidden, v_first, shared: SharedInputs, past_key_values: RadladsCache | None = None):
-        """hidden [B, T, C] and v_first to the same after this block. Tensors are positional for checkpointing."""
-        if past_key_values is not None:
-            return self._cached(hidden, v_first, shared, past_key_values)
-        # Every batch of packed rows has other shapes, and would be compiled anew
-        mixed = self.compiled(Block.mixed, hidden.shape[1]) if shared.texts is None else Block.mixed
-        mix = functools.partial(mixed, self)
-        if self.recompute_mixer is not None and self.training and torch.is_grad_enabled():
-            hidden, v_first = self.recompute_mixer(mix, hidden, v_first, shared)
-        else:
-            hidden, v_first = mix(hidden, v_first, shared)
-        return self.compiled(Block.feed, hidden.shape[1])(self, hidden), v_first
-
-    def _cached(self, hidden, v_first, shared: SharedInputs, past_key_values: RadladsCache):
-        state = past_key_values.load(self.layer_idx)
-        # A softmax layer's state is a view of the cache itself, which no graph can hold
-        in_graph = (state is None or isinstance(state, tuple)) and shared.texts is None
-        run = self.compiled(Block.run, hidden.shape[1]) if in_graph else Block.run
-        num_tokens = hidden.shape[1]
-        hidden, v_first, state = run(self, hidden, v_first, state, shared)
-        past_key_values.store(self.layer_idx, state, num_tokens)
-        return hidden, v_first
-
-    def run(self, hidden, v_first, state, shared: SharedInputs):
-        """The whole block: hidden, v_first and the mixer's state after it."""
-        hidden, v_first, state, _, _ = self.mix(hidden, v_first, state, shared)
-        return self.feed(hidden), v_first, state
-
-    def mix(self, hidden, v_first, state, shared: SharedInputs):
-        """The first half, norm and time mixer: what run returns, and the mixer's input and output."""
-        x = self.input_layernorm(hidden)
-        if shared.token_mask is not None:
-            x = x * shared.token_mask.unsqueeze(-1).to(x.dtype)
-        if shared.texts is None or self.reads_texts:
-            y, state, v_first = self.self_attn(x, state, v_first, shared)
-        else:
-            y, state, v_first = mix_texts(self.self_attn, x, v_first, shared)
-        return hidden + y, v_first, state, x, y
-
-    def mixed(self, hidden, v_first, shared: SharedInputs):
-        """mix from the start of a sequence, hidden and v_first alone: what else a graph returned, it would have to
-        take gradients for."""
-        hidden, v_first, _, _, _ = self.mix(hidden, v_first, None, shared)
-        return hidden, v_first
-
-    def feed(self, hidden):
-        """The second half, norm and channel mixer."""
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
-
-    def compiled(self, function: Callable, num_tokens: int) -> Callable:
-        """`function`, compiled if compile_blocks() asked for it; single tokens are run as they are."""
-        if self.compile_backend is None or num_tokens == 1:
-            return function
-        return _compiled(function, self.compile_backend)
-
-
-def begins_by_itself(mixer: TimeMixer) -> bool:
-    """Whether the mixer's reset_fresh_parameters knows all of its parameters: it has one, and no subclass has added
-    parameters in a constructor of its own since."""
-    kind = next(each for each in type(mixer).__mro__ if {"__init__", "reset_fresh_parameters"} & vars(each).keys())
-    return kind is not TimeMixer and "reset_fresh_parameters" in vars(kind)
-
-
-@functools.cache
-def _compiled(function: Callable, backend: str) -> Callable:
-    """torch.compile's graph of a function of a module, which all modules of the same structure share."""
-    return torch.compile(function, backend=backend)
 
 
 class RadladsPreTrainedModel(PreTrainedModel):
@@ -303,29 +190,9 @@ class RadladsModel(RadladsPreTrainedModel):
         self, hidden, attention_mask, position_ids, past_key_values, cu_seq_lens=None, seq_idx=None
     ) -> SharedInputs:
         """Masks, RoPE tables and texts of these new tokens; advances the cache's positions."""
-        B, T, _ = hidden.shape
         if all(x is None for x in (attention_mask, position_ids, past_key_values, cu_seq_lens, seq_idx)):
-            return self.share_whole_sequences(T, hidden.device)
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        earlier = None if past_key_values is None else past_key_values.padding_mask
-        padded = self._padding_mask(attention_mask, earlier, past, hidden)
-        token_mask = None if padded is None or is_all_true(padded[:, -T:]) else padded[:, -T:]
-        if past and (cu_seq_lens is not None or seq_idx is not None):
-            raise ValueError("cu_seq_lens_q and seq_idx are for packed rows, which need an empty cache: leave them out")
-        # Single tokens are most of generation, and an exported graph cannot depend on what its inputs hold
-        can_be_packed = past == 0 and T > 1 and not torch.compiler.is_exporting()
-        texts = find_texts(hidden, token_mask, position_ids, cu_seq_lens, seq_idx) if can_be_packed else None
-        if position_ids is None:
-            position_ids = self._positions(token_mask, past_key_values, past, hidden)
-            position_ids = position_ids if texts is None else texts.positions_in_text(position_ids)
-        softmax_mask = self._softmax_mask(padded, past, T, hidden.device, texts)
-        if texts is not None:
-            padded = texts.in_last_text() if padded is None else padded & texts.in_last_text()
-        if past_key_values is not None:
-            past_key_values.next_positions = (position_ids[:, -1] + 1).expand(B).clone()
-            past_key_values.padding_mask = padded if "full_attention" in self.config.layer_types else None
-        cos, sin = rope_tables(self.config, position_ids)
-        return SharedInputs(cos, sin, token_mask, softmax_mask, texts)
+            return self.share_whole_sequences(hidden.shape[1], hidden.device)
+        return shared_inputs(self.config, hidden, attention_mask, position_ids, past_key_values, cu_seq_lens, seq_idx)
 
     def share_whole_sequences(self, T: int, device: torch.device) -> SharedInputs:
         """What sequences of T tokens from their start share. Kept, since making it waits for the GPU every time."""
@@ -339,53 +206,6 @@ class RadladsModel(RadladsPreTrainedModel):
         if not torch.is_inference_mode_enabled():
             self.whole_sequences = (T, device), shared
         return shared
-
-    def _padding_mask(self, attention_mask, earlier, past: int, hidden) -> torch.Tensor | None:
-        """Boolean [B, S], False at padding; None where nothing is padded. `earlier`: the cached tokens' mask."""
-        B, T, _ = hidden.shape
-        if attention_mask is None:
-            if earlier is None:
-                return None
-            attention_mask = earlier.new_ones(B, T)
-        if attention_mask.ndim != 2 or attention_mask.shape[0] != B:
-            raise ValueError(f"attention_mask must be [batch, tokens], not {tuple(attention_mask.shape)}")
-        mask = attention_mask.bool()
-        if mask.shape[1] == T and past:
-            mask = torch.cat([mask.new_ones(B, past) if earlier is None else earlier, mask], dim=1)
-        elif mask.shape[1] == past + T and past and earlier is not None:
-            # Whoever gives a mask of all tokens, as generate does, knows nothing of packed rows in the cache
-            mask = torch.cat([mask[:, :past] & earlier, mask[:, past:]], dim=1)
-        if mask.shape[1] != past + T:
-            raise ValueError(
-                f"attention_mask covers {mask.shape[1]} tokens, but there are {past} cached and {T} new ones"
-            )
-        return None if is_all_true(mask) else mask
-
-    def _positions(self, token_mask, past_key_values, past: int, hidden) -> torch.Tensor:
-        """Positions [B or 1, T] that count real tokens only, continuing the cache's; a pad has the last token's."""
-        T, device = hidden.shape[1], hidden.device
-        if token_mask is None:
-            steps = torch.arange(T, device=device).unsqueeze(0)
-        else:
-            steps = token_mask.long().cumsum(-1) - 1
-        if past and past_key_values.next_positions is not None:
-            return steps + past_key_values.next_positions.unsqueeze(1).to(device)
-        return steps + past
-
-    def _softmax_mask(self, padded: torch.Tensor | None, past: int, T: int, device, texts) -> torch.Tensor | None:
-        """Boolean [B or 1, 1, T, S] for softmax layers; None where plain causal attention is meant."""
-        is_plain = padded is None and texts is None and (past == 0 or T == 1)
-        if "full_attention" not in self.config.layer_types or is_plain:
-            return None
-        queries = torch.arange(past, past + T, device=device)
-        causal = (queries[:, None] >= torch.arange(past + T, device=device)[None, :])[None, None]
-        if texts is not None:
-            causal = causal & texts.in_same_text().unsqueeze(1)
-        if padded is None:
-            return causal
-        # A padded query sees itself, so that no row is empty (its output is never used)
-        itself = queries[:, None] == torch.arange(past + T, device=device)[None, :]
-        return (causal & padded[:, None, None, :]) | itself
 
 
 class RadladsForCausalLM(RadladsPreTrainedModel, GenerationMixin):
@@ -455,8 +275,3 @@ class RadladsForCausalLM(RadladsPreTrainedModel, GenerationMixin):
 def has_triton(device: torch.device) -> bool:
     """True where Triton, which torch.compile needs on a GPU, is installed and knows this CUDA device."""
     return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (7, 0)
-
-
-def is_all_true(mask: torch.Tensor) -> bool:
-    """True if all of a mask is True; False in an exported graph, which must fit every mask. Waits for the device."""
-    return not torch.compiler.is_exporting() and bool(mask.all())

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, get_args
 
 from radlads.config.schema import Stage
 from radlads.planning.machines import Machine
+from radlads.recipes.command import add_model_options, overrides_of
 from radlads.train.gpus import GPUS, USABLE_SHARE
 
 if TYPE_CHECKING:
@@ -37,8 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, help="sequences of all GPUs an optimiser step (default: the paper's)")
     parser.add_argument("--ctx-len", type=int, help="tokens of a sequence (default: the paper's)")
     parser.add_argument("--tokens", help="of a stage, such as 500M (default: the paper's)")
-    parser.add_argument("--mixer", default="rad_rwkv7", help="rad_rwkv7 (default) or rad_rwkv6")
-    parser.add_argument("--variant", default="group_norm", help="of rad_rwkv7: group_norm (default) or balanced")
+    add_model_options(parser, default_variant="group_norm, the released 7B's")
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,15 @@ def plan_lines(arguments: argparse.Namespace) -> Iterator[str]:
     machine, requests = Machine(arguments.gpu, arguments.gpus), _requests(arguments)
     if arguments.price is not None and not 0 <= arguments.price < math.inf:
         raise ValueError(f"--price must be 0 or more, not {arguments.price}")
+    from radlads.convert.shapes import open_shape
     from radlads.planning.memory import Models
-    from radlads.planning.models import open_shape
     from radlads.planning.plan import plan_stage
 
-    models = Models.of(open_shape(arguments.size, mixer=arguments.mixer, variant=arguments.variant))
-    measured = Models.of(open_shape("7b", mixer="rad_rwkv7", variant="group_norm"))
+    models = Models.of(
+        open_shape(arguments.size, mixer=arguments.mixer, variant=arguments.variant, overrides=overrides_of(arguments))
+    )
+    _check_aligned(models, requests)
+    measured = Models.of(open_shape("7b"))
     planned = [_Planned(request, plan_stage(models, measured, request)) for request in requests]
     yield (
         f"{arguments.size} ({models.student.total / 1e9:.2f}B parameters, teacher {models.teacher.total / 1e9:.2f}B) "
@@ -75,7 +78,6 @@ def plan_lines(arguments: argparse.Namespace) -> Iterator[str]:
 
 def _requests(arguments: argparse.Namespace) -> "list[Request]":
     from radlads.planning.memory import Precision, Strategy
-    from radlads.planning.models import Variant
     from radlads.planning.plan import Request
 
     _one_of("--stage", arguments.stage, (*STAGES, "all"))
@@ -83,7 +85,6 @@ def _requests(arguments: argparse.Namespace) -> "list[Request]":
     _one_of("--precision", arguments.precision, get_args(Precision))
     _one_of("--teacher-precision", arguments.teacher_precision, ("same", "fp8"))
     _one_of("--checkpointing", arguments.checkpointing, ("auto", "none", "selective", "full"))
-    _one_of("--variant", arguments.variant, get_args(Variant))
     return [
         Request(
             stage=stage,
@@ -97,6 +98,11 @@ def _requests(arguments: argparse.Namespace) -> "list[Request]":
         )
         for stage in (STAGES if arguments.stage == "all" else (arguments.stage,))
     ]
+
+
+def _check_aligned(models: "Models", requests: "list[Request]") -> None:
+    if not models.aligned and any(request.stage == "align" for request in requests):
+        raise ValueError("no layer of this student has a mixer to align: choose another --mixer, or --stage distill")
 
 
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
@@ -203,10 +209,22 @@ def _assumption_lines(arguments: argparse.Namespace, machine: Machine, planned: 
     yield "\nassumed (docs/planning.md)"
     yield f"  memory: tensors may take {USABLE_SHARE:.0%} of a GPU's; blocks are compiled; AdamW"
     yield f"  {_PRECISION_NOTES[arguments.precision]}"
-    if arguments.mixer not in ("rad_rwkv7", "qwerky7"):
-        yield f"  {arguments.mixer}: activations counted from its equations; neither memory nor speed was ever measured"
+    yield from _mixer_notes(arguments)
     yield from (f"  {note}" for strategy, note in _STRATEGY_NOTES.items() if strategy in used)
     yield from _speed_notes(machine)
+
+
+def _mixer_notes(arguments: argparse.Namespace) -> Iterator[str]:
+    """Where the mixer's activations come from, if it is not the one that was measured."""
+    from radlads.model.registry import DEFAULT, mixer_class, registered_name
+    from radlads.model.time_mixer import counts_kept_bytes
+
+    if registered_name(arguments.mixer) == DEFAULT and not arguments.set:
+        return
+    name = " with ".join([arguments.mixer, *arguments.set[:1]]) + (" ..." if arguments.set[1:] else "")
+    counted = counts_kept_bytes(mixer_class(arguments.mixer))
+    origin = "counted from its equations" if counted else "estimated from its matrices, on the safe side"
+    yield f"  {name}: activations {origin}; neither memory nor speed was ever measured"
 
 
 def _speed_notes(machine: Machine) -> Iterator[str]:

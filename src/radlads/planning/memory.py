@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from radlads.bench.models import Shape
 from radlads.config.schema import Checkpointing, Stage
+from radlads.convert.shapes import Shape
 from radlads.distill.losses import BLOCK_TOKENS
 from radlads.model.configuration import RadladsConfig
 from radlads.planning import activations
@@ -34,6 +34,11 @@ class Models:
     def of(cls, shape: Shape) -> "Models":
         """With the parameters counted."""
         return cls(shape, count_parameters(shape.student), count_parameters(shape.teacher))
+
+    @property
+    def aligned(self) -> tuple[int, ...]:
+        """Parameters of each time mixer that aligning trains: the recurrent layers'."""
+        return tuple(self.student.mixers[layer] for layer in self.shape.student.recurrent_layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +153,7 @@ def host_bytes(models: Models, step: Step) -> float:
     rounds = step.teacher_precision == "fp8" and step.stage != "extend"
     found = 4.0 * models.teacher.total if rounds else 0.0
     if step.strategy.startswith("deepspeed") and step.stage == "align":
-        found += 4.0 * (models.student.total - sum(models.student.mixers)) / step.num_gpus
+        found += 4.0 * (models.student.total - sum(models.aligned)) / step.num_gpus
     return found
 
 
@@ -176,7 +181,7 @@ def _last(holds: Callable[[int], bool], most: int) -> int:
 
 def _always(models: Models, step: Step) -> dict[str, float]:
     shared, size = sharding(step), parameter_bytes(step)
-    trained = sum(models.student.mixers) if step.stage == "align" else models.student.total
+    trained = sum(models.aligned) if step.stage == "align" else models.student.total
     return {
         "weights": models.student.total * size.weight / shared.weights,
         "optimiser": trained * size.optimizer / shared.optimizer,
@@ -205,38 +210,46 @@ def _gradient_bytes(models: Models, step: Step, count: float) -> float:
         return count * size.gradient
     student = models.student
     if step.strategy == "deepspeed_stage_3":  # which has a place for all of them, always
-        count = sum(student.mixers) if step.stage == "align" else student.total
-    whole = max(student.mixers) if step.stage == "align" else max(student.largest_block, student.head)
+        count = sum(models.aligned) if step.stage == "align" else student.total
+    whole = max(models.aligned) if step.stage == "align" else max(student.largest_block, student.head)
     return count * size.gradient / shared + whole * size.weight
 
 
 def _align_moments(models: Models, step: Step) -> Iterator[Moment]:
-    """One layer's graph at a time, and the first one's, which the later layers' gradients of its values wait for."""
-    config, trained = models.shape.student, models.student.mixers
-    first, last = config.first_value_layer, len(trained) - 1
-    earlier = sum(trained) if step.accumulates else 0
-    # The loss keeps target and output, and the output, freed first, makes room for the teacher's residual stream
-    graphs = [activations.mixer_kept(config, layer, wide=step.wide) + 4 * config.hidden_size for layer in (0, last)]
+    """One layer's graph at a time, and that of the layer whose values later ones share, which waits for the gradients
+    that they leave there. Recurrent layers alone have graphs."""
+    config, trained, mixers = models.shape.student, sum(models.aligned), models.student.mixers
+    first, last = config.first_value_layer, config.recurrent_layers[-1]
+    earlier = trained if step.accumulates else 0
     backward = activations.mixer_backward(config, last)
     collected = 4 * config.num_attention_heads * config.head_dim
-    own, held = graphs[-1], graphs[0] + collected if first is not None and last > 0 else 0.0
-    done = sum(trained) - trained[last] - (trained[0] if held else 0)
-    copies = _rounded_weights(trained[last] * (2 if held else 1), step)
-    gathered = 2 * models.teacher.largest_block + 2 * max(trained)
+    own = _graph(config, last, step)
+    held, first_mixer = 0.0, 0
+    if first is not None and first < last:
+        held, first_mixer = _graph(config, first, step) + collected, mixers[first]
+    done = trained - mixers[last] - first_mixer
+    copies = _rounded_weights(mixers[last] * (2 if held else 1), step)
+    gathered = 2 * models.teacher.largest_block + 2 * max(models.aligned)
     # An allowance, not a count: 0.5B's peak, gathered in fp32, had as much more (docs/planning.md)
     backwards = gathered + (models.teacher.embedding if step.wide else 0)
     kept = step.tokens * (own + held + backward) + copies
     yield Moment("last layer backward", earlier or done, kept, gathered=backwards)
     if held:
-        done = sum(trained) - trained[0]
+        done = trained - first_mixer
         yield Moment("first layer backward", earlier or done, step.tokens * (held + backward), gathered=backwards)
-    yield Moment("update", sum(trained), 0.0)
+    yield Moment("update", trained, 0.0)
     kept = step.tokens * (held + activations.teacher_forward(models.shape.teacher))
     yield Moment("teacher", earlier, kept, gathered=gathered + models.teacher.embedding)
 
 
+def _graph(config: RadladsConfig, layer: int, step: Step) -> float:
+    """Bytes per token of an aligned layer's graph. The loss keeps target and output, and the output, freed first, makes
+    room for the teacher's residual stream."""
+    return activations.mixer_kept(config, layer, wide=step.wide) + 4 * config.hidden_size
+
+
 def _logit_moments(models: Models, step: Step) -> Iterator[Moment]:
-    """Teacher, losses, the last and the first layer's way back, update. Between two layers everything is linear."""
+    """Teacher, losses, the way back of the last, the first and some layers between, update."""
     student, teacher = models.student, models.teacher
     earlier = student.total if step.accumulates else 0
     layers = len(student.mixers)
@@ -246,7 +259,7 @@ def _logit_moments(models: Models, step: Step) -> Iterator[Moment]:
     kept = [_kept(models, step, layer, step.checkpointing) for layer in range(layers)]
     yield _losses(models, step, earlier, sum(kept))
     gathered = 2 * student.largest_block + student.embedding
-    for layer, name in ((layers - 1, "last layer"), (0, "first layer")):
+    for layer, name in _turning_layers(models.shape.student):
         below = sum(kept[:layer])
         above = student.head + sum(student.mixers[layer + 1 :]) + sum(student.channel_mixers[layer + 1 :])
         done = earlier or above
@@ -255,6 +268,16 @@ def _logit_moments(models: Models, step: Step) -> Iterator[Moment]:
         done = earlier or above + student.channel_mixers[layer]
         yield Moment(f"{name}'s mixer backward", done, below + _at_mixer(models, step, layer), gathered=gathered)
     yield Moment("update", student.total, 0.0)
+
+
+def _turning_layers(config: RadladsConfig) -> Iterator[tuple[int, str]]:
+    """The layers whose way back may be the fullest, and their names: between two of them everything is linear."""
+    last, mixers = config.num_hidden_layers - 1, config.time_mixers
+    yield last, "last layer"
+    for layer in range(last - 1, 0, -1):
+        if mixers[layer - 1] != mixers[layer] or mixers[layer] != mixers[layer + 1]:
+            yield layer, f"layer {layer}"
+    yield 0, "first layer"
 
 
 def _losses(models: Models, step: Step, earlier: float, kept: float) -> Moment:

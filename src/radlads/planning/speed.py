@@ -6,8 +6,8 @@ Every other GPU is assumed to reach the same share of its maker's figure, which 
 import math
 from typing import NamedTuple
 
-from radlads.bench.models import Shape
 from radlads.config.schema import Checkpointing, Stage
+from radlads.convert.shapes import Shape
 from radlads.distill.arithmetic import train_flops
 from radlads.model.configuration import RadladsConfig
 from radlads.planning.machines import Machine
@@ -105,7 +105,7 @@ def step_of(row: Measured) -> Step:
 
 def update_bytes(models: Models, step: Step) -> float:
     """Bytes that norm and update move on one GPU: weights, gradients and moments twice each."""
-    trained = sum(models.student.mixers) if step.stage == "align" else models.student.total
+    trained = sum(models.aligned) if step.stage == "align" else models.student.total
     return 2.0 * trained * sum(parameter_bytes(step)) / sharding(step).optimizer
 
 

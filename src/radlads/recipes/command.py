@@ -8,9 +8,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from radlads.config.schema import ModelConfig
+
 if TYPE_CHECKING:
-    from radlads.recipes.conversion import Conversion
     from radlads.recipes.export import Export
+    from radlads.recipes.stage_configs import Conversion
 
 
 def add_demo_options(parser: argparse.ArgumentParser) -> None:
@@ -19,26 +21,32 @@ def add_demo_options(parser: argparse.ArgumentParser) -> None:
         "--teacher",
         help="a Hugging Face folder, a hub name such as Qwen/Qwen2.5-0.5B-Instruct, a GGUF file, or smollm2 (fetched)",
     )
-    parser.add_argument("--mixer", default="rad_rwkv7", help="rad_rwkv7 (default) or rad_rwkv6")
-    parser.add_argument(
-        "--variant",
-        default="balanced",
-        choices=["balanced", "group_norm"],
-        help="of rad_rwkv7: the paper's or the released 7B's",
-    )
+    add_mixer_options(parser, default_variant="the mixer's first, the paper's")
     parser.add_argument("--out", type=Path, help="folder to write (default out/demo, out/conversion with --teacher)")
     parser.add_argument("--data", type=Path, help="training tokens, a .bin/.idx pair (default: this Python's own text)")
     parser.add_argument("--heldout-data", type=Path, help="held-out tokens, a .bin/.idx pair; goes with --data")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a configuration key of all stages, e.g. train.micro_bsz=4",
-    )
+    _add_set_option(parser, "a configuration key of all stages, e.g. train.micro_bsz=4")
     parser.add_argument(
         "--retie", action="store_true", help="end with the embedding as the head again (teachers whose head is tied)"
     )
+
+
+def add_mixer_options(parser: argparse.ArgumentParser, *, default_variant: str) -> None:
+    """The options that choose a student's mixer."""
+    parser.add_argument(
+        "--mixer", default=ModelConfig.tmix, help=f"time mixer, ours or your own (default {ModelConfig.tmix})"
+    )
+    parser.add_argument("--variant", help=f"of the mixer, if it has any (default: {default_variant})")
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, default_variant: str) -> None:
+    """The options that choose a student: its mixer and keys of the model section."""
+    add_mixer_options(parser, default_variant=default_variant)
+    _add_set_option(parser, "a configuration key of the model section, e.g. model.preserve_last_n_layers=4")
+
+
+def _add_set_option(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=what)
 
 
 def add_export_options(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +76,7 @@ def overrides_of(arguments: argparse.Namespace) -> dict[str, str]:
 
 def conversion_of(arguments: argparse.Namespace) -> "Conversion":
     """The conversion that add_demo_options' arguments describe. Raises ValueError for values that make none."""
-    from radlads.recipes.conversion import BUNDLED_TEACHER, Conversion
+    from radlads.recipes.stage_configs import BUNDLED_TEACHER, Conversion
 
     return Conversion(
         teacher=arguments.teacher or BUNDLED_TEACHER,

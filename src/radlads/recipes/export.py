@@ -37,11 +37,13 @@ from radlads.checkpoint.weights import EMBEDDING, StoredWeights
 from radlads.console import Console
 from radlads.convert.hf_source import load_tokenizer
 from radlads.files import write_text
-from radlads.recipes.conversion import MARKER, RELOAD_TOLERANCE, STAGES, SUMMARY
+from radlads.recipes.conversion import RELOAD_TOLERANCE
+from radlads.recipes.conversion_folder import MARKER, SUMMARY
 from radlads.recipes.hub_upload import check_repo, listing, upload
 from radlads.recipes.llama_cpp import CONVERT, check_runs, verdict, write_for_llama_cpp
 from radlads.recipes.model_card import CARD, CardFacts, EarlierCard, model_card, read_card, read_licence
 from radlads.recipes.reload_check import logits_of, reloaded_logits
+from radlads.recipes.stage_configs import STAGES
 from radlads.report.run_folder import Measurements, Stage, read_measurements, read_run
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -17,6 +17,7 @@ from radlads.files import read_json
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.rad_rwkv6 import MIN_LOG_DECAY
+from radlads.model.registry import CHANNEL_MIXERS, find_mixer_class, known_mixers
 
 CONVERT = "python llama.cpp/convert_hf_to_gguf.py {folder} --outfile model.gguf --outtype f16"
 
@@ -55,26 +56,23 @@ def check_runs(config: RadladsConfig) -> None:
     if obstacles := _obstacles(config):
         raise ValueError(
             f"llama.cpp cannot run this model: {'; '.join(obstacles)}: leave out --for-llama-cpp, or convert again "
-            "with --mixer rad_rwkv6"
+            f"with --mixer {' or '.join(_suitable_mixers())}"
         )
 
 
 def _obstacles(config: RadladsConfig) -> list[str]:
-    mixers = set(config.time_mixers)
-    found = [_MIXER_OBSTACLES[name] for name in sorted(mixers) if name in _MIXER_OBSTACLES]
-    if mixers - {"rad_rwkv6", *_MIXER_OBSTACLES}:
-        found.append("it has mixers of your own")
-    if set(config.channel_mixers) - {"swiglu", "qwen2"}:
+    kinds = [find_mixer_class(name) for name in sorted(set(config.time_mixers))]
+    of_mixers = [kind.obstacle("llama.cpp") if kind else "it has mixers of your own" for kind in kinds]
+    found = list(dict.fromkeys(text for text in of_mixers if text is not None))
+    if set(config.channel_mixers) - set(CHANNEL_MIXERS):
         found.append("it has channel mixers that are no gated MLPs")
-    if "rad_rwkv6" in mixers:
+    if None in of_mixers:
         found += [text for text, applies in _switch_obstacles(config).items() if applies]
     return found
 
 
-_MIXER_OBSTACLES = {
-    "rad_rwkv7": "it has no RAD-RWKV7 (its ARWKV7 lacks the biases of q, k and v, RoPE and the balanced state)",
-    "qwen2": "it has no softmax layers beside recurrent ones",
-}
+def _suitable_mixers() -> list[str]:
+    return [name for name, kind in known_mixers().items() if kind.obstacle("llama.cpp") is None]
 
 
 def _switch_obstacles(config: RadladsConfig) -> dict[str, bool]:

@@ -16,7 +16,7 @@ from radlads.checkpoint.manifest import versions
 from radlads.files import read_json
 from radlads.model.configuration import RadladsConfig, state_bytes
 from radlads.report.run_folder import Measurements, Stage, by_name
-from radlads.report.wording import MIXERS, NOT_MEASURED, NOT_RECORDED, number_text, score_text
+from radlads.report.wording import NOT_MEASURED, NOT_RECORDED, mixer_title, number_text, score_text
 
 CARD = "README.md"
 UNKNOWN_LICENCE = "unknown: ask"
@@ -160,7 +160,7 @@ def _metadata(facts: CardFacts) -> ModelCardData:
 def _summary(facts: CardFacts) -> str:
     teacher = facts.teacher or "a softmax decoder"
     memory = "constant time and memory per token"
-    if "qwen2" in facts.config.time_mixers:
+    if "full_attention" in facts.config.layer_types:
         memory = "constant time and memory per token in its recurrent layers"
     return f"Made from {teacher} by the RADLADS recipe ({_PAPER}): a decoder that needs {memory}."
 
@@ -192,7 +192,7 @@ def _description(facts: CardFacts) -> list[str]:
     dtype = str(config.dtype).removeprefix("torch.")
     rows = [
         ["teacher", facts.teacher or NOT_RECORDED],
-        ["layers", ", ".join(f"{count} x {MIXERS.get(name, name)}" for name, count in mixers)],
+        ["layers", ", ".join(f"{count} x {mixer_title(name)}" for name, count in mixers)],
         ["parameters", f"{facts.num_parameters:,}"],
         ["hidden size", str(config.hidden_size)],
         ["vocabulary", f"{config.vocab_size:,}"],

@@ -14,11 +14,11 @@ from radlads.report.charts import Chart
 from radlads.report.plots import STEPS, conversion_charts, layers_of, long_context_charts
 from radlads.report.run_folder import EVALUATION, EXPORT, LONG_CONTEXT, Run, Stage, by_name, read_run
 from radlads.report.wording import (
-    MIXERS,
     NOT_MEASURED,
     NOT_RECORDED,
     bytes_in_words,
     chance_text,
+    mixer_title,
     number_text,
     score_text,
 )
@@ -97,8 +97,8 @@ def _teacher_name(run: Run) -> str:
 def _mixers(model: Mapping[str, Any]) -> str:
     counts = Counter(model.get("time_mixers", ()))
     if len(counts) == 1:
-        return MIXERS.get(next(iter(counts)), next(iter(counts)))
-    return " + ".join(f"{count} × {MIXERS.get(name, name)}" for name, count in counts.items()) or "student"
+        return mixer_title(next(iter(counts)))
+    return " + ".join(f"{count} × {mixer_title(name)}" for name, count in counts.items()) or "student"
 
 
 def _headline(run: Run) -> str:

@@ -4,7 +4,6 @@ import math
 
 NOT_MEASURED = "not measured"
 NOT_RECORDED = "not recorded"
-MIXERS = {"rad_rwkv6": "RAD-RWKV6", "rad_rwkv7": "RAD-RWKV7", "qwen2": "softmax attention"}
 
 
 def score_text(value: float, stderr: float | None, relative: float | None, *, is_share: bool) -> str:
@@ -19,6 +18,18 @@ def score_text(value: float, stderr: float | None, relative: float | None, *, is
 def chance_text(chance: float | None) -> str:
     """The score of guessing, which some metrics have none of."""
     return "none" if chance is None else f"{chance:.1%}"
+
+
+def mixer_title(name: str) -> str:
+    """A time mixer's title, or its name if the mixer cannot be found: what is only read runs no code from the working
+    directory, and does not fail for a mixer that does."""
+    from radlads.model.registry import find_mixer_class  # imports torch
+
+    try:
+        kind = find_mixer_class(name)
+    except Exception:  # anybody's code
+        return name
+    return name if kind is None else kind.name_for_people()
 
 
 def number_text(value: object, form: str) -> str:

@@ -1,0 +1,107 @@
+"""What a conversion is asked for, and the configurations of its three stages."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files as files_of
+from pathlib import Path
+
+from radlads.config.load import load_config
+from radlads.config.schema import Config, ModelConfig
+from radlads.convert.shapes import name_mixers_of, variant_keys, variant_of
+from radlads.convert.student import student_config
+from radlads.data.python_text import Split
+from radlads.model.configuration import RadladsConfig
+from radlads.model.registry import DEFAULT, registered_name
+from radlads.recipes.demo_recipes import DemoRecipe, recipe_file, recipe_for
+from radlads.train.hardware import only_device
+
+STAGES = ("align", "distill", "extend")
+BUNDLED_TEACHER = Path(str(files_of("radlads") / "assets" / "teacher"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What to convert into what, and where.
+
+    mixer: any that the registry finds. variant: None = the mixer's first, if it has any.
+    data, heldout_data: .bin/.idx pairs without the extension; None = the text of the running Python, tokenised into
+    `out/data`. overrides: dotted configuration keys for all stages. retie: end with the embedding as the head again, as
+    a tied teacher has it.
+    """
+
+    teacher: str | Path = BUNDLED_TEACHER
+    mixer: str = DEFAULT
+    variant: str | None = None
+    out: Path = Path("out/demo")
+    data: Path | None = None
+    heldout_data: Path | None = None
+    overrides: Mapping[str, object] | None = None
+    retie: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.data is None) != (self.heldout_data is None):
+            raise ValueError("--data and --heldout-data go together: name both .bin/.idx pairs, or neither")
+
+    def corpus(self, split: Split) -> Path:
+        """Stem of the split's .bin/.idx pair."""
+        given = self.data if split == "train" else self.heldout_data
+        return given or self.out / "data" / split
+
+
+def stage_configs(conversion: Conversion) -> dict[str, Config]:
+    """The three stages' configurations: the mixer's file, the stage's, the variant's keys, then the overrides. A mixer
+    without a file has the default mixer's.
+
+    Raises ValueError for an unknown mixer, or a variant the mixer does not have.
+    """
+    variant = variant_of(conversion.mixer, conversion.variant)
+    overrides = dict(conversion.overrides or {})
+    if owned := sorted(overrides.keys() & _OWNED_KEYS):
+        raise ValueError(f"--set {owned[0]} is not possible: the conversion sets it itself")
+    mixer = registered_name(conversion.mixer)
+    files = [recipe_file(mixer) if recipe_file(mixer).is_file() else recipe_file(DEFAULT)]
+    keys = {"model.tmix": mixer, **variant_keys(mixer, variant)}
+    data = {"train.data_file": str(conversion.corpus("train"))}
+    data |= {"train.validation_data_file": str(conversion.corpus("heldout"))}
+    data |= {"train.teacher.hf_path": str(conversion.teacher), "train.proj_dir": str(conversion.out)}
+    recipe = recipe_for(conversion.teacher, _device_type(overrides))
+    configs = {
+        stage: load_config(
+            [*files, *recipe.stage_files(stage)], {**keys, **data, **_STAGE_KEYS.get(stage, {}), **overrides}
+        )
+        for stage in STAGES
+    }
+    name_mixers_of(configs["align"].model)
+    return configs
+
+
+def check_aligns(teacher: RadladsConfig, model: ModelConfig) -> None:
+    """Raise ValueError if no layer of the student has a mixer to align."""
+    if not student_config(teacher, model).recurrent_layers:
+        raise ValueError(
+            "no layer of this student has a mixer to align: choose another --mixer, or fewer softmax layers"
+        )
+
+
+def _device_type(overrides: Mapping[str, object]) -> str:
+    """`cuda` or `cpu`: where stages run, by train.accelerator or by what is there."""
+    return only_device(load_config([recipe_file("align")], dict(overrides)).train).type
+
+
+def recipe_of(conversion: Conversion, configs: Mapping[str, Config]) -> DemoRecipe:
+    """How much is measured."""
+    return recipe_for(conversion.teacher, only_device(configs["align"].train).type)
+
+
+# Stage 3 has the teacher for its held-out KL alone; its loss is the labels'.
+_STAGE_KEYS: dict[str, dict[str, object]] = {"extend": {"train.teacher.kl_weight": 0.0, "train.teacher.ce_weight": 1.0}}
+_OWNED_KEYS = {
+    "train.data_file",
+    "train.validation_data_file",
+    "train.attention_distillation_stage",
+    "train.load_model",
+    "train.teacher.path",
+    "train.teacher.hf_path",
+    "train.teacher.model.hf_path",
+    "model.tmix",
+}
