@@ -10,7 +10,7 @@ from radlads.config import load_config
 from radlads.config.compare import Decisive, deciding, differences
 from radlads.inference.saved_state import _decisive
 from radlads.model.configuration import RadladsConfig
-from radlads.recipes.conversion import _settings
+from radlads.recipes.conversion_folder import settings_of
 from radlads.train.fit import recipe_hash
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -74,6 +74,6 @@ def test_new_keys_decide_once_they_are_set(key):
 
 def test_settings_of_a_conversion_are_told_where_only_some_stages_have_them():
     stages = {"align": load_config([], {}), "distill": load_config([], NEW_KEYS), "extend": load_config([], NEW_KEYS)}
-    settings = _settings(stages)
+    settings = settings_of(stages)
     for key, value in NEW_KEYS.items():
         assert settings[key] == {"align": None, "distill": value, "extend": value}
