@@ -5,7 +5,7 @@
 Shapes are Qwen2.5-7B's. Prints microseconds and GB/s of weights (or states) read and written; `cublas` beside several
 rows' kernels is torch.mm. Times are medians of replays of a CUDA graph that goes through all layers once, so that
 weights come from memory and not from the L2 (low ranks and one row's states fit into it: read their GB/s with that in
-mind). The best sizes belong into ONE_ROW and SEVERAL_ROWS of radlads/inference/fused_step.py.
+mind). The best sizes belong into ONE_ROW and SEVERAL_ROWS of radlads/inference/fused_launches.py.
 """
 
 import argparse
@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from radlads.inference.fused_step import ONE_ROW, SEVERAL_ROWS, FusedStep, Launch
+from radlads.inference.fused_launches import ONE_ROW, SEVERAL_ROWS, Launch
+from radlads.inference.fused_step import FusedStep
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 

@@ -2,7 +2,7 @@
 
     python benchmarks/recurrence_sweep.py [--kernels rwkv7 gla] [--shape 32 512 28 128] [--only gradient]
 
-One part of a Launch (src/radlads/model/chunked_kernels.py) changes at a time. A line has the median microseconds of
+One part of a Launch (src/radlads/model/chunked_passes.py) changes at a time. A line has the median microseconds of
 each kernel, forward with what is kept and backward, by the profiler, and how far the gradients are from those of the
 launch in use, as ||difference|| / ||gradient||: a launch that computes something else is not a faster one. The best
 sizes belong into BFLOAT16 of rwkv7_triton.py and gla_triton.py.
@@ -19,11 +19,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from radlads.bench.cases import KernelCase
 from radlads.bench.kernels import random_inputs
-from radlads.model import gla_triton, rwkv7_triton
-from radlads.model.chunked_kernels import Launch
+from radlads.model.chunked_passes import Launch
+from radlads.model.gla_triton import GlaChunks, gla
+from radlads.model.rwkv7_triton import Rwkv7Chunks, rwkv7
 
-MODULES = {"rwkv7": rwkv7_triton, "gla": gla_triton}
-FUNCTIONS = {"rwkv7": rwkv7_triton.rwkv7, "gla": gla_triton.gla}
+KERNELS = {"rwkv7": Rwkv7Chunks, "gla": GlaChunks}
+FUNCTIONS = {"rwkv7": rwkv7, "gla": gla}
 # What `_gradients` is tried with: key channels, value channels at a time, warps, registers
 GRADIENTS = {
     "rwkv7": [
@@ -53,7 +54,7 @@ WARMUP, RUNS = 2, 7
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernels", nargs="+", choices=list(MODULES), default=list(MODULES))
+    parser.add_argument("--kernels", nargs="+", choices=list(KERNELS), default=list(KERNELS))
     parser.add_argument("--shape", nargs=4, type=int, default=[32, 512, 28, 128], help="B T H N")
     parser.add_argument("--only", default="", help="launches whose line begins so: prepare, scan or gradient")
     arguments = parser.parse_args()
@@ -82,22 +83,22 @@ def launches(kernel: str, usual: Launch) -> Iterator[tuple[str, Launch]]:
 
 def sweep(kernel: str, shape: tuple[int, int, int, int], only: str) -> Iterator[str]:
     """A line for every launch."""
-    module, run = MODULES[kernel], FUNCTIONS[kernel]
+    chunks, run = KERNELS[kernel], FUNCTIONS[kernel]
     torch.manual_seed(0)
     inputs = random_inputs(KernelCase("", kernel, shape), torch.device("cuda"), torch.bfloat16)
     d_out = torch.randn_like(inputs[3])
-    usual, expected = module.BFLOAT16, None
-    for name, launch in launches(kernel, usual):
+    usual, expected = chunks.launches, None
+    for name, launch in launches(kernel, usual.bfloat16):
         if name != "in use" and not name.startswith(only):
             continue
-        module.BFLOAT16 = launch
+        chunks.launches = usual._replace(bfloat16=launch)
         try:
             times_us, gradients = measure(run, inputs, d_out)
         except Exception as error:
             yield f"{name:52} {type(error).__name__}: {str(error).splitlines()[0][:100]}"
             continue
         finally:
-            module.BFLOAT16 = usual
+            chunks.launches = usual
         expected = expected or gradients
         yield f"{name:52} {text(times_us)}   {difference(gradients, expected):.1e}"
 

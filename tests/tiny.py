@@ -17,8 +17,8 @@ from radlads.convert.hf_source import open_teacher
 from radlads.convert.student import build_student
 from radlads.data.binidx import BinIdxWriter
 from radlads.model.modeling import RadladsForCausalLM
-from radlads.train.optim import build_optimizers
-from radlads.train.step import optimizer_step
+from radlads.train.optimizers.optim import build_optimizers
+from radlads.train.optimizers.step import optimizer_step
 
 VOCAB = 260
 

@@ -20,9 +20,9 @@ from radlads.checkpoint.model_folder import save_model, take_part_in_saving
 from radlads.config.load import load_config
 from radlads.convert.hf_source import open_teacher
 from radlads.convert.student import student_blueprint
+from radlads.train.engines.sharding import is_sharded, settle
 from radlads.train.placement import build_models
-from radlads.train.processes import joined
-from radlads.train.sharding import is_sharded, settle
+from radlads.train.processes.joining import joined
 
 SHARD_BYTES = 50_000_000
 

@@ -23,10 +23,10 @@ from radlads.config.load import load_config
 from radlads.console import Silent
 from radlads.data.binidx import BinIdxWriter
 from radlads.recipes.single_stage import train_stage
-from radlads.train import replicas
 from radlads.train.checkpointing import Checkpointing
+from radlads.train.engines import replicas
 from radlads.train.lightning_module import StageModule
-from radlads.train.processes import joined
+from radlads.train.processes.joining import joined
 
 END = 255
 LINEAR = torch.nn.functional.linear

@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 from tiny import stage_config
 from tolerances import TRAJECTORY_MAX, TRAJECTORY_MEAN
 
-from radlads.train import partitions
-from radlads.train.deepspeed_engine import check_engine, uses_engine
-from radlads.train.processes import ALONE, Processes
+from radlads.model.configuration import RadladsConfig
+from radlads.train.engines import zero3
+from radlads.train.engines.single import SingleProcess
+from radlads.train.engines.table import engine_for
+from radlads.train.processes.group import ALONE, Processes
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 ZERO = ("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
@@ -134,7 +136,7 @@ def test_compiled_and_recomputed_parts_make_the_same_curve(compiled, name):
 @needs_deepspeed
 def test_graphs_have_torchs_linear(monkeypatch):
     """In those of torch 2.11 the gradients of DeepSpeed's are zero, which on this torch they may not be."""
-    monkeypatch.setattr(torch.nn.functional, "linear", partitions._linear)
+    monkeypatch.setattr(torch.nn.functional, "linear", zero3._linear)
     layer, graphs = torch.nn.Linear(2, 2), []
     x = torch.ones(3, 2)
 
@@ -262,6 +264,7 @@ def test_a_step_that_is_not_finite_reaches_no_checkpoint(ran, strategy):
 
 
 GPUS = Processes(0, 2, torch.device("cuda", 0))
+STUDENT = RadladsConfig()
 
 
 @pytest.mark.parametrize(
@@ -277,21 +280,21 @@ GPUS = Processes(0, 2, torch.device("cuda", 0))
 def test_what_the_engine_cannot_do_is_refused(tmp_path, settings, message):
     train = replace(stage_config(tmp_path, "distill").train, **{"strategy": "deepspeed_stage_2"} | settings)
     with pytest.raises(ValueError, match=message):
-        check_engine(train, GPUS)
+        engine_for(train, GPUS).check(STUDENT)
 
 
 @pytest.mark.parametrize("strategy", ZERO)
 def test_compiling_and_recomputing_are_not_refused(tmp_path, monkeypatch, strategy):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     train = stage_config(tmp_path, "distill").train
-    check_engine(replace(train, strategy=strategy, compile="always", grad_cp=1), GPUS)
+    engine_for(replace(train, strategy=strategy, compile="always", grad_cp=1), GPUS).check(STUDENT)
 
 
 def test_a_cpu_and_a_missing_package_are_refused(tmp_path, monkeypatch):
     train = replace(stage_config(tmp_path, "distill").train, strategy="deepspeed_stage_1")
     with pytest.raises(ValueError, match="needs CUDA GPUs: set ddp or fsdp"):
-        check_engine(train, Processes(0, 2, torch.device("cpu")))
+        engine_for(train, Processes(0, 2, torch.device("cpu"))).check(STUDENT)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'radlads\[deepspeed\]'"):
-        check_engine(train, GPUS)
-    assert not uses_engine(train, ALONE)
+        engine_for(train, GPUS).check(STUDENT)
+    assert isinstance(engine_for(train, ALONE), SingleProcess)

@@ -15,7 +15,8 @@ from launch import AT_MOST_S, curve, run, start
 from tolerances import TRAJECTORY_MAX
 
 from radlads.config.load import load_config
-from radlads.train.processes import ALONE, check_processes, joined
+from radlads.train.processes.group import ALONE, check_processes
+from radlads.train.processes.joining import joined
 
 SOON_S = 60  # from the end of one process to that of the others
 pytestmark = pytest.mark.timeout(1200)

@@ -17,9 +17,9 @@ from test_conversion import command
 from radlads.cli import main
 from radlads.convert.hf_source import open_teacher
 from radlads.convert.student import build_student, build_teacher
+from radlads.train.checkpoints.snapshots import CHECKPOINTS
 from radlads.train.fit import run_stage
 from radlads.train.lightning_module import StageModule
-from radlads.train.snapshots import CHECKPOINTS
 
 # A server that has imported everything, and computed nothing, forks in milliseconds what else would start in seconds
 PROCESSES = multiprocessing.get_context("forkserver")

@@ -12,7 +12,7 @@ from radlads.convert.hf_source import open_teacher
 from radlads.convert.student import student_blueprint, teacher_blueprint
 from radlads.train.fit import run_stage
 from radlads.train.placement import build_models
-from radlads.train.processes import ALONE
+from radlads.train.processes.group import ALONE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(DRY_RUN, reason="says nothing without a GPU")]
 LARGEST_TENSOR = 8192 * 512 * 4

@@ -7,9 +7,11 @@ from tolerances import BFLOAT16, relative_error
 
 from radlads.bench.measure import release_memory
 from radlads.evaluation.costs import cost_of_context
-from radlads.inference.decoder import Decoder, RecurrentStep, left_padded, prefill
+from radlads.inference.decode_steps import RecurrentStep
+from radlads.inference.decoder import Decoder
 from radlads.inference.finite import NotFinite
 from radlads.inference.generate import decode_ms, generate_tokens
+from radlads.inference.prefill import left_padded, prefill
 from radlads.inference.sampling import Sampling
 from radlads.model import recurrence
 from radlads.model.configuration import RadladsConfig, state_bytes

@@ -12,8 +12,8 @@ from gpu_comparison import DRY_RUN
 from radlads.convert.hf_source import open_teacher
 from radlads.convert.student import build_student, build_teacher
 from radlads.train.fit import run_stage
-from radlads.train.gpus import gpu_called
 from radlads.train.lightning_module import StageModule
+from radlads.train.logging.gpus import gpu_called
 from radlads.train.stopping import Stopped
 
 pytestmark = pytest.mark.gpu

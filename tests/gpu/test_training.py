@@ -16,11 +16,11 @@ from radlads.distill.stage import is_trainable
 from radlads.model import rad_rwkv6, rad_rwkv7, recurrence
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
-from radlads.train.adamw import AdamW
 from radlads.train.cuda_graph import GraphedPasses
-from radlads.train.optim import build_optimizers
+from radlads.train.optimizers.adamw import AdamW
+from radlads.train.optimizers.optim import build_optimizers
+from radlads.train.optimizers.step import backward_parts, optimizer_step
 from radlads.train.spike_guard import SpikeGuard
-from radlads.train.step import backward_parts, optimizer_step
 
 pytestmark = pytest.mark.gpu
 

@@ -6,8 +6,9 @@ from interpreter import runtime_loops  # noqa: F401
 from test_decoder import PROMPTS, VOCAB, full_logits, logits_after, perturbed
 from tolerances import SPLIT, relative_error
 
-from radlads.inference.fused_step import FusedStep, Launch, Launches
-from radlads.train.adamw import BLOCK, update_
+from radlads.inference.fused_launches import Launch, Launches
+from radlads.inference.fused_step import FusedStep
+from radlads.train.optimizers.adamw import BLOCK, update_
 
 pytestmark = pytest.mark.usefixtures("runtime_loops")
 

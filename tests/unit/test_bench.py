@@ -21,7 +21,7 @@ from radlads.convert.shapes import open_shape
 from radlads.distill.arithmetic import mixer_weights, train_flops
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
-from radlads.train.step import GradientNorms
+from radlads.train.optimizers.step import GradientNorms
 
 CPU = torch.device("cpu")
 TIMING = Timing(median_ms=10.0, min_ms=9.0, max_ms=12.0, runs=3, warmup_s=1.0)

@@ -12,8 +12,9 @@ from radlads.convert.student import build_student
 from radlads.distill.logits import build_stage
 from radlads.distill.stage import is_trainable
 from radlads.train.cuda_graph import records_graph
+from radlads.train.engines.table import engine_for
 from radlads.train.hardware import check_hardware, out_of_memory
-from radlads.train.processes import ALONE
+from radlads.train.processes.group import ALONE
 
 NUMBERS = {"align": 1, "distill": 2, "extend": -1}
 
@@ -94,5 +95,7 @@ def test_always_needs_a_gpu(monkeypatch):
 
 
 def test_a_graph_is_one_thing_to_lower_when_memory_is_short(memory):
-    said = [out_of_memory(Config(), torch.device("cuda"), ALONE, graphed=graphed) for graphed in (True, False)]
+    config = Config()
+    engine = engine_for(config.train, ALONE)
+    said = [out_of_memory(config, engine, torch.device("cuda"), graphed=graphed) for graphed in (True, False)]
     assert ["cuda_graphs never" in sentence for sentence in said] == [True, False]

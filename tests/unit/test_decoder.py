@@ -11,8 +11,10 @@ import pytest
 import torch
 from tolerances import SPLIT, relative_error
 
-from radlads.inference.decoder import CachedStep, Decoder, RecurrentStep, build_step, can_be_fused, left_padded, prefill
+from radlads.inference.decode_steps import CachedStep, RecurrentStep, build_step, can_be_fused
+from radlads.inference.decoder import Decoder
 from radlads.inference.packed_weights import pack
+from radlads.inference.prefill import left_padded, prefill
 from radlads.inference.sampling import Sampling
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM

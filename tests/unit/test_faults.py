@@ -13,8 +13,8 @@ import torch
 from radlads.convert.hf_source import open_teacher
 from radlads.convert.student import build_student, build_teacher
 from radlads.distill.logits import build_stage
-from radlads.train import snapshots
 from radlads.train.callbacks import Progress
+from radlads.train.checkpoints import snapshots
 from radlads.train.diagnosis import first_not_finite
 from radlads.train.fit import run_stage
 

@@ -21,11 +21,13 @@ from radlads.distill.heldout import measure
 from radlads.model import block, rad_rwkv7
 from radlads.model.rad_rwkv7 import RadRwkv7
 from radlads.model.swiglu import SwiGLU
-from radlads.train import fit, hardware
+from radlads.train import hardware, trainer
+from radlads.train.engines.single import SingleProcess
+from radlads.train.engines.table import engine_for
 from radlads.train.fit import run_stage
 from radlads.train.hardware import resolve_precision
 from radlads.train.lightning_module import StageModule
-from radlads.train.processes import Processes
+from radlads.train.processes.group import ALONE, Processes
 
 PAIR = Processes(0, 2)
 
@@ -299,9 +301,8 @@ def test_compiling_always_compiles_while_the_stage_runs(teacher, corpus_folder, 
 def test_deepspeed_is_told_what_it_or_fsdp_takes(tmp_path, monkeypatch, stage, settings, advice):
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=80e9))
     keys = {f"train.{key}": value for key, value in {"strategy": stage, **settings}.items()}
-    said = hardware.out_of_memory(
-        tiny.stage_config(tmp_path, "distill", **keys), torch.device("cuda"), PAIR, graphed=False
-    )
+    config = tiny.stage_config(tmp_path, "distill", **keys)
+    said = hardware.out_of_memory(config, engine_for(config.train, PAIR), torch.device("cuda"), graphed=False)
     words = {"full": "activation_checkpointing full", "bf16": "precision bf16-true", "same": "teacher_precision same"}
     assert said.endswith(", or set " + advice.format(**{name: f"train.{text}" for name, text in words.items()}))
 
@@ -322,14 +323,15 @@ def test_a_gpu_without_bf16_is_refused_and_auto_goes_around_it(tmp_path, monkeyp
     for precision in ("bf16", "bf16-true", "bf16-mixed"):
         train = tiny.stage_config(tmp_path, "align", **{"train.precision": precision, "train.accelerator": "gpu"}).train
         with pytest.raises(ValueError, match=r"compute capability 7\.5.*--train\.precision fp32"):
-            fit.build_trainer(train, tmp_path, [])
+            trainer.build_trainer(train, tmp_path, [], SingleProcess(train, ALONE))
 
 
 def test_lightning_takes_no_signal_and_asks_no_process_for_one(tmp_path, monkeypatch):
     """It would ask before every micro-batch, and wait for the GPU to hear the answer."""
     asked = []
-    trainer = fit.build_trainer(tiny.stage_config(tmp_path, "align").train, tmp_path, [])
-    loop, connector = trainer.fit_loop.epoch_loop, trainer._signal_connector
+    train = tiny.stage_config(tmp_path, "align").train
+    lightnings = trainer.build_trainer(train, tmp_path, [], SingleProcess(train, ALONE))
+    loop, connector = lightnings.fit_loop.epoch_loop, lightnings._signal_connector
     assert "register_signal_handlers" in vars(type(connector))
     before = signal.getsignal(signal.SIGTERM)
     connector.register_signal_handlers()

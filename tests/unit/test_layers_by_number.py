@@ -10,9 +10,10 @@ import torch
 
 from radlads.checkpoint.model_folder import load_model, save_model
 from radlads.checkpoint.published_export import convert_to_published
+from radlads.cli import main
 from radlads.config.load import load_config, parse_config
 from radlads.convert.hf_source import open_teacher
-from radlads.convert.student import build_student, build_teacher
+from radlads.convert.student import build_student, build_teacher, layer_mixers
 from radlads.distill.stage import is_trainable
 from radlads.model import registry
 from radlads.model.configuration import RadladsConfig
@@ -20,7 +21,8 @@ from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.registry import build_time_mixer
 from radlads.recipes.llama_cpp import check_runs
 from radlads.recipes.single_stage import check_student, train_stage
-from radlads.train.optim import build_optimizers
+from radlads.recipes.stage_configs import Conversion, stage_configs
+from radlads.train.optimizers.optim import build_optimizers
 
 MIXED = "0:rad_rwkv6,1:qwen2"
 WINDOW = '''
@@ -87,6 +89,28 @@ def test_aligning_a_student_that_keeps_all_layers_is_refused(teacher, corpus_fol
     keys = {"train.teacher.hf_path": str(teacher), "train.proj_dir": str(tmp_path), "model.softmax_layers": "0-2"}
     with pytest.raises(ValueError, match=r"leave no layer with a mixer to align: name fewer layers$"):
         train_stage(tiny.stage_config(corpus_folder, "align", **keys), tiny.Silent())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.softmax_layers=4", "model.softmax_layers names layer 4, but the layers are 0 to 3"),
+        ("model.softmax_layers=every:1", "leave no mixer to align: name fewer layers"),
+        ("model.mixer.window=3", "model.mixer.window is not a setting of rad_rwkv7: there are none, so leave it out"),
+    ],
+)
+def test_a_conversion_is_refused_before_anything_is_written(tmp_path, capsys, override, message):
+    assert main(["demo", "--out", str(tmp_path / "out"), "--set", override]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_stages_of_a_conversion_have_its_layers(tmp_path):
+    overrides = {"model.softmax_layers": "every:2", "model.layer_mixers": "0:rad_rwkv6", "train.accelerator": "cpu"}
+    configs = stage_configs(Conversion(out=tmp_path, overrides=overrides))
+    assert {tuple(layer_mixers(each.model, 4)) for each in configs.values()} == {
+        ("rad_rwkv6", "qwen2", "rad_rwkv7", "qwen2")
+    }
 
 
 @pytest.mark.parametrize(

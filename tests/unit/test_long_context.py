@@ -21,8 +21,8 @@ from radlads.evaluation import costs
 from radlads.evaluation.costs import RUNS, cost_of_context
 from radlads.evaluation.long_context import position_edges
 from radlads.evaluation.retrieval import FILLER, Prompt, PromptWriter, Recall, retrieval_grid
-from radlads.inference.decoder import prefill
 from radlads.inference.generate import generate_tokens
+from radlads.inference.prefill import prefill
 from radlads.inference.sampling import Sampling
 from radlads.model.cache import RecurrentCacheLayer
 from radlads.model.configuration import RadladsConfig, state_bytes

@@ -151,7 +151,7 @@ def test_converted_weights_bring_the_code_along_unrun(model, mixers, tmp_path):
         ("import torch, radlads", "radlads"),
         ("from radlads import model", "radlads"),
         ("from radlads.model import layers", "radlads.model"),
-        ("from radlads.train.optim import build_optimizers", "radlads.train.optim"),
+        ("from radlads.train.optimizers.optim import build_optimizers", "radlads.train.optimizers.optim"),
         ("from radlads.model.layers.more import x", "radlads.model.layers.more"),
         ("from radlads.model.nosuch import x", "radlads.model.nosuch"),
         ("from radlads.model.layers \\\n    import RMSNorm", "radlads.model.layers"),

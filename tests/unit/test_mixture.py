@@ -11,7 +11,7 @@ import tiny
 from radlads.data.binidx import BinIdxReader, BinIdxWriter
 from radlads.data.loader import MixedSamples, TokenSamples
 from radlads.data.mixture import locate, parse_mixture
-from radlads.train.fit import heldout_batches, training_samples
+from radlads.train.corpora.samples import heldout_batches, training_samples
 
 SHARES = [Fraction(7, 10), Fraction(1, 5), Fraction(1, 10)]
 

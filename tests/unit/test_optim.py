@@ -11,9 +11,9 @@ from fused_adam import FusedAdam
 
 from radlads.convert.hf_source import open_teacher
 from radlads.convert.student import build_student
-from radlads.train import optim
-from radlads.train.optim import build_optimizers, learning_rate, weights_to_keep
-from radlads.train.step import optimizer_step
+from radlads.train.optimizers import optim
+from radlads.train.optimizers.optim import build_optimizers, learning_rate, weights_to_keep
+from radlads.train.optimizers.step import optimizer_step
 
 
 def settings(folder, **keys):

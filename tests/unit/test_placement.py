@@ -10,10 +10,10 @@ import torch
 from radlads.convert.blueprint import Blueprint
 from radlads.convert.hf_source import open_teacher
 from radlads.convert.student import student_blueprint, teacher_blueprint
-from radlads.train import placement
+from radlads.train.engines import fsdp, sharding, zero
 from radlads.train.hardware import only_device
 from radlads.train.placement import build_models
-from radlads.train.processes import ALONE, Processes
+from radlads.train.processes.group import ALONE, Processes
 
 
 def blueprints(teacher, config):
@@ -71,9 +71,9 @@ def test_deepspeeds_are_in_rows_but_for_a_teacher_that_is_not_run(teacher, tmp_p
         return lambda *arguments, **keywords: (asked.append(kind) or model, None)
 
     monkeypatch.setattr(Blueprint, "build", record("whole"))
-    monkeypatch.setattr(placement, "build_in_rows", record("rows"))
-    monkeypatch.setattr(placement, "check_engine", lambda *arguments: None)
-    monkeypatch.setattr(placement, "init_device_mesh", lambda *arguments: None)
+    monkeypatch.setattr(zero, "build_in_rows", record("rows"))
+    monkeypatch.setattr(zero.Zero, "check", lambda *arguments: None)
+    monkeypatch.setattr(zero, "init_device_mesh", lambda *arguments: None)
     for kl_weight in (0.5, 0.0):
         keys = {"train.strategy": "deepspeed_stage_3", "train.teacher.kl_weight": kl_weight}
         config = tiny.stage_config(tmp_path, "extend", **keys)
@@ -108,8 +108,8 @@ def test_models_that_do_not_fit_are_one_sentence(teacher, tmp_path, monkeypatch,
 
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=80e9))
     monkeypatch.setattr(Blueprint, "build", build)
-    monkeypatch.setattr(placement, "build_sharded", build)
-    monkeypatch.setattr(placement, "init_device_mesh", lambda *arguments: None)
+    monkeypatch.setattr(sharding, "build_sharded", build)
+    monkeypatch.setattr(fsdp, "init_device_mesh", lambda *arguments: None)
     config = tiny.stage_config(tmp_path, "distill", **{f"train.{key}": value for key, value in settings.items()})
     with pytest.raises(ValueError, match=f"the distill stage's models do not fit into the GPU's 80 GB: {advice}"):
         build_models(config, *blueprints(teacher, config), processes)

@@ -20,7 +20,7 @@ from radlads.planning.memory import Models, Step, _logit_moments, host_bytes, la
 from radlads.planning.models import count_parameters
 from radlads.planning.plan import PAPER_HOURS, RECIPES, Recipe, Request, largest_micro_batches, plan_stage
 from radlads.planning.speed import MEASURED, SEVERAL_GPUS, share, stage_hours, step_of
-from radlads.train.gpus import GPUS
+from radlads.train.logging.gpus import GPUS
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 DISTILL = Step(stage="distill", sequences=12, sequence_tokens=512)

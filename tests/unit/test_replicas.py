@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from radlads.train import replicas
-from radlads.train.processes import ALONE
-from radlads.train.replicas import GradientSums
+from radlads.train.engines import replicas
+from radlads.train.engines.replicas import GradientSums
+from radlads.train.processes.group import ALONE
 
 
 @pytest.fixture

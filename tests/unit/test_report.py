@@ -11,7 +11,8 @@ import tiny_run
 from radlads.checksums import sha256
 from radlads.cli import main
 from radlads.report.charts import COLOURS, Chart
-from radlads.report.page import _recipe_row, write_page
+from radlads.report.page import write_page
+from radlads.report.training_sections import _recipe_row
 
 
 @pytest.fixture(scope="module")

@@ -25,12 +25,14 @@ from radlads.convert.hf_source import open_teacher
 from radlads.convert.student import build_student, build_teacher
 from radlads.data.binidx import BinIdxReader
 from radlads.recipes import conversion
-from radlads.train import checkpointing, snapshots, stopping
+from radlads.train import checkpointing, stopping
+from radlads.train.checkpoints import snapshots
+from radlads.train.checkpoints.resume import describe_run, first_checkpoint
+from radlads.train.corpora.run_corpora import corpus_differences, describe_corpora
+from radlads.train.engines.single import SingleProcess
 from radlads.train.fit import run_stage
 from radlads.train.lightning_module import StageModule
-from radlads.train.metrics_csv import MetricsCsv
-from radlads.train.resume import describe_run, first_checkpoint
-from radlads.train.run_corpora import corpus_differences, describe_corpora
+from radlads.train.logging.metrics_csv import MetricsCsv
 
 SIX_STEPS = {"my_exit_tokens": 16 * 2 * 6, "micro_bsz": 1, "accumulate_grad_batches": 2}
 CHECKPOINTS = {"checkpoint_every_steps": 1, "keep_checkpoints": 3}
@@ -139,7 +141,7 @@ def test_a_stopped_run_ends_as_one_that_never_stopped(teacher, corpus_folder, tm
 @pytest.mark.parametrize("forgotten", ["restore_optimizers", None])
 def test_it_takes_the_optimisers_to_end_the_same(teacher, corpus_folder, straight, stopped, monkeypatch, forgotten):
     if forgotten:
-        monkeypatch.setattr(checkpointing, forgotten, lambda *arguments: None)
+        monkeypatch.setattr(SingleProcess, forgotten, lambda *arguments: None)
     run(teacher, config_of(corpus_folder), stopped)
     same = (stopped / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
     assert same is not bool(forgotten)
@@ -208,7 +210,7 @@ def test_a_step_that_is_not_finite_reaches_no_checkpoint(tmp_path):
     train = SimpleNamespace(checkpoint_every_steps=1, checkpoint_every_minutes=0)
     each = checkpointing.Checkpointing(train, tmp_path, {}, stopping.StopRequests(), tiny.Silent())
     with pytest.raises(ValueError, match="the loss is nan"):
-        each._write(None, SimpleNamespace(read_steps=read_steps))
+        each._write(None, SimpleNamespace(reader=SimpleNamespace(read=read_steps)))
     assert list(tmp_path.iterdir()) == []
 
 

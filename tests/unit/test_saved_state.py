@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from radlads.convert.hf_source import open_teacher
 from radlads.convert.student import build_student
 from radlads.inference import decoder, saved_state
-from radlads.inference.decoder import prefill
 from radlads.inference.finite import NotFinite
 from radlads.inference.generate import Sampling, generate_tokens, stream_tokens
+from radlads.inference.prefill import prefill
 from radlads.inference.saved_state import fingerprint, load_state, read_text, save_state
 
 DOCUMENT = [number * 7 % 251 for number in range(150)]

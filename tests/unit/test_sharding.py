@@ -15,8 +15,8 @@ from radlads.convert.hf_source import open_teacher
 from radlads.convert.student import student_blueprint, teacher_blueprint
 from radlads.distill.align import Align
 from radlads.distill.stage import is_trainable
-from radlads.train.sharding import build_sharded, settle
-from radlads.train.step import backward_parts
+from radlads.train.engines.sharding import build_sharded, settle
+from radlads.train.optimizers.step import backward_parts
 
 CPU = torch.device("cpu")
 LAYERS = 3

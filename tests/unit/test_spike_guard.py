@@ -13,11 +13,11 @@ from radlads.convert.hf_source import open_teacher
 from radlads.convert.student import build_student, build_teacher
 from radlads.train import spike_guard
 from radlads.train.callbacks import Progress
+from radlads.train.checkpoints.snapshots import checkpoints_in, read_position
 from radlads.train.fit import run_stage
-from radlads.train.optim import build_optimizers
-from radlads.train.snapshots import checkpoints_in, read_position
+from radlads.train.optimizers.optim import build_optimizers
+from radlads.train.optimizers.step import optimizer_step
 from radlads.train.spike_guard import MEMORY_STEPS, NAMES, WARMUP_STEPS, SpikeGuard, judged
-from radlads.train.step import optimizer_step
 from radlads.train.stopping import Stopped
 
 STEPS = 8

@@ -11,10 +11,10 @@ from radlads.convert.student import build_student, build_teacher
 from radlads.distill.arithmetic import train_flops
 from radlads.distill.logits import build_stage
 from radlads.distill.stage import is_trainable
-from radlads.train import throughput
 from radlads.train.fit import run_stage
-from radlads.train.gpus import GPUS, gpu_called
-from radlads.train.throughput import Throughput, peak_flop_per_s, stage_flops
+from radlads.train.logging import throughput
+from radlads.train.logging.gpus import GPUS, gpu_called
+from radlads.train.logging.throughput import Throughput, peak_flop_per_s, stage_flops
 
 CPU = torch.device("cpu")
 

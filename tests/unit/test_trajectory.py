@@ -14,8 +14,8 @@ from radlads.distill.logits import Logits, build_stage
 from radlads.distill.losses import cross_entropy, kl_divergence
 from radlads.distill.stage import LossPart, is_trainable
 from radlads.model import recurrence
-from radlads.train.optim import build_optimizers
-from radlads.train.step import backward_parts, optimizer_step
+from radlads.train.optimizers.optim import build_optimizers
+from radlads.train.optimizers.step import backward_parts, optimizer_step
 
 STEPS, BATCH = 50, 4
 BOTH = {"train.teacher.kl_weight": 0.5, "train.teacher.ce_weight": 0.5}

@@ -20,7 +20,7 @@ from radlads.convert.student import build_student, build_teacher
 from radlads.recipes.single_stage import train_stage
 from radlads.train.callbacks import Progress
 from radlads.train.fit import run_stage
-from radlads.train.loggers import check_loggers
+from radlads.train.logging.loggers import check_loggers
 from radlads.train.stopping import Stopped
 
 

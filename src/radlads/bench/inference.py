@@ -17,7 +17,8 @@ from radlads.bench.measure import Ceilings, Timing, held_bytes, peak_bytes, rele
 from radlads.bench.models import random_model, stock_teacher, weight_bytes
 from radlads.bench.record import Record, Row
 from radlads.convert.shapes import Shape
-from radlads.inference.decoder import Decoder, prefill
+from radlads.inference.decoder import Decoder
+from radlads.inference.prefill import prefill
 from radlads.inference.sampling import Sampling
 from radlads.model.configuration import RadladsConfig
 

@@ -207,7 +207,9 @@ def checkout_commit() -> str | None:
     folder = Path(__file__).parent
     git = ["git", "-C", str(folder)]
     try:
-        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", "../cli.py"], capture_output=True, check=False)
+        tracked = subprocess.run(
+            [*git, "ls-files", "--error-unmatch", "../__init__.py"], capture_output=True, check=False
+        )
         if tracked.returncode:
             return None
         described = subprocess.run(

@@ -18,8 +18,8 @@ from radlads.distill.logits import build_stage
 from radlads.distill.stage import is_trainable
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.train.cuda_graph import GraphedPasses, records_graph
-from radlads.train.optim import build_optimizers
-from radlads.train.step import backward_parts, optimizer_step
+from radlads.train.optimizers.optim import build_optimizers
+from radlads.train.optimizers.step import backward_parts, optimizer_step
 
 WARMUP_STEPS, STEPS = 4, 4  # a CUDA graph is recorded in the third
 CLIP = 1.0

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from radlads.checkpoint.weights import EMBEDDING, HEAD, StoredWeights, check_floats
+from radlads.checkpoint.strict_loading import check_floats
+from radlads.checkpoint.weights import EMBEDDING, HEAD, StoredWeights
 from radlads.model.configuration import RadladsConfig
 from radlads.model.registry import known_mixers
 

@@ -20,15 +20,8 @@ from radlads.checkpoint.published import (
 )
 from radlads.checkpoint.safetensors_files import WEIGHTS_FILE
 from radlads.checkpoint.safetensors_writer import SHARD_BYTES, file_order, shards_of, write_safetensors, write_shards
-from radlads.checkpoint.weights import (
-    CastWeights,
-    ModelWeights,
-    SafetensorsFolder,
-    StoredWeights,
-    TiedWeights,
-    check_fit,
-    load_strict,
-)
+from radlads.checkpoint.strict_loading import check_fit, load_strict
+from radlads.checkpoint.weights import CastWeights, ModelWeights, SafetensorsFolder, StoredWeights, TiedWeights
 from radlads.files import read_json
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM

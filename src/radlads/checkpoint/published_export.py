@@ -21,8 +21,9 @@ from radlads.checkpoint.published import (
     stored_only,
 )
 from radlads.checkpoint.safetensors_writer import SHARD_BYTES, write_shards
+from radlads.checkpoint.strict_loading import check_fit
 from radlads.checkpoint.tokenizer_files import check_copyable, copy_tokenizer, read_tokenizer
-from radlads.checkpoint.weights import EMBEDDING, HEAD, CastWeights, StoredWeights, TensorInfo, check_fit
+from radlads.checkpoint.weights import EMBEDDING, HEAD, CastWeights, StoredWeights, TensorInfo
 from radlads.files import write_text
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM

@@ -1,4 +1,7 @@
-"""Weights by name: safetensors, a folder's or a file's, read tensor by tensor; and filling a model with them."""
+"""Weights by name, read tensor by tensor: a model's, a safetensors folder's or file's, and views of other weights.
+
+Also the rows of a sharded parameter that this process holds.
+"""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -233,50 +236,6 @@ class PrefixedWeights(StoredWeights):
         return len(self._names)
 
 
-def load_strict(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], origin: Path | str) -> None:
-    """Copy `weights` into every parameter of `model`; each must be there, have its shape and be finite.
-
-    Raises ValueError that names the tensor for one missing, unexpected, wrongly shaped, or with NaN or infinity.
-    """
-    check_names(model, weights, origin)
-    for name, parameter in model.named_parameters():
-        copy_checked(parameter, weights[name], name, origin)
-
-
-def check_fit(model: torch.nn.Module, weights: StoredWeights, origin: Path | str) -> None:
-    """load_strict's ValueErrors about names and shapes, without reading a tensor."""
-    check_names(model, weights, origin)
-    for name, parameter in model.named_parameters():
-        _check_shape(parameter, weights.info(name).shape, name, origin)
-
-
-def check_floats(weights: StoredWeights, origin: Path | str) -> None:
-    """Raise ValueError that names the tensor if one holds integers or 8-bit floats. None is read."""
-    for name in weights:
-        _check_float(weights.info(name).dtype, name, origin)
-
-
-def check_names(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], origin: Path | str) -> None:
-    """Raise ValueError that names the tensor if one of the model's parameters is missing, or one more is there."""
-    parameters = dict(model.named_parameters())
-    if missing := sorted(parameters.keys() - weights.keys()):
-        raise ValueError(f"{origin} lacks {_some(missing)}, which the model has: is it the checkpoint of this model?")
-    if unexpected := sorted(weights.keys() - parameters.keys()):
-        raise ValueError(
-            f"{origin} holds {_some(unexpected)}, which the model lacks: is it the checkpoint of this model?"
-        )
-
-
-def copy_checked(parameter: torch.nn.Parameter, tensor: torch.Tensor, name: str, origin: Path | str) -> None:
-    """Copy a tensor into a parameter. Raises ValueError for another shape, fewer than 16 bits, NaN or infinity."""
-    _check_shape(parameter, tensor.shape, name, origin)
-    _check_float(tensor.dtype, name, origin)
-    if not torch.isfinite(tensor).all():
-        raise ValueError(f"{name} in {origin} holds NaN or infinity: the checkpoint is broken, take an earlier one")
-    with torch.no_grad():
-        own_part(parameter).copy_(own_rows(parameter, tensor))
-
-
 def own_part(parameter: torch.Tensor) -> torch.Tensor:
     """The tensor itself, or what this process holds of a sharded one; of the same memory, without gradients."""
     with torch.no_grad():  # else reading a shard costs ten times as much, as something to record
@@ -299,23 +258,3 @@ def _shapes_and_kinds(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     with opened(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
         return {name: (tuple(stored.get_shape()), stored.get_dtype()) for name, stored in slices.items()}
-
-
-def _check_shape(parameter: torch.Tensor, found: tuple[int, ...], name: str, origin: Path | str) -> None:
-    if found != parameter.shape:
-        raise ValueError(
-            f"{name} in {origin} has shape {tuple(found)}, but the model needs {tuple(parameter.shape)}: "
-            "is it the checkpoint of this model?"
-        )
-
-
-def _check_float(dtype: torch.dtype, name: str, origin: Path | str) -> None:
-    if dtype not in FLOATS:
-        kind = str(dtype).removeprefix("torch.")
-        raise ValueError(
-            f"{name} in {origin} holds {kind}, as quantised weights do: take the checkpoint in bf16, fp16 or fp32"
-        )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")

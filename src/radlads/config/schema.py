@@ -292,7 +292,8 @@ class TrainConfig:
     strategy: str = "auto"
     """How several processes share the work: ddp = each holds both models whole; fsdp = each holds its rows of every
     parameter, of the teacher's too; deepspeed_stage_1 = as ddp, with the optimiser in shards; deepspeed_stage_2 =
-    gradients too; deepspeed_stage_3 = all, as fsdp; auto = ddp. No effect on one device."""
+    gradients too; deepspeed_stage_3 = all, as fsdp; MODULE:CLASS = an engine of your own (docs/engines.md); auto = ddp.
+    No effect on one device."""
     devices: int = 1
     """Processes on each node, one GPU each; -1 = all GPUs of the node."""
     num_nodes: int = 1
@@ -321,7 +322,7 @@ class TrainConfig:
                 "train.compile must be 'auto' or 'never' with train.reset_state_at_eos, whose sequences are of too "
                 "many lengths to compile for, not 'always'"
             )
-        if self.strategy not in STRATEGIES:
+        if self.strategy not in STRATEGIES and ":" not in self.strategy:
             raise ValueError(f"train.strategy must be one of {', '.join(STRATEGIES)}, not {self.strategy!r}")
         if self.grad_cp and self.activation_checkpointing not in ("auto", "full"):
             raise ValueError(

@@ -4,7 +4,8 @@ from collections import Counter
 from pathlib import Path
 
 from radlads.checkpoint.published import UsedWeights
-from radlads.checkpoint.weights import EMBEDDING, HEAD, StoredWeights, load_strict
+from radlads.checkpoint.strict_loading import load_strict
+from radlads.checkpoint.weights import EMBEDDING, HEAD, StoredWeights
 from radlads.config.schema import ModelConfig
 from radlads.convert.blueprint import Blueprint
 from radlads.convert.hf_source import teacher_source

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from radlads.checkpoint.model_folder import open_checked, unfilled_model
-from radlads.checkpoint.weights import load_strict
+from radlads.checkpoint.strict_loading import load_strict
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 

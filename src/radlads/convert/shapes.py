@@ -108,11 +108,6 @@ def variant_keys(mixer: str, variant: str | None) -> dict[str, object]:
     return {f"model.{key}": value for key, value in values.items()}
 
 
-def name_mixers_of(model: ModelConfig) -> None:
-    """Say that the user asked for the mixers that a model section names."""
-    name_mixers(*mixer_names(model))
-
-
 def _student_model(mixer: str, variant: str | None, overrides: Mapping[str, object]) -> ModelConfig:
     for key in overrides:
         if not key.startswith("model."):
@@ -121,7 +116,7 @@ def _student_model(mixer: str, variant: str | None, overrides: Mapping[str, obje
             raise ValueError(f"--set {key} is not possible: name the mixer with --mixer")
     keys = {**_MEASURED_KEYS, **variant_keys(mixer, measured_variant(mixer, variant))}
     model = load_config([], {**keys, "model.tmix": registered_name(mixer), **overrides}).model
-    name_mixers_of(model)
+    name_mixers(*mixer_names(model))
     return model
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from radlads.checkpoint.weights import copy_checked
+from radlads.checkpoint.strict_loading import copy_checked
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.recurrent_mixer import RecurrentMixer

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from radlads.inference.decoder import prefill
 from radlads.inference.generate import decode_ms
+from radlads.inference.prefill import prefill
 from radlads.model.cache import RadladsCache, RecurrentCacheLayer
 from radlads.model.modeling import RadladsForCausalLM
 

@@ -22,8 +22,11 @@ from radlads.model.modeling import RadladsForCausalLM
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
+    from lm_eval.models.huggingface import HFLM as _HFLM
     from lm_eval.tasks import TaskManager
     from transformers import PreTrainedTokenizerBase
+else:
+    _HFLM = object
 
 _log = logging.getLogger(__name__)
 # Of standard errors that have no formula (perplexities); lm-eval's own 100,000 take minutes
@@ -137,65 +140,76 @@ def language_model(
     _check_lm_eval()
     from accelerate import Accelerator
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.models.utils import normalize_gen_kwargs
-    from tqdm import tqdm
 
-    class RadladsLM(HFLM):
-        def _loglikelihood_tokens(
-            self, requests: list, disable_tqdm: bool = False, override_bs: int | None = None
-        ) -> list[Answer]:
-            longer = sum(len(context) + len(rest) > self.max_length + 1 for _, context, rest in requests)
-            if longer:
-                _log.warning("%d texts of more than %d tokens lose their start (--max-length)", longer, self.max_length)
-            bar = tqdm(
-                total=len(requests),
-                desc="log likelihoods",
-                disable=disable_tqdm or override_bs is not None or self.rank > 0,
-            )
-
-            def keep(number: int, answer: Answer) -> None:
-                bar.update(1)
-                if (asked := requests[number][0]) is not None:
-                    self.cache_hook.add_partial("loglikelihood", asked, answer)
-
-            with bar:  # closed, so that what is said next has a line of its own
-                return log_likelihoods(
-                    model,
-                    [(context, continuation) for _, context, continuation in requests],
-                    max_tokens=self.max_length,
-                    batch_rows=batch_rows,
-                    segment_tokens=segment_tokens,
-                    on_answer=keep,
-                )
-
-        def apply_chat_template(
-            self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True, **keys: Any
-        ) -> str:
-            with template_errors_named(f"of {tokenizer.name_or_path}"):
-                return str(super().apply_chat_template(chat_history, add_generation_prompt, **keys))
-
-        def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-            for request in requests:
-                wanted = normalize_gen_kwargs(dict(request.args[1]), self.max_gen_toks)["max_gen_toks"]
-                if wanted >= self.max_length:
-                    raise ValueError(
-                        f"{request.task_name} generates {wanted} tokens, which leaves no room for a question in "
-                        f"{self.max_length}: give a --max-length above that"
-                    )
-            return super().generate_until(requests, disable_tqdm)
-
-        def _model_generate(self, *arguments: Any, **keys: Any) -> torch.Tensor:
-            with FiniteWatch(model) as watch:
-                tokens: torch.Tensor = super()._model_generate(*arguments, **keys)
-                watch.check()
-            return tokens
+    class RadladsLM(_OwnAnswers, HFLM):
+        pass
 
     with quiet("lm_eval.models.huggingface"):  # it warns of models that are given as such
         lm = RadladsLM(model, backend="causal", tokenizer=tokenizer, batch_size=batch_rows, max_length=max_tokens)
+    lm.decoder, lm.batch_rows, lm.segment_tokens = model, batch_rows, segment_tokens
     if _is_one_of_many():  # HFLM leaves that to whoever gives it a model as such
         accelerator = Accelerator()
         lm.accelerator, lm._rank, lm._world_size = accelerator, accelerator.process_index, accelerator.num_processes
     return lm
+
+
+class _OwnAnswers(_HFLM):
+    """What our model does otherwise than lm-eval's HFLM, which is to be the next base class."""
+
+    decoder: RadladsForCausalLM
+    batch_rows: int
+    segment_tokens: int
+
+    def _loglikelihood_tokens(
+        self, requests: list, disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[Answer]:
+        from tqdm import tqdm
+
+        longer = sum(len(context) + len(rest) > self.max_length + 1 for _, context, rest in requests)
+        if longer:
+            _log.warning("%d texts of more than %d tokens lose their start (--max-length)", longer, self.max_length)
+        is_hidden = disable_tqdm or override_bs is not None or self.rank > 0
+        bar = tqdm(total=len(requests), desc="log likelihoods", disable=is_hidden)
+
+        def keep(number: int, answer: Answer) -> None:
+            bar.update(1)
+            if (asked := requests[number][0]) is not None:
+                self.cache_hook.add_partial("loglikelihood", asked, answer)
+
+        with bar:  # closed, so that what is said next has a line of its own
+            return log_likelihoods(
+                self.decoder,
+                [(context, continuation) for _, context, continuation in requests],
+                max_tokens=self.max_length,
+                batch_rows=self.batch_rows,
+                segment_tokens=self.segment_tokens,
+                on_answer=keep,
+            )
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True, **keys: Any
+    ) -> str:
+        with template_errors_named(f"of {self.tokenizer.name_or_path}"):
+            return str(super().apply_chat_template(chat_history, add_generation_prompt, **keys))
+
+    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
+        from lm_eval.models.utils import normalize_gen_kwargs
+
+        for request in requests:
+            wanted = normalize_gen_kwargs(dict(request.args[1]), self.max_gen_toks)["max_gen_toks"]
+            if wanted >= self.max_length:
+                raise ValueError(
+                    f"{request.task_name} generates {wanted} tokens, which leaves no room for a question in "
+                    f"{self.max_length}: give a --max-length above that"
+                )
+        answers: list[str] = super().generate_until(requests, disable_tqdm)
+        return answers
+
+    def _model_generate(self, *arguments: Any, **keys: Any) -> torch.Tensor:
+        with FiniteWatch(self.decoder) as watch:
+            tokens: torch.Tensor = super()._model_generate(*arguments, **keys)
+            watch.check()
+        return tokens
 
 
 def check_max_tokens(model: RadladsForCausalLM, max_tokens: int | None) -> None:

@@ -16,10 +16,11 @@ import torch
 
 from radlads.checkpoint.tokenizer_files import num_ids
 from radlads.inference.chat_template import ChatTemplate, Message
-from radlads.inference.decoder import Decoder, prefill
+from radlads.inference.decoder import Decoder
 from radlads.inference.finite import NotFinite
 from radlads.inference.generate import check_memory, choose_device, decoded
 from radlads.inference.options import sampling_of
+from radlads.inference.prefill import prefill
 from radlads.inference.prompts import checked_text
 from radlads.inference.sampling import Sampling
 from radlads.model.cache import RadladsCache

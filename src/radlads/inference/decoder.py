@@ -1,112 +1,26 @@
 """Decoding a batch of prompts in lockstep: prefill, then one token for every row per step, sampled on the device.
 
-Owns the three ways of taking a step, the CUDA graph around it, and the tokens' way back. Leaves sampling's rules to
-sampling.py and the kernels to fused_step.py. Shape letters: B rows, T tokens, C hidden size, V vocabulary.
+Owns the CUDA graph around a step, and the tokens' way back. Leaves the step to decode_steps.py and sampling's rules to
+sampling.py. Shape letters: B rows, V vocabulary.
 """
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
 
 import torch
 
-from radlads.inference.finite import NotFinite, are_finite, raise_unless_finite
+from radlads.inference.decode_steps import build_step
+from radlads.inference.finite import NotFinite, are_finite
+from radlads.inference.prefill import PREFILL_TOKENS, left_padded, prefill
 from radlads.inference.sampling import Sampling, choose, row_generators
-from radlads.model.cache import RadladsCache, RecurrentCacheLayer
-from radlads.model.contracts import SharedInputs
-from radlads.model.modeling import RadladsForCausalLM, has_triton
-from radlads.model.registry import all_can
-from radlads.model.rope import rope_attention_factor, rope_inverse_frequencies
-from radlads.model.swiglu import SwiGLU
+from radlads.model.cache import RadladsCache
+from radlads.model.modeling import RadladsForCausalLM
 
-PREFILL_TOKENS = 2048
-FUSED_ROWS = 64
 # Steps the device may be ahead of the reader; more of them only delay the text and waste work after a stop
 STEPS_AHEAD = 2
 DRAWS = 1024
 # Instead of a token: the row has ended; its logits were not finite
 ENDED, NOT_FINITE = -1, -2
-
-
-class Step(Protocol):
-    """One token for all rows. load() takes over a prefilled cache; a call maps tokens [B] to the next logits [B, V].
-
-    is_graphable: a call does the same to the same memory every time, so that it can be replayed.
-    """
-
-    is_graphable: bool
-
-    def load(self, cache: RadladsCache) -> None: ...
-
-    def __call__(self, tokens: torch.Tensor) -> torch.Tensor: ...
-
-
-class CachedStep:
-    """The model's own forward with its growing cache: for stacks with softmax layers."""
-
-    is_graphable = False
-
-    def __init__(self, model: RadladsForCausalLM):
-        self.model = model
-        self.cache: RadladsCache | None = None
-
-    def load(self, cache: RadladsCache) -> None:
-        self.cache = cache
-
-    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.model(tokens[:, None], past_key_values=self.cache, use_cache=True).logits[:, -1]
-
-
-class RecurrentStep:
-    """The model's own blocks, for any stack without softmax layers, with states that stay at their place in memory."""
-
-    def __init__(self, model: RadladsForCausalLM):
-        self.model = model
-        self.is_graphable = all_can(model.config, "CUDA graph")
-        self.cache = RadladsCache(model.config)
-        self.positions: torch.Tensor | None = None
-        self.frequencies = torch.tensor(rope_inverse_frequencies(model.config), device=model.device)
-
-    def load(self, cache: RadladsCache) -> None:
-        """Copy the cache's states; the memory they go to is taken at the first call."""
-        assert cache.next_positions is not None
-        if self.positions is None:
-            self.positions = torch.empty_like(cache.next_positions)
-            for held, given in zip(self._layers(self.cache), self._layers(cache), strict=True):
-                held.state = _state_like(given.state)
-        self.positions.copy_(cache.next_positions)
-        for held, given in zip(self._layers(self.cache), self._layers(cache), strict=True):
-            _copy_state(held.state, given.state)
-
-    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        assert self.positions is not None
-        model, layers = self.model.model, self._layers(self.cache)
-        held = [layer.state for layer in layers]
-        angles = self.positions[:, None, None].float() * self.frequencies
-        angles = torch.cat([angles, angles], dim=-1)
-        shared = SharedInputs(angles.cos(), angles.sin())
-        hidden, v_first = model.embed_tokens(tokens[:, None]), None
-        for block in model.layers:
-            hidden, v_first = block(hidden, v_first, shared, past_key_values=self.cache)
-        for layer, state in zip(layers, held, strict=True):
-            _copy_state(state, layer.state)
-            layer.state = state
-        self.positions.add_(1)
-        return self.model.lm_head(model.norm(hidden))[:, -1]
-
-    @staticmethod
-    def _layers(cache: RadladsCache) -> list[RecurrentCacheLayer]:
-        return [layer for layer in cache.layers if isinstance(layer, RecurrentCacheLayer)]
-
-
-def _state_like(state: Any) -> Any:
-    return type(state)(*(None if x is None else torch.empty_like(x) for x in state))
-
-
-def _copy_state(into: Any, state: Any) -> None:
-    for target, source in zip(into, state, strict=True):
-        if target is not None:
-            target.copy_(source)
 
 
 class Decoder:
@@ -265,70 +179,3 @@ class _Sent:
         if self.arrived is not None:
             self.arrived.synchronize()
         return self.tokens.tolist()
-
-
-def build_step(model: RadladsForCausalLM, rows: int, *, fused: bool = True) -> Step:
-    """The fastest way of taking a step that this model, device and number of rows allow."""
-    if len(model.config.recurrent_layers) < model.config.num_hidden_layers:
-        return CachedStep(model)
-    if fused and model.device.type == "cuda" and has_triton(model.device) and can_be_fused(model, rows):
-        from radlads.inference.fused_step import FusedStep
-
-        return FusedStep(model, rows)
-    return RecurrentStep(model)
-
-
-def can_be_fused(model: RadladsForCausalLM, rows: int) -> bool:
-    """True if the fused kernels cover the model: mixers that are made for them (RAD-RWKV7) and SwiGLU layers, head size
-    64 or 128, one dtype and device, queries and keys that are neither normed nor scaled (yarn)."""
-    blocks = model.model.layers
-    return (
-        rows <= FUSED_ROWS
-        and model.config.head_dim in (64, 128)
-        and not model.config.qk_norm
-        and rope_attention_factor(model.config) == 1.0
-        and all(type(block.self_attn).obstacle("fused decode") is None for block in blocks)
-        and all(type(block.mlp) is SwiGLU for block in blocks)
-        and len({(parameter.dtype, parameter.device) for parameter in model.parameters()}) == 1
-    )
-
-
-@torch.inference_mode()
-def prefill(
-    model: RadladsForCausalLM,
-    tokens: torch.Tensor,
-    *,
-    mask: torch.Tensor | None = None,
-    piece: int = PREFILL_TOKENS,
-    cache: RadladsCache | None = None,
-) -> tuple[torch.Tensor, RadladsCache]:
-    """Read tokens [B, T] in pieces; the logits [B, V] after the last one, and the cache.
-
-    mask: [B, T], 0 at padding. cache: the state of what was read before, which is brought up to date in place. Raises
-    NotFinite, after the whole text, for logits at the end of a piece that are not finite.
-    """
-    cache = RadladsCache(model.config) if cache is None else cache
-    masks = [None] * -(-tokens.shape[1] // piece) if mask is None else mask.split(piece, dim=1)
-    num_tokens, flags = cache.get_seq_length(), []
-    for part, part_mask in zip(tokens.split(piece, dim=1), masks, strict=True):
-        logits = model(part, part_mask, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        num_tokens += part.shape[1]
-        flags.append((num_tokens, are_finite(logits).all()))
-    raise_unless_finite(flags)
-    return logits, cache
-
-
-def left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Prompts as [B, T] tokens that end together, and a mask, False at padding; None where all are equally long.
-
-    Raises ValueError for an empty prompt.
-    """
-    if not all(prompts):
-        raise ValueError("the prompt is empty: give at least one token to continue")
-    longest = max(len(prompt) for prompt in prompts)
-    rows = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-    tokens = torch.tensor(rows, device=device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    if all(len(prompt) == longest for prompt in prompts):
-        return tokens, None
-    return tokens, torch.arange(longest, device=device) >= longest - lengths[:, None]

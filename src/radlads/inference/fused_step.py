@@ -1,17 +1,18 @@
 """One decoding step of a RAD-RWKV7 stack in a few Triton kernels per layer. Import only where Triton is installed.
 
-Owns launch sizes and the buffers between the kernels (decode_kernels.py). One row: the norms are part of the products
-that read them. Several rows: products on the tensor cores, their sums over K split among programs, and
-two norms per layer that gather the splits. Shape letters: B rows, C hidden size, F FFN size, D = heads * head size.
+Owns the buffers between the kernels (decode_kernels.py) and their launches; sizes are in fused_launches.py. One row:
+the norms are part of the products that read them. Several rows: products on the tensor cores, their sums over K split
+among programs, and two norms per layer that gather the splits. Shape letters: B rows, C hidden size, F FFN size, D =
+heads * head size.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 
 from radlads.inference import decode_kernels as kernels
+from radlads.inference.fused_launches import ONE_ROW, SEVERAL_ROWS, Launch, Launches
 from radlads.inference.packed_weights import PackedLayer, pack
 from radlads.model.cache import RadladsCache, RecurrentCacheLayer
 from radlads.model.layers import RMSNorm
@@ -22,54 +23,6 @@ from radlads.model.swiglu import SwiGLU
 # One row's kernels start while their predecessor still runs (programmatic dependent launch, Hopper and later); several
 # rows' steps looked slower with it (docs/log.md)
 PROGRAMMATIC_LAUNCH = True
-
-
-@dataclass(frozen=True)
-class Launch:
-    """block_n weight rows and block_k columns at a time, in `warps` warps. Of several rows' kernel only: `splits`
-    programs share a sum over K, with loads running `stages` blocks ahead."""
-
-    block_n: int
-    block_k: int
-    warps: int
-    splits: int = 1
-    stages: int = 1
-
-
-@dataclass(frozen=True)
-class Launches:
-    """Launch sizes of a step's products; low_rank_columns: output columns per program of the second low ranks.
-    state_values: rows of a head's state that a program holds at a time."""
-
-    inputs: Launch
-    output: Launch
-    gate_up: Launch
-    down: Launch
-    head: Launch
-    low_rank_columns: int = 64
-    state_values: int = 128
-    state_warps: int = 8
-
-
-# For 132 multiprocessors: some 20 KB of loads in flight on each hide the memory's latency. One row: a program has two
-# blocks of 8 KB in flight, and several programs share a multiprocessor.
-ONE_ROW = Launches(
-    inputs=Launch(block_n=8, block_k=512, warps=4),
-    output=Launch(block_n=4, block_k=512, warps=4),
-    gate_up=Launch(block_n=16, block_k=256, warps=4),
-    down=Launch(block_n=4, block_k=512, warps=4),
-    head=Launch(block_n=8, block_k=512, warps=4),
-)
-# Several rows: 64 weight rows share one read of the inputs; splits make some 200 programs of the narrow products
-SEVERAL_ROWS = Launches(
-    inputs=Launch(block_n=32, block_k=128, warps=4, stages=4),
-    output=Launch(block_n=64, block_k=128, warps=4, splits=4, stages=4),
-    gate_up=Launch(block_n=64, block_k=128, warps=4, stages=4),
-    down=Launch(block_n=64, block_k=128, warps=4, splits=4, stages=4),
-    head=Launch(block_n=64, block_k=128, warps=4, stages=4),
-    state_values=16,
-    state_warps=4,
-)
 
 
 class FusedStep:

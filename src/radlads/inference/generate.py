@@ -16,7 +16,8 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from radlads.checkpoint.tokenizer_files import num_ids
-from radlads.inference.decoder import Decoder, prefill
+from radlads.inference.decoder import Decoder
+from radlads.inference.prefill import prefill
 from radlads.inference.prompts import prompt_ids
 from radlads.inference.sampling import Sampling, choose
 from radlads.inference.saved_state import ReadText

@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from radlads.checkpoint.atomic import unfinished_file
 from radlads.checkpoint.safetensors_writer import write_safetensors
 from radlads.checkpoint.weights import HeldTensors, SafetensorsFolder
-from radlads.inference.decoder import PREFILL_TOKENS, prefill
 from radlads.inference.finite import NotFinite
+from radlads.inference.prefill import PREFILL_TOKENS, prefill
 from radlads.model.cache import RadladsCache, RecurrentCacheLayer
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
@@ -109,10 +109,10 @@ def load_state(model: RadladsForCausalLM, model_fingerprint: str, path: Path) ->
 
 
 def _decisive(config: RadladsConfig) -> dict[str, object]:
-    """What of a configuration decides a state: our own fields, which do not change with transformers' version. Settings
-    of mixers count only where there are any, so that earlier versions' files are still known."""
-    fields = {name: getattr(config, name) for name in RadladsConfig.__annotations__ if name in config.__dict__}
-    return {name: value for name, value in fields.items() if name != "mixer_settings" or value}
+    """What of a configuration decides a state: our own fields, which do not change with transformers' version. A model
+    whose mixers have no settings of their own has the fingerprint that it had before there were any."""
+    values = {name: getattr(config, name) for name in RadladsConfig.__annotations__ if name in config.__dict__}
+    return {name: value for name, value in values.items() if name != "mixer_settings" or value}
 
 
 def _tensors(read: ReadText) -> dict[str, torch.Tensor]:

@@ -20,8 +20,8 @@ from radlads.checkpoint.model_folder import load_model
 from radlads.checkpoint.tokenizer_files import GENERATION_FILE, num_ids
 from radlads.convert.hf_source import open_tokenizer
 from radlads.inference.chat_template import ChatTemplate, stop_ids
-from radlads.inference.decoder import PREFILL_TOKENS, prefill
 from radlads.inference.generate import choose_device
+from radlads.inference.prefill import PREFILL_TOKENS, prefill
 from radlads.model.modeling import RadladsForCausalLM
 
 if TYPE_CHECKING:

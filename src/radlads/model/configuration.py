@@ -115,7 +115,7 @@ class RadladsConfig(PreTrainedConfig):
     def _layer_types(self, given: list[str]) -> list[str]:
         """Of each layer, whether its state grows with the text. To read a configuration runs nobody's code: the file of
         a mixer of one's own is not looked for, and `given` counts."""
-        stored = given if len(given) == self.num_hidden_layers else ["linear_attention"] * self.num_hidden_layers
+        stored = given if len(given or ()) == self.num_hidden_layers else ["linear_attention"] * self.num_hidden_layers
         ours = known_mixers()
         return [
             layer_type_of(ours[name]) if name in ours else kind

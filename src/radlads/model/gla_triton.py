@@ -11,18 +11,9 @@ Scratch tensors are [B H, G, L, N], [B H, G, L, L] and [B H, G, N, N]; states ar
 
 from __future__ import annotations
 
-import torch
-
-from .chunked_kernels import (
-    Chunks,
-    Launch,
-    contiguous,
-    jit_for_all_sizes,
-    last_row,
-    operator,
-    sums_of_rows,
-    triton,
-)
+from .chunked_kernels import chunk_start, decays, jit_for_all_sizes, last_row, load_fp32, triton
+from .chunked_operators import operator
+from .chunked_passes import VALUES, Chunks, Kernels, Launch, Launches
 
 if triton is not None:
     import triton.language as tl
@@ -40,7 +31,7 @@ def _prepare(
     """
     g, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     n, i, j = tl.arange(0, N), tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
-    first_token = ((bh // H * T + g * L) * H + bh % H) * N
+    first_token = chunk_start(bh, g, T, H, N, L)
     tokens = i * (H * N) + n[None, :]
     real = g * L + i < T
     dtype = r_ptr.dtype.element_ty
@@ -48,8 +39,8 @@ def _prepare(
     end = last_row(c, L)
     half = tl.exp(0.5 * end)
     c -= 0.5 * end
-    x = (tl.load(r_ptr + first_token + tokens, mask=real, other=0.0).to(tl.float32) * tl.exp(c)).to(dtype)
-    y = (tl.load(k_ptr + first_token + tokens, mask=real, other=0.0).to(tl.float32) * tl.exp(-c)).to(dtype)
+    x = (load_fp32(r_ptr + first_token + tokens, real) * tl.exp(c)).to(dtype)
+    y = (load_fp32(k_ptr + first_token + tokens, real) * tl.exp(-c)).to(dtype)
     chunk, rows = bh * G + g, i * N + n[None, :]
     tl.store(end_ptr + chunk * N + n, tl.reshape(end, (N,)))
     tl.store(reads_ptr + chunk * L * N + rows, (x.to(tl.float32) * half).to(dtype))
@@ -82,7 +73,7 @@ def _scan(
     for step in range(0, G):
         g = G - 1 - step if REVERSE else step
         chunk = bh * G + g
-        first_token = ((bh // H * T + g * L) * H + bh % H) * N
+        first_token = chunk_start(bh, g, T, H, N, L)
         real = g * L + i < T
         held = state.to(dtype)
         x = tl.load(in_ptr + first_token + tokens, mask=real, other=0.0)
@@ -110,7 +101,7 @@ def _gradients(
     chunk = bh * G + g
     keys, values = tl.program_id(2) * BK + tl.arange(0, BK), tl.arange(0, BV)
     i, j = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
-    first_token = ((bh // H * T + g * L) * H + bh % H) * N
+    first_token = chunk_start(bh, g, T, H, N, L)
     tokens, here = i * (H * N) + values[None, :], i * (H * N) + keys[None, :]
     in_state = keys[None, :] * N + values[:, None]
     real = g * L + i < T
@@ -130,13 +121,9 @@ def _gradients(
 
     end = tl.load(end_ptr + chunk * N + keys)[None, :]
     log_w = tl.load(log_w_ptr + first_token + here, mask=real, other=0.0)
-    c = sums_of_rows(tl.where(i >= j, 0.5, -0.5), log_w, dtype, PRECISION)
-    if dtype == tl.float32:  # in which it shows that sums in another order end elsewhere
-        end = 2 * last_row(c, L)
-    half = tl.exp(0.5 * end)
-    shrink, grow = tl.exp(c), tl.exp(-c)
-    x = (tl.load(r_ptr + first_token + here, mask=real, other=0.0).to(tl.float32) * shrink).to(dtype)
-    y = (tl.load(k_ptr + first_token + here, mask=real, other=0.0).to(tl.float32) * grow).to(dtype)
+    end, half, shrink, grow = decays(log_w, end, L, dtype, PRECISION)
+    x = (load_fp32(r_ptr + first_token + here, real) * shrink).to(dtype)
+    y = (load_fp32(k_ptr + first_token + here, real) * grow).to(dtype)
     mixes = tl.where(i >= j, d_mixes, 0.0).to(dtype)
     dx = tl.dot(mixes, y, acc=dx * half, input_precision=PRECISION)
     tl.store(dr_ptr + first_token + here, (dx * shrink).to(dtype), mask=real)
@@ -159,84 +146,28 @@ FLOAT32 = Launch(
 )  # fmt: skip
 
 
-class _Chunks(Chunks):
-    """A call's memory and launches."""
+class GlaChunks(Chunks):
+    """A call's memory and launches. What is kept: [6 N + L] numbers per token and head."""
 
-    def __init__(self, v: torch.Tensor):
-        super().__init__(v, BFLOAT16 if v.dtype == torch.bfloat16 else FLOAT32)
+    inputs = ("r", "log_w", "k", "v")
+    met = ("states",)
+    rows = 1
+    kernels = Kernels(_prepare, _scan, _gradients)
+    launches = Launches(bfloat16=BFLOAT16, float32=FLOAT32)
 
-    def matrices(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Memory for reads, mixes and writes."""
-        return self.scratch(self.L, self.N), self.scratch(self.L, self.L), self.scratch(self.L, self.N)
-
-    def prepare(self, r, log_w, k, *, backward: bool):
-        """The chunks' ends, and their reads, mixes and writes."""
+    def prepare(self, inputs, *, backward: bool):
         end, matrices = self.ends(), self.matrices()
-        _prepare[(self.G, self.B * self.H)](
-            r, log_w, k, end, *matrices, self.T, self.G, self.H,
+        self.kernels.prepare[(self.G, self.B * self.H)](
+            *inputs[:VALUES], end, *matrices, self.T, self.G, self.H,
             N=self.N, L=self.L, PRECISION=self.launch.precision, num_warps=self.launch.prepare_warps[backward],
         )  # fmt: skip
-        return end, matrices
+        return end, matrices, matrices
 
-    def scan(self, matrices, end, x, first, *, reverse: bool, keep: bool):
-        """Run `_scan` on x: what comes out, the last state and, with `keep`, the states met."""
-        out, last, states = torch.empty_like(x), self.last_state(), self.scratch(self.N, self.N) if keep else None
-        values, stages = self.scan_sizes()
-        _scan[(self.N // values, self.B * self.H)](
-            *matrices, end, x, first, out, last, states, self.T, self.G, self.H,
-            N=self.N, L=self.L, BV=values, REVERSE=reverse, HAS_FIRST=first is not None, KEEP=keep,
-            PRECISION=self.launch.precision, num_warps=self.launch.scan_warps, num_stages=stages,
-        )  # fmt: skip
-        return out, last, states
+    def matrices_back(self, reads, mixes, writes):
+        return writes, mixes, reads
 
 
-def forward(*inputs):
-    """The output [B, T, H, N] and the last state [B, H, N, N] (fp32); arguments as for `gla` below."""
-    r, log_w, k, v, first = contiguous(*inputs)
-    chunks = _Chunks(v)
-    end, matrices = chunks.prepare(r, log_w, k, backward=False)
-    out, last, _ = chunks.scan(matrices, end, v, first, reverse=False, keep=False)
-    return out, last
-
-
-def forward_keeping(*inputs):
-    """What `forward` returns, and what `backward` needs of it: [6 N + L] numbers per token and head."""
-    r, log_w, k, v, first = contiguous(*inputs)
-    chunks = _Chunks(v)
-    end, matrices = chunks.prepare(r, log_w, k, backward=True)
-    return *chunks.scan(matrices, end, v, first, reverse=False, keep=True), end, *matrices
-
-
-def backward(*inputs):
-    """Gradients of r, log_w, k, v, and of the first state (fp32). Given those of the output and of the last state (or
-    None), the inputs, and what was kept."""
-    d_out, d_last, r, log_w, k, v, states, end, reads, mixes, writes = contiguous(*inputs)
-    chunks = _Chunks(v)
-    dv, d_first, d_states = chunks.scan((writes, mixes, reads), end, d_out, d_last, reverse=True, keep=True)
-    dr, d_log_w, dk = (torch.empty_like(x) for x in (r, log_w, k))
-    launch, keys = chunks.launch, min(chunks.N, chunks.launch.keys)
-    _gradients[(chunks.G, chunks.B * chunks.H, chunks.N // keys)](
-        r, log_w, k, v, d_out, states, d_states, end, dr, d_log_w, dk, chunks.T, chunks.G, chunks.H,
-        N=chunks.N, L=chunks.L, BK=keys, BV=launch.gradient_step, PRECISION=launch.precision,
-        num_warps=launch.gradient_warps, maxnreg=launch.gradient_registers,
-    )  # fmt: skip
-    return dr, d_log_w, dk, dv, d_first
-
-
-def _like_kept(v: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    chunks = _Chunks(v)
-    return chunks.scratch(chunks.N, chunks.N), chunks.ends(), *chunks.matrices()
-
-
-_run, _ = operator(
-    __name__,
-    ("r", "log_w", "k", "v"),
-    ("states", "end", "reads", "mixes", "writes"),
-    forward=forward,
-    forward_keeping=forward_keeping,
-    backward=backward,
-    like_kept=_like_kept,
-)
+_run, _ = operator(__name__, GlaChunks)
 
 
 def gla(r_BTHN, log_w_BTHN, k_BTHN, v_BTHN, state_BHKV=None):

@@ -18,7 +18,7 @@ def settings_by_mixer(kinds: Mapping[str, type], given: Mapping[str, Any]) -> di
     """
     known = sorted({field.name for kind in kinds.values() for field in fields(kind)})
     if unknown := [key for key in given if key not in known]:
-        choices = f"choose one of {', '.join(known)}" if known else "they have none, so leave it out"
+        choices = f"choose one of {', '.join(known)}" if known else "there are none, so leave it out"
         raise ValueError(f"model.mixer.{unknown[0]} is not a setting of {', '.join(kinds)}: {choices}")
     found = {}
     for name, kind in kinds.items():

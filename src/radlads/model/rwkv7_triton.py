@@ -1,8 +1,8 @@
 """RAD-RWKV7's recurrence as Triton kernels for CUDA GPUs, forward and backward.
 
-Owns the kernels and their launches; recurrence.py decides when they run. The chunk algebra is that of
-recurrence.Chunked, whose letters are used here: c the running sum of log w inside a chunk, e its value at the end, m =
-e / 2 what is taken off c; X what reads the state and Y what is written to it, for outputs (r, k) and for removals
+Owns the kernels and their launch sizes; recurrence.py decides when they run. The chunk algebra is that of Chunked in
+recurrence_chunked.py, whose letters are used here: c the running sum of log w inside a chunk, e its value at the end, m
+= e / 2 what is taken off c; X what reads the state and Y what is written to it, for outputs (r, k) and for removals
 (kappa, b = kappa a); v and u the values written, dq the gradient of what the removals find. A forward pass is two
 kernels: `_prepare`, which works on every chunk by itself, and `_scan`, which carries the state through them. A backward
 pass carries the state's gradient back by the same `_scan` and then collects (`_gradients`); what both need of the
@@ -15,19 +15,9 @@ Scratch tensors are [B H, G, L, N]; where they have rows for removals and for ou
 
 from __future__ import annotations
 
-import torch
-
-from .chunked_kernels import (
-    Chunks,
-    Launch,
-    contiguous,
-    jit,
-    jit_for_all_sizes,
-    last_row,
-    operator,
-    sums_of_rows,
-    triton,
-)
+from .chunked_kernels import chunk_start, decays, jit, jit_for_all_sizes, last_row, load_fp32, sums_of_rows, triton
+from .chunked_operators import operator
+from .chunked_passes import VALUES, Chunks, Kernels, Launch, Launches
 
 if triton is not None:
     import triton.language as tl
@@ -73,8 +63,7 @@ def _prepare(
     """
     g, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     n, i, j = tl.arange(0, N), tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
-    # Large offsets are scalars, those of tiles 32 bits wide: tiles of 64-bit addresses would fill the registers
-    first_token = ((bh // H * T + g * L) * H + bh % H) * N
+    first_token = chunk_start(bh, g, T, H, N, L)
     tokens = i * (H * N) + n[None, :]
     real = g * L + i < T
     dtype = r_ptr.dtype.element_ty
@@ -83,12 +72,12 @@ def _prepare(
     end = last_row(c, L)
     c -= 0.5 * end
     # Each fp32 tile is rounded as soon as it is there: many of them do not fit into the registers
-    kappa = tl.load(kappa_ptr + first_token + tokens, mask=real, other=0.0).to(tl.float32)
+    kappa = load_fp32(kappa_ptr + first_token + tokens, real)
     x_k = (kappa * tl.exp(c - log_w)).to(dtype)
-    a = tl.load(a_ptr + first_token + tokens, mask=real, other=0.0).to(tl.float32)
+    a = load_fp32(a_ptr + first_token + tokens, real)
     y_b = (kappa * a * tl.exp(-c)).to(dtype)
-    y_k = (tl.load(k_ptr + first_token + tokens, mask=real, other=0.0).to(tl.float32) * tl.exp(-c)).to(dtype)
-    x_r = (tl.load(r_ptr + first_token + tokens, mask=real, other=0.0).to(tl.float32) * tl.exp(c)).to(dtype)
+    y_k = (load_fp32(k_ptr + first_token + tokens, real) * tl.exp(-c)).to(dtype)
+    x_r = (load_fp32(r_ptr + first_token + tokens, real) * tl.exp(c)).to(dtype)
 
     chunk = bh * G + g
     half = tl.exp(0.5 * end)
@@ -127,11 +116,11 @@ def _prepare(
 def _scan(
     reads_ptr, mixes_ptr, writes_ptr, end_ptr, in_ptr, first_ptr, out_ptr, last_ptr, top_ptr, states_ptr,
     T, G, H, N: tl.constexpr, L: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr,
-    HAS_FIRST: tl.constexpr, HAS_TOP: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_FIRST: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Carry BV value channels of one head's state (or of its gradient, REVERSE) through all chunks, as `_prepare` says.
 
-    Writes the lower rows (out, dv) and the last state; HAS_TOP: the upper rows (u, dq) and the state met at each chunk.
+    Writes the lower rows (out, dv) and the last state; KEEP: the upper rows (u, dq) and the state met at each chunk.
     """
     bh = tl.program_id(1).to(tl.int64)
     n, values = tl.arange(0, N), tl.program_id(0) * BV + tl.arange(0, BV)
@@ -148,7 +137,7 @@ def _scan(
     for step in range(0, G):
         g = G - 1 - step if REVERSE else step
         chunk = bh * G + g
-        first_token = ((bh // H * T + g * L) * H + bh % H) * N
+        first_token = chunk_start(bh, g, T, H, N, L)
         lower = (i >= L) & (g * L + i - L < T)
         held = state.to(dtype)
         x = tl.load(in_ptr + first_token + tokens, mask=g * L + tl.arange(0, L)[:, None] < T, other=0.0)
@@ -158,7 +147,7 @@ def _scan(
         y = tl.dot(mixes, x, acc=y, input_precision=PRECISION).to(dtype)
         tl.store(out_ptr + first_token + lower_tokens, y, mask=lower)
         y = tl.where(upper, y, tl.load(in_ptr + first_token + lower_tokens, mask=lower, other=0.0))
-        if HAS_TOP:
+        if KEEP:
             tl.store(states_ptr + chunk * N * N + in_state, held)
             tl.store(top_ptr + chunk * L * N + i * N + values[None, :], y, mask=upper)
         state *= tl.exp(tl.load(end_ptr + chunk * N + n))[:, None]
@@ -184,7 +173,7 @@ def _gradients(
     chunk = bh * G + g
     keys, values = tl.program_id(2) * BK + tl.arange(0, BK), tl.arange(0, BV)
     i, j = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
-    first_token = ((bh // H * T + g * L) * H + bh % H) * N
+    first_token = chunk_start(bh, g, T, H, N, L)
     tokens, here = i * (H * N) + values[None, :], i * (H * N) + keys[None, :]
     rows, in_state = i * N + values[None, :], values[:, None] * N + keys[None, :]
     real = g * L + i < T
@@ -213,17 +202,13 @@ def _gradients(
 
     end = tl.load(end_ptr + chunk * N + keys)[None, :]
     log_w = tl.load(log_w_ptr + first_token + here, mask=real, other=0.0)
-    c = sums_of_rows(tl.where(i >= j, 0.5, -0.5), log_w, dtype, PRECISION)
-    if dtype == tl.float32:  # in which it shows that sums in another order end elsewhere
-        end = 2 * last_row(c, L)
-    half = tl.exp(0.5 * end)
-    shrink, grow = tl.exp(c), tl.exp(-c)
+    end, half, shrink, grow = decays(log_w, end, L, dtype, PRECISION)
     before = tl.exp(sums_of_rows(tl.where(i > j, 0.5, -0.5), log_w, dtype, PRECISION))
-    kappa = tl.load(kappa_ptr + first_token + here, mask=real, other=0.0).to(tl.float32)
-    a = tl.load(a_ptr + first_token + here, mask=real, other=0.0).to(tl.float32)
+    kappa = load_fp32(kappa_ptr + first_token + here, real)
+    a = load_fp32(a_ptr + first_token + here, real)
     y_b = (kappa * a * grow).to(dtype)
-    y_k = (tl.load(k_ptr + first_token + here, mask=real, other=0.0).to(tl.float32) * grow).to(dtype)
-    x_r = (tl.load(r_ptr + first_token + here, mask=real, other=0.0).to(tl.float32) * shrink).to(dtype)
+    y_k = (load_fp32(k_ptr + first_token + here, real) * grow).to(dtype)
+    x_r = (load_fp32(r_ptr + first_token + here, real) * shrink).to(dtype)
     x_k = (kappa * before).to(dtype)
     m_rk, m_rb = tl.where(i >= j, d_rk, 0.0).to(dtype), tl.where(i >= j, d_rb, 0.0).to(dtype)
     m_kk, m_kb = tl.where(i > j, d_kk, 0.0).to(dtype), tl.where(i > j, d_kb, 0.0).to(dtype)
@@ -268,91 +253,30 @@ FLOAT32 = Launch(
 )  # fmt: skip
 
 
-class _Chunks(Chunks):
-    """A call's memory and launches."""
+class Rwkv7Chunks(Chunks):
+    """A call's memory and launches. What is kept: [9 N + 2 L] numbers per token and head."""
 
-    def __init__(self, v: torch.Tensor):
-        super().__init__(v, BFLOAT16 if v.dtype == torch.bfloat16 else FLOAT32)
+    inputs = ("r", "log_w", "k", "v", "kappa", "a")
+    met = ("u", "states")
+    rows = 2
+    kernels = Kernels(_prepare, _scan, _gradients)
+    launches = Launches(bfloat16=BFLOAT16, float32=FLOAT32)
 
-    def matrices(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Memory for one direction's reads, mixes and writes."""
-        return self.scratch(2 * self.L, self.N), self.scratch(2 * self.L, self.L), self.scratch(2 * self.L, self.N)
-
-    def met(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Memory for the upper rows and the states of a scan."""
-        return self.scratch(self.L, self.N), self.scratch(self.N, self.N)
-
-    def prepare(self, r, log_w, k, kappa, a, *, backward: bool):
-        """The chunks' ends and the matrices of `_scan`, forward, and with `backward` its own ones too."""
+    def prepare(self, inputs, *, backward: bool):
         end, ahead = self.ends(), self.matrices()
         back = self.matrices() if backward else (None, None, None)
-        _prepare[(self.G, self.B * self.H)](
-            r, log_w, k, kappa, a, end, *ahead, *back, self.T, self.G, self.H,
+        self.kernels.prepare[(self.G, self.B * self.H)](
+            *inputs[:VALUES], *inputs[VALUES + 1 :], end, *ahead, *back, self.T, self.G, self.H,
             N=self.N, L=self.L, BACKWARD=backward, PRECISION=self.launch.precision,
             num_warps=self.launch.prepare_warps[backward],
         )  # fmt: skip
         return end, ahead, back
 
-    def scan(self, matrices, end, x, first, *, reverse: bool, keep: bool):
-        """Run `_scan` on x: the lower rows, the last state and, with `keep`, the upper rows and the states met."""
-        out, last = torch.empty_like(x), self.last_state()
-        top, states = self.met() if keep else (None, None)
-        values, stages = self.scan_sizes()
-        _scan[(self.N // values, self.B * self.H)](
-            *matrices, end, x, first, out, last, top, states, self.T, self.G, self.H,
-            N=self.N, L=self.L, BV=values, REVERSE=reverse, HAS_FIRST=first is not None, HAS_TOP=keep,
-            PRECISION=self.launch.precision, num_warps=self.launch.scan_warps, num_stages=stages,
-        )  # fmt: skip
-        return out, last, top, states
+    def memory_met(self):
+        return self.scratch(self.L, self.N), *super().memory_met()
 
 
-def forward(*inputs):
-    """The output [B, T, H, N] and the last state [B, H, N, N] (fp32); arguments as for `rwkv7` below."""
-    r, log_w, k, v, kappa, a, first = contiguous(*inputs)
-    chunks = _Chunks(v)
-    end, ahead, _ = chunks.prepare(r, log_w, k, kappa, a, backward=False)
-    out, last, _, _ = chunks.scan(ahead, end, v, first, reverse=False, keep=False)
-    return out, last
-
-
-def forward_keeping(*inputs):
-    """What `forward` returns, and what `backward` needs of it: [9 N + 2 L] numbers per token and head."""
-    r, log_w, k, v, kappa, a, first = contiguous(*inputs)
-    chunks = _Chunks(v)
-    end, ahead, back = chunks.prepare(r, log_w, k, kappa, a, backward=True)
-    return *chunks.scan(ahead, end, v, first, reverse=False, keep=True), end, *back
-
-
-def backward(*inputs):
-    """Gradients of r, log_w, k, v, kappa, a, and of the first state (fp32). Given those of the output and of the last
-    state (or None), the inputs, and what was kept."""
-    d_out, d_last, r, log_w, k, v, kappa, a, u, states, end, *back = contiguous(*inputs)
-    chunks = _Chunks(v)
-    dv, d_first, dq, d_states = chunks.scan(back, end, d_out, d_last, reverse=True, keep=True)
-    dr, dk, d_kappa, da, d_log_w = (torch.empty_like(x) for x in (r, k, kappa, a, log_w))
-    launch, keys = chunks.launch, min(chunks.N, chunks.launch.keys)
-    _gradients[(chunks.G, chunks.B * chunks.H, chunks.N // keys)](
-        r, log_w, k, v, kappa, a, d_out, u, dq, states, d_states, end, dr, d_log_w, dk, d_kappa, da,
-        chunks.T, chunks.G, chunks.H, N=chunks.N, L=chunks.L, BK=keys, BV=launch.gradient_step,
-        PRECISION=launch.precision, num_warps=launch.gradient_warps, maxnreg=launch.gradient_registers,
-    )  # fmt: skip
-    return dr, d_log_w, dk, dv, d_kappa, da, d_first
-
-
-def _like_kept(v: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    chunks = _Chunks(v)
-    return *chunks.met(), chunks.ends(), *chunks.matrices()
-
-
-_run, _forward_keeping = operator(
-    __name__,
-    ("r", "log_w", "k", "v", "kappa", "a"),
-    ("u", "states", "end", "reads", "mixes", "writes"),
-    forward=forward,
-    forward_keeping=forward_keeping,
-    backward=backward,
-    like_kept=_like_kept,
-)
+_run, _forward_keeping = operator(__name__, Rwkv7Chunks)
 
 
 def rwkv7(r_BTHN, log_w_BTHN, k_BTHN, v_BTHN, kappa_BTHN, a_BTHN, state_BHVK=None):

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, get_args
 from radlads.config.schema import Stage
 from radlads.planning.machines import Machine
 from radlads.recipes.command import add_model_options, overrides_of
-from radlads.train.gpus import GPUS, USABLE_SHARE
+from radlads.train.engines.table import ENGINES, engine_class, is_users
+from radlads.train.logging.gpus import GPUS, USABLE_SHARE
 
 if TYPE_CHECKING:
     from radlads.planning.memory import Models
@@ -77,11 +78,12 @@ def plan_lines(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def _requests(arguments: argparse.Namespace) -> "list[Request]":
-    from radlads.planning.memory import Precision, Strategy
+    from radlads.planning.memory import Precision
     from radlads.planning.plan import Request
 
     _one_of("--stage", arguments.stage, (*STAGES, "all"))
-    _one_of("--strategy", arguments.strategy, ("auto", *get_args(Strategy)))
+    if not is_users(arguments.strategy):
+        _one_of("--strategy", arguments.strategy, ("auto", *ENGINES))
     _one_of("--precision", arguments.precision, get_args(Precision))
     _one_of("--teacher-precision", arguments.teacher_precision, ("same", "fp8"))
     _one_of("--checkpointing", arguments.checkpointing, ("auto", "none", "selective", "full"))
@@ -176,12 +178,11 @@ def _sum_line(plans: "list[StagePlan]", machine: Machine, price: float | None) -
 
 def _survey_lines(models: "Models", requests: "list[Request]") -> Iterator[str]:
     """What works: every strategy's largest micro-batches."""
-    from radlads.planning.memory import Strategy
     from radlads.planning.plan import largest_micro_batches
 
     yield "\nlargest micro-batch by strategy (checkpointing none / selective / full; - where one sequence is too much)"
     yield f"{'':20}" + "".join(f"{request.stage:>16}" for request in requests)
-    for strategy in get_args(Strategy)[1:]:
+    for strategy in list(ENGINES)[1:]:
         cells = []
         for request in requests:
             found = largest_micro_batches(models, request, strategy).values()
@@ -210,7 +211,8 @@ def _assumption_lines(arguments: argparse.Namespace, machine: Machine, planned: 
     yield f"  memory: tensors may take {USABLE_SHARE:.0%} of a GPU's; blocks are compiled; AdamW"
     yield f"  {_PRECISION_NOTES[arguments.precision]}"
     yield from _mixer_notes(arguments)
-    yield from (f"  {note}" for strategy, note in _STRATEGY_NOTES.items() if strategy in used)
+    notes = [engine_class(strategy).plan_note for strategy in sorted(used, key=[*ENGINES, *used].index)]
+    yield from (f"  {note}" for note in notes if note)
     yield from _speed_notes(machine)
 
 
@@ -245,12 +247,4 @@ def _speed_notes(machine: Machine) -> Iterator[str]:
 _PRECISION_NOTES = {
     "bf16-true": "bf16-true: weights, gradients and moments in bf16; checked on one H200 at 7B, within 1 %",
     "bf16": "bf16: weights, gradients and moments in fp32, rounded weights kept for the way back; checked at 0.5B",
-}
-_NOTES_OF_DEEPSPEED = "bf16 weights and gradients, and fp32 weights and moments in its optimiser"
-_STRATEGY_NOTES = {
-    "ddp": "ddp: all is replicated, as on one GPU",
-    "fsdp": "fsdp: all is sharded, the teacher too; blocks, embedding, heads are whole in turn; two GPUs: within 8 %",
-    "deepspeed_stage_1": f"deepspeed: {_NOTES_OF_DEEPSPEED}, which is sharded; not measured",
-    "deepspeed_stage_2": f"deepspeed: {_NOTES_OF_DEEPSPEED}; optimiser and gradients are sharded; two GPUs: within 2 %",
-    "deepspeed_stage_3": f"deepspeed: {_NOTES_OF_DEEPSPEED}; all is sharded, the teacher too; two GPUs: within 6 %",
 }

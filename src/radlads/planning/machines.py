@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from radlads.train.gpus import GPUS, Gpu
+from radlads.train.logging.gpus import GPUS, Gpu
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from radlads.distill.losses import BLOCK_TOKENS
 from radlads.model.configuration import RadladsConfig
 from radlads.planning import activations
 from radlads.planning.models import Parameters, count_parameters
+from radlads.train.engines.footprint import Footprint
+from radlads.train.engines.table import ALONE, engine_class
 
-Strategy = Literal["single", "ddp", "fsdp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"]
 Precision = Literal["bf16-true", "bf16"]
 # cuBLAS's workspaces (32 MiB for each thread and stream), RoPE tables, norms, rounding: what an H200 showed beyond what
 # is counted here, at every shape measured
@@ -51,7 +52,7 @@ class Step:
     stage: Stage
     sequences: int
     sequence_tokens: int
-    strategy: Strategy = "single"
+    strategy: str = ALONE
     num_gpus: int = 1
     precision: Precision = "bf16-true"
     teacher_precision: Literal["same", "fp8"] = "same"
@@ -64,46 +65,14 @@ class Step:
         return self.sequences * self.sequence_tokens
 
     @property
+    def footprint(self) -> Footprint:
+        """What the strategy's engine makes of it."""
+        return engine_class(self.strategy).footprint(self.num_gpus, self.precision)
+
+    @property
     def wide(self) -> bool:
-        """Whether weights and residual stream are fp32, which DeepSpeed's never are."""
-        return self.precision == "bf16" and not self.strategy.startswith("deepspeed")
-
-
-class Sharding(NamedTuple):
-    """How many GPUs share each part."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-
-
-def sharding(step: Step) -> Sharding:
-    """What the strategy means; the teacher is shared as the weights are."""
-    n = step.num_gpus
-    return {
-        "single": Sharding(1, 1, 1),
-        "ddp": Sharding(1, 1, 1),
-        "deepspeed_stage_1": Sharding(1, 1, n),
-        "deepspeed_stage_2": Sharding(1, n, n),
-        "deepspeed_stage_3": Sharding(n, n, n),
-        "fsdp": Sharding(n, n, n),
-    }[step.strategy]
-
-
-class ParameterBytes(NamedTuple):
-    """Bytes per parameter of the student."""
-
-    weight: int
-    gradient: int
-    optimizer: int
-
-
-def parameter_bytes(step: Step) -> ParameterBytes:
-    """AdamW's. DeepSpeed trains bf16 weights whatever the precision, and its optimiser has fp32 ones of its own; from
-    stage 2 on it adds gradients up in fp32."""
-    if step.strategy.startswith("deepspeed"):
-        return ParameterBytes(2, 2 if step.strategy == "deepspeed_stage_1" else 4, 12)
-    return ParameterBytes(4, 4, 8) if step.wide else ParameterBytes(2, 2, 4)
+        """Whether weights and residual stream are fp32."""
+        return self.footprint.wide
 
 
 class Moment(NamedTuple):
@@ -148,11 +117,12 @@ def _at(moment: Moment, always: dict[str, float], models: Models, step: Step) ->
 
 
 def host_bytes(models: Models, step: Step) -> float:
-    """What each process takes of its host's memory: in fp32, the teacher of which the GPU has a copy in 8 bits,
-    and under DeepSpeed the process's rows of what is frozen. Parameters on their way to the GPU count as nothing."""
+    """What each process takes of its host's memory: in fp32, the teacher of which the GPU has a copy in 8 bits, and
+    the process's rows of what is frozen, if the engine keeps them there. Parameters on their way to the GPU count as
+    nothing."""
     rounds = step.teacher_precision == "fp8" and step.stage != "extend"
     found = 4.0 * models.teacher.total if rounds else 0.0
-    if step.strategy.startswith("deepspeed") and step.stage == "align":
+    if step.footprint.frozen_on_host and step.stage == "align":
         found += 4.0 * (models.student.total - sum(models.aligned)) / step.num_gpus
     return found
 
@@ -180,7 +150,7 @@ def _last(holds: Callable[[int], bool], most: int) -> int:
 
 
 def _always(models: Models, step: Step) -> dict[str, float]:
-    shared, size = sharding(step), parameter_bytes(step)
+    shared, size = step.footprint.shared, step.footprint.size
     trained = sum(models.aligned) if step.stage == "align" else models.student.total
     return {
         "weights": models.student.total * size.weight / shared.weights,
@@ -200,16 +170,16 @@ def _teacher_bytes(models: Models, step: Step) -> float:
 
 def _gathered_bytes(step: Step, count: float) -> float:
     """Sharded weights that are whole for now, in their own type."""
-    return count * parameter_bytes(step).weight if sharding(step).weights > 1 else 0.0
+    return count * step.footprint.size.weight if step.footprint.shared.weights > 1 else 0.0
 
 
 def _gradient_bytes(models: Models, step: Step, count: float) -> float:
     """Of `count` parameters; where they are sharded, those of one block or of the head are whole before that."""
-    size, shared = parameter_bytes(step), sharding(step).gradients
+    size, shared = step.footprint.size, step.footprint.shared.gradients
     if shared == 1:
         return count * size.gradient
     student = models.student
-    if step.strategy == "deepspeed_stage_3":  # which has a place for all of them, always
+    if step.footprint.keeps_all_gradients:
         count = sum(models.aligned) if step.stage == "align" else student.total
     whole = max(models.aligned) if step.stage == "align" else max(student.largest_block, student.head)
     return count * size.gradient / shared + whole * size.weight

@@ -7,8 +7,9 @@ from typing import Literal, get_args
 
 from radlads.config.schema import Checkpointing, Stage
 from radlads.planning.machines import Machine
-from radlads.planning.memory import Models, Peak, Precision, Step, Strategy, host_bytes, largest_micro_batch, peak
+from radlads.planning.memory import Models, Peak, Precision, Step, host_bytes, largest_micro_batch, peak
 from radlads.planning.speed import stage_hours
+from radlads.train.engines.table import ALONE, engine_class
 
 # Fewer at a time leave a GPU idle between kernels
 ENOUGH_TOKENS = 4096
@@ -44,7 +45,7 @@ class Request:
     stage: Stage
     recipe: Recipe
     machine: Machine
-    strategy: Strategy | Literal["auto"] = "auto"
+    strategy: str = "auto"
     precision: Precision = "bf16-true"
     teacher_precision: Literal["same", "fp8"] = "same"
     checkpointing: Checkpointing | Literal["auto"] = "auto"
@@ -62,20 +63,23 @@ class Request:
                 f"--micro-batch must be 1 to {self.share}, one GPU's share of {recipe.batch} sequences, "
                 f"not {self.micro_batch}"
             )
-        if self.strategy == "single" and self.machine.num_gpus > 1:
+        if self.strategy == ALONE and self.machine.num_gpus > 1:
             raise ValueError(f"strategy single runs on one GPU, not {self.machine.num_gpus}: choose ddp or fsdp")
-        if self.strategy not in ("auto", "single") and self.machine.num_gpus == 1:
+        if self.strategy not in ("auto", ALONE) and self.machine.num_gpus == 1:
             raise ValueError(f"one GPU has nothing to share out, as {self.strategy} would: leave out --strategy")
         if why := self.refused(self.strategy):
             raise ValueError(why)
         if self.teacher_precision == "fp8" and not self.machine.gpu.has_fp8:
             raise ValueError(f"{self.machine.kind} has no 8-bit products: leave out --teacher-precision fp8")
 
-    def refused(self, strategy: Strategy | Literal["auto"]) -> str:
+    def refused(self, strategy: str) -> str:
         """Why training would not have the strategy with these settings; empty where it would."""
-        if strategy in ("fsdp", "deepspeed_stage_3") and self.teacher_precision == "fp8" and self.stage != "extend":
+        if strategy == "auto":
+            return ""
+        engine = engine_class(strategy)
+        if not engine.supports_fp8_teacher and self.teacher_precision == "fp8" and self.stage != "extend":
             return f"{strategy} has no fp8 teacher, whose matrices are rounded whole: leave out --teacher-precision"
-        if strategy.startswith("deepspeed") and self.precision == "bf16-true":
+        if not engine.supports_bf16_true and self.precision == "bf16-true":
             return f"{strategy} has no bf16-true, as it keeps fp32 weights: add --precision bf16"
         return ""
 
@@ -84,7 +88,7 @@ class Request:
         """One GPU's sequences of an optimiser step."""
         return -(-self.recipe.batch // self.machine.num_gpus)
 
-    def step(self, strategy: Strategy, checkpointing: Checkpointing, sequences: int) -> Step:
+    def step(self, strategy: str, checkpointing: Checkpointing, sequences: int) -> Step:
         """A step on one GPU."""
         return Step(
             stage=self.stage,
@@ -139,15 +143,15 @@ def _choose(models: Models, request: Request) -> tuple[Step, dict[Checkpointing,
     return max(found, key=lambda each: (each[0].sequences, -peak(models, each[0]).total))
 
 
-def strategies(request: Request) -> Sequence[Strategy]:
+def strategies(request: Request) -> Sequence[str]:
     """The strategy asked for; for auto, those that are tried in turn."""
     if request.strategy != "auto":
         return (request.strategy,)
-    usual: tuple[Strategy, ...] = ("single",) if request.machine.num_gpus == 1 else ("ddp", "fsdp")
+    usual = (ALONE,) if request.machine.num_gpus == 1 else ("ddp", "fsdp")
     return [strategy for strategy in usual if not request.refused(strategy)]
 
 
-def largest_micro_batches(models: Models, request: Request, strategy: Strategy) -> dict[Checkpointing, int]:
+def largest_micro_batches(models: Models, request: Request, strategy: str) -> dict[Checkpointing, int]:
     """The most sequences at a time, of one GPU's share, for each kind of recomputation that the stage has."""
     usable = request.machine.gpu.usable_bytes
     return {

@@ -11,8 +11,8 @@ from radlads.convert.shapes import Shape
 from radlads.distill.arithmetic import train_flops
 from radlads.model.configuration import RadladsConfig
 from radlads.planning.machines import Machine
-from radlads.planning.memory import Models, Step, parameter_bytes, sharding
-from radlads.train.gpus import GPUS
+from radlads.planning.memory import Models, Step
+from radlads.train.logging.gpus import GPUS
 
 
 class Measured(NamedTuple):
@@ -106,7 +106,7 @@ def step_of(row: Measured) -> Step:
 def update_bytes(models: Models, step: Step) -> float:
     """Bytes that norm and update move on one GPU: weights, gradients and moments twice each."""
     trained = sum(models.aligned) if step.stage == "align" else models.student.total
-    return 2.0 * trained * sum(parameter_bytes(step)) / sharding(step).optimizer
+    return 2.0 * trained * sum(step.footprint.size) / step.footprint.shared.optimizer
 
 
 def _configs(shape: Shape) -> tuple[RadladsConfig, RadladsConfig]:

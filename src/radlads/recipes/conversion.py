@@ -41,7 +41,7 @@ from radlads.recipes.teacher_record import check_teacher, record_teacher, teache
 from radlads.report.page import write_page
 from radlads.train.fit import recipe_hash, run_stage
 from radlads.train.hardware import check_hardware, only_device
-from radlads.train.processes import ALONE, check_processes
+from radlads.train.processes.group import ALONE, check_processes
 
 RELOAD_TOLERANCE = 1e-4
 HELDOUT_CONTEXT = 512

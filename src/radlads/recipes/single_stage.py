@@ -16,7 +16,7 @@ from radlads.checkpoint.weight_files import is_weights_file, open_weights, start
 from radlads.checkpoint.weights import StoredWeights
 from radlads.checksums import sha256
 from radlads.config.layer_lists import mixer_names
-from radlads.config.schema import SIZE_KEYS, Config, ModelConfig, check_available, stage_of
+from radlads.config.schema import SIZE_KEYS, SOFTMAX_MIXER, Config, ModelConfig, check_available, stage_of
 from radlads.config.sizes import check_sizes
 from radlads.console import Console
 from radlads.convert.bare_weights import is_teachers, shape_of, student_from_teacher, student_of
@@ -31,13 +31,13 @@ from radlads.convert.hf_source import (
 from radlads.convert.student import layer_mixers, student_blueprint, teacher_blueprint
 from radlads.model.configuration import RadladsConfig
 from radlads.model.mixer_settings import settings_by_mixer, settings_from
-from radlads.model.registry import SOFTMAX, mixer_class, name_mixers
+from radlads.model.registry import mixer_class, name_mixers
+from radlads.train.corpora.samples import open_corpora
 from radlads.train.fit import StageResult, run_stage
 from radlads.train.hardware import check_hardware
-from radlads.train.loggers import check_loggers
+from radlads.train.logging.loggers import check_loggers
 from radlads.train.placement import build_models
-from radlads.train.processes import ALONE, Processes
-from radlads.train.samples import open_corpora
+from radlads.train.processes.group import ALONE, Processes
 
 
 def train_stage(config: Config, console: Console, processes: Processes = ALONE) -> StageResult:
@@ -156,7 +156,7 @@ def run_folder(config: Config, student: RadladsConfig) -> Path:
     if train.proj_name:
         return Path(train.proj_dir) / train.proj_name
     size = f"L{student.num_hidden_layers}-D{student.hidden_size}"
-    words = [size, f"{model.tmix}_{model.tmix2 or SOFTMAX}", train.proj_suffix0, train.proj_suffix]
+    words = [size, f"{model.tmix}_{model.tmix2 or SOFTMAX_MIXER}", train.proj_suffix0, train.proj_suffix]
     return Path(train.proj_dir) / re.sub(r"[^\w.-]", "_", "-".join(word for word in words if word))
 
 

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from importlib.resources import files as files_of
 from pathlib import Path
 
+from radlads.config.layer_lists import mixer_names
 from radlads.config.load import load_config
 from radlads.config.schema import Config, ModelConfig
-from radlads.convert.shapes import name_mixers_of, variant_keys, variant_of
+from radlads.convert.shapes import variant_keys, variant_of
 from radlads.convert.student import student_config
 from radlads.data.python_text import Split
 from radlads.model.configuration import RadladsConfig
-from radlads.model.registry import DEFAULT, registered_name
+from radlads.model.registry import DEFAULT, name_mixers, registered_name
 from radlads.recipes.demo_recipes import DemoRecipe, recipe_file, recipe_for
 from radlads.train.hardware import only_device
 
@@ -71,16 +72,17 @@ def stage_configs(conversion: Conversion) -> dict[str, Config]:
         )
         for stage in STAGES
     }
-    name_mixers_of(configs["align"].model)
+    name_mixers(*mixer_names(configs["align"].model))
     return configs
 
 
 def check_aligns(teacher: RadladsConfig, model: ModelConfig) -> None:
-    """Raise ValueError if no layer of the student has a mixer to align."""
-    if not student_config(teacher, model).recurrent_layers:
-        raise ValueError(
-            "no layer of this student has a mixer to align: choose another --mixer, or fewer softmax layers"
-        )
+    """Raise ValueError for layers or settings of which no student can be made, or none that has a mixer to align."""
+    if student_config(teacher, model).recurrent_layers:
+        return
+    if model.softmax_layers or model.layer_mixers:
+        raise ValueError("--set model.softmax_layers and model.layer_mixers leave no mixer to align: name fewer layers")
+    raise ValueError("no layer of this student has a mixer to align: choose another --mixer, or fewer softmax layers")
 
 
 def _device_type(overrides: Mapping[str, object]) -> str:

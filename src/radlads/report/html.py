@@ -58,6 +58,11 @@ def charts(drawn: Iterable[Chart]) -> str:
     return f'<div class="charts">\n{items}\n</div>' if items else ""
 
 
+def with_gaps(charts: str, gaps: Iterable[str]) -> list[str]:
+    """Charts and what is missing beside them; a single sentence where there are none."""
+    return [charts, *(missing(what=gap) for gap in gaps)] if charts else [missing()]
+
+
 def columns(*parts: str) -> str:
     """Parts side by side where there is room."""
     return '<div class="columns">\n' + "\n".join(f"<div>{part}</div>" for part in parts) + "\n</div>"

@@ -43,3 +43,8 @@ def bytes_in_words(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g} {unit}"
     return f"{value:.0f} B"
+
+
+def ratio_text(ratio: float) -> str:
+    """A ratio as people say it: 12×, 1.25×."""
+    return f"{ratio:,.0f}×" if ratio >= 10 else f"{ratio:.2f}×"

@@ -1,1 +1,5 @@
-"""Running a stage: optimiser, schedule, Lightning. The only door to lightning."""
+"""Running a stage.
+
+Its rooms, from the lowest: processes, corpora, optimizers, logging, engines, checkpoints; above them the run itself,
+whose files lie here.
+"""

@@ -12,8 +12,8 @@ import torch
 from radlads.console import Console
 from radlads.distill.heldout import Heldout, measure
 from radlads.train.lightning_module import StageModule
-from radlads.train.loggers import HELDOUT_PREFIX
-from radlads.train.optim import weights_to_keep
+from radlads.train.logging.loggers import HELDOUT_PREFIX
+from radlads.train.optimizers.optim import weights_to_keep
 
 
 class Progress(L.Callback):
@@ -30,12 +30,12 @@ class Progress(L.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
         assert isinstance(pl_module, StageModule)
         now = self._clock()
-        if pl_module.last_metrics and (now - self._shown >= 1 or pl_module.steps_done == pl_module.num_steps):
+        if pl_module.reader.last_metrics and (now - self._shown >= 1 or pl_module.steps_done == pl_module.num_steps):
             self._shown = now
             self._console.progress(self._line(pl_module, now - self._began))
 
     def _line(self, module: StageModule, elapsed_s: float) -> str:
-        tokens, metrics = module.tokens_done, module.last_metrics
+        tokens, metrics = module.tokens_done, module.reader.last_metrics
         speed = (tokens - self._tokens_before) / max(elapsed_s, 1e-9)
         rate = metrics.get("lr_mixer", metrics.get("lr_rest", 0.0))
         return (

@@ -1,4 +1,7 @@
-"""When checkpoints are written, what the stage takes from the one it begins at, and ending early after one."""
+"""The callback that says when checkpoints are written, what a stage takes from the one it begins at, and when to end.
+
+Its files are checkpoints/'s, and the formats of models radlads.checkpoint's.
+"""
 
 import time
 from collections.abc import Callable, Mapping
@@ -10,18 +13,16 @@ import lightning as L
 from radlads.config.schema import TrainConfig
 from radlads.console import Console
 from radlads.train.callbacks import HeldoutCallback
-from radlads.train.deepspeed_engine import DeepSpeedUpdates
-from radlads.train.lightning_module import StageModule
-from radlads.train.samples import sequences_per_step
-from radlads.train.snapshots import (
+from radlads.train.checkpoints.snapshots import (
     Position,
     checkpoints_in,
     remove,
-    restore_optimizers,
     restore_random_numbers,
     stored_optimizers,
     write_checkpoint,
 )
+from radlads.train.corpora.samples import sequences_per_step
+from radlads.train.lightning_module import StageModule
 from radlads.train.stopping import StopRequests
 
 
@@ -54,10 +55,7 @@ class Checkpointing(L.Callback):
         self._step_seen = self._position.step
         pl_module.wants_checkpoint = self.is_due_by_time
         if self._begin is not None:
-            if isinstance(pl_module.updates, DeepSpeedUpdates):
-                pl_module.updates.restore_moments(*stored_optimizers(self._begin))
-            else:
-                restore_optimizers(self._begin, pl_module.student, pl_module.updates.own_parts, trainer.optimizers)
+            pl_module.engine.restore_optimizers(*stored_optimizers(self._begin), trainer.optimizers)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx: int) -> None:
         # Not earlier, because a data loader that begins draws a number
@@ -71,7 +69,7 @@ class Checkpointing(L.Callback):
         if step == self._step_seen or step == pl_module.num_steps:
             return
         self._step_seen = step
-        if self._stop.agreed is None and not (pl_module.checkpoint_agreed or self.is_due_by_steps(step)):
+        if self._stop.agreed is None and not (pl_module.reader.checkpoint_agreed or self.is_due_by_steps(step)):
             return
         path = self._write(trainer, pl_module)
         if self._stop.agreed is not None:
@@ -99,25 +97,17 @@ class Checkpointing(L.Callback):
         return every_s > 0 and self._clock() - self._written >= every_s
 
     def _write(self, trainer: L.Trainer, module: StageModule) -> Path:
-        module.read_steps()  # a step that is not finite ends the run before it reaches a checkpoint
+        module.reader.read()  # a step that is not finite ends the run before it reaches a checkpoint
         samples = module.steps_done * sequences_per_step(self._train, module.processes)
         heldout = tuple(self._measured.history) if self._measured else ()
-        guard = tuple(module.spike_guard.state.tolist()) if module.spike_guard else ()
+        guard = tuple(module.reader.guard.state.tolist()) if module.reader.guard else ()
         position = Position(module.steps_done, samples, module.tokens_done, self.seconds(), heldout, guard)
-        path = write_checkpoint(
-            self._folder,
-            module.student,
-            module.updates.own_parts,
-            trainer.optimizers,
-            position,
-            self._run,
-            module.processes,
-            held=module.updates.held() if isinstance(module.updates, DeepSpeedUpdates) else None,
-        )
+        held = module.engine.checkpoint_state(trainer.optimizers)
+        path = write_checkpoint(self._folder, module.student, held, position, self._run, module.processes)
         if module.processes.is_first:
             for old in checkpoints_in(self._folder)[: -self._train.keep_checkpoints]:
                 self._remove(old)
-        self._written, module.checkpoint_agreed = self._clock(), False
+        self._written, module.reader.checkpoint_agreed = self._clock(), False
         return path
 
     def _remove(self, old: Path) -> None:

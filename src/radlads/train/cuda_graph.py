@@ -8,7 +8,7 @@ from radlads.config.schema import TrainConfig
 from radlads.distill.stage import Stage
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.registry import all_can
-from radlads.train.step import PartSum
+from radlads.train.optimizers.step import PartSum
 
 # Of the GPU's memory that gradients may take: beyond it a step's kernels are large enough for the host to keep up, and
 # what the graph holds on to between steps is better left to others

@@ -1,16 +1,38 @@
 """Which tensor was the first to be NaN or infinite, found by running a step's batches once more."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from torch.utils._pytree import tree_leaves
 
 from radlads.checkpoint.weights import own_part
 from radlads.distill.stage import Stage
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.whole_parameters import announce_backward
+from radlads.train.engines.engine import Engine
+
+
+def explained(
+    fault: str,
+    stage: Stage,
+    student: RadladsForCausalLM,
+    teacher: RadladsForCausalLM | None,
+    batches: Iterable[torch.Tensor],
+    engine: Engine,
+) -> str:
+    """The fault of a step with these batches, which tensor was the first that is not finite, and what to do.
+
+    All processes have to call it; the student makes no further step.
+    """
+    student.compile_blocks(False)
+    engine.release_hooks()
+    processes = engine.processes
+    own = first_not_finite(stage, student, teacher, batches, whole=processes.size > 1, own_values=engine.own_values)
+    found = processes.gather(own)
+    first = next((each for each in found if each.startswith("and")), found[0])
+    remedy = "lower the learning rate, or look for NaN in the weights the stage started from"
+    return f"{fault}, {first}: {remedy}"
 
 
 def first_not_finite(
@@ -20,13 +42,15 @@ def first_not_finite(
     batches: Iterable[torch.Tensor],
     *,
     whole: bool = False,
+    own_values: Callable[[torch.Tensor], torch.Tensor] = own_part,
 ) -> str:
     """A phrase that names it, in the order of computing: weights, then what modules put out, then gradients.
 
     The models run as they are, forward and backward on each batch [B, T + 1], not compiled; the student is left without
     gradients. whole: run all batches to their ends whatever is found, as processes do that gather for each other.
+    own_values: what this process holds of a parameter.
     """
-    weights = (name for name, each in student.named_parameters() if not torch.isfinite(_held(each)).all())
+    weights = (name for name, each in student.named_parameters() if not torch.isfinite(own_values(each)).all())
     if (weight := next(weights, None)) is not None and not whole:
         return f"and the first tensor that is not finite is the weight {weight}"
     student.zero_grad(set_to_none=True)
@@ -67,14 +91,6 @@ def _watched(student: RadladsForCausalLM, teacher: RadladsForCausalLM | None) ->
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _held(parameter: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a parameter; DeepSpeed keeps a partitioned one's numbers beside it, filled up."""
-    if parameter.numel() or not hasattr(parameter, "ds_tensor"):
-        return own_part(parameter)
-    own = parameter.ds_tensor
-    return own[: max(0, parameter.ds_numel - dist.get_rank() * own.numel())]  # type: ignore[attr-defined]
 
 
 def _output_hook(what: str, found: list[str]):

@@ -4,8 +4,7 @@ import torch
 
 from radlads.config.schema import Config, TrainConfig, checkpointing_of, stage_of
 from radlads.model.modeling import has_triton
-from radlads.train.deepspeed_engine import uses_engine
-from radlads.train.processes import Processes
+from radlads.train.engines.engine import Engine
 
 _OLDEST_BF16_CAPABILITY = (8, 0)
 
@@ -44,33 +43,26 @@ def only_device(train: TrainConfig) -> torch.device:
     return torch.device("cuda", 0) if on_gpu else torch.device("cpu")
 
 
-def models_out_of_memory(train: TrainConfig, device: torch.device, processes: Processes) -> str:
+def models_out_of_memory(engine: Engine, device: torch.device) -> str:
     """What to set where a GPU's memory is too small for the models alone."""
-    remedies = [] if train.precision == "bf16-true" else ["set train.precision bf16-true (under ddp or fsdp)"]
-    in_shards = processes.size > 1 and train.strategy in ("fsdp", "deepspeed_stage_3")
-    as_it_is = " and train.teacher_precision same" if train.teacher_precision == "fp8" else ""
-    remedies.append("take more GPUs" if in_shards else f"set train.strategy fsdp{as_it_is} on several GPUs")
-    size = torch.cuda.get_device_properties(device).total_memory / 1e9
-    return f"the {stage_of(train)} stage's models do not fit into the GPU's {size:.0f} GB: {', or '.join(remedies)}"
+    remedies = ", or ".join(engine.remedies_for_models())
+    return f"the {stage_of(engine.train)} stage's models do not fit into the GPU's {_size(device)} GB: {remedies}"
 
 
-def out_of_memory(config: Config, device: torch.device, processes: Processes, *, graphed: bool) -> str:
+def out_of_memory(config: Config, engine: Engine, device: torch.device, *, graphed: bool) -> str:
     """What to lower when a stage does not fit into the GPU's memory. graphed: whether its passes are a CUDA graph."""
     train, checkpointing = config.train, checkpointing_of(config.train)
     remedies = [f"train.micro_bsz (now {train.micro_bsz}, with train.accumulate_grad_batches to make up for it)"]
     remedies.append(f"model.ctx_len (now {config.model.ctx_len})")
     recompute = [] if stage_of(train) == "align" or checkpointing == "full" else ["train.activation_checkpointing full"]
-    settings = list(recompute)
-    if graphed:
-        settings.append("train.cuda_graphs never")
-    if uses_engine(train, processes):  # which refuses bf16-true, as fsdp does fp8
-        teacher = ["train.teacher_precision same"] if train.teacher_precision == "fp8" else []
-        settings.append(" and ".join(["train.strategy fsdp", "train.precision bf16-true", *recompute, *teacher]))
-    elif train.precision != "bf16-true":
-        settings.append("train.precision bf16-true")
-    size = torch.cuda.get_device_properties(device).total_memory / 1e9
+    settings = [*recompute, *(["train.cuda_graphs never"] if graphed else []), *engine.remedies_for_steps(recompute)]
     advice = f"lower {' or '.join(remedies)}" + (f", or set {' or '.join(settings)}" if settings else "")
-    return f"the {stage_of(train)} stage does not fit into the GPU's {size:.0f} GB: {advice}"
+    return f"the {stage_of(train)} stage does not fit into the GPU's {_size(device)} GB: {advice}"
+
+
+def _size(device: torch.device) -> str:
+    """The GPU's memory in GB."""
+    return f"{torch.cuda.get_device_properties(device).total_memory / 1e9:.0f}"
 
 
 def resolve_precision(precision: str, accelerator: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from radlads.train.snapshots import checkpoints_in
+from radlads.train.checkpoints.snapshots import checkpoints_in
 
 # Before so many steps nothing is usual yet
 WARMUP_STEPS = 20

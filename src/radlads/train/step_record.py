@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from radlads.train.step import Readout
+from radlads.train.optimizers.step import Readout
 
 
 @dataclass(frozen=True)

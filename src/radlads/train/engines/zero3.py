@@ -1,11 +1,12 @@
 """DeepSpeed's ZeRO-3: every process holds and updates its part of every parameter; a block is whole while it runs.
 
 DeepSpeed's hooks follow one forward and one backward pass through the calls of modules, which is not what stages do. So
-the engine gets a list of parameters, whose calls nobody makes, and Turns decide when they are gathered. What stage 3
-has in common with stages 1 and 2 is train/deepspeed_engine.py's.
+DeepSpeed gets a list of parameters, whose calls nobody makes, and Turns decide when they are gathered. What stage 3
+has in common with stages 1 and 2 is zero.py's.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,98 +15,116 @@ import torch.nn.functional as F
 
 from radlads.model.modeling import Block, RadladsForCausalLM
 from radlads.model.whole_parameters import Turns, turns_of
-from radlads.train.deepspeed_engine import DeepSpeedUpdates, ZeroStrategy
-from radlads.train.rows import HostRows, gathered, replace_parameters
-from radlads.train.step import GradientNorms
+from radlads.train.engines.footprint import Footprint, ParameterBytes, Sharding
+from radlads.train.engines.rows import gathered, replace_parameters
+from radlads.train.engines.zero import NOTE, Zero
+from radlads.train.optimizers.step import GradientNorms
 
 _LINEAR = F.linear  # _linear takes its place for the whole process
 
 
-class PartitionedStrategy(ZeroStrategy):
-    """ZeroStrategy for stage 3."""
+class Zero3(Zero):
+    """The engine that train.strategy deepspeed_stage_3 names."""
 
-    def place(self, model: RadladsForCausalLM, dtype: torch.dtype) -> None:
-        """See ZeroStrategy. Here they are this process's part of each."""
-        assert isinstance(self.config, dict)
-        partition(model, dtype, self.config)
-        model.to(self.root_device, dtype)  # type: ignore[arg-type]  # its buffers
+    stage = 3
+    supports_fp8_teacher = False
+    plan_note = f"{NOTE}; all is sharded, the teacher too; two GPUs: within 6 %"
 
-    def training_step(self, *args: Any, **kwargs: Any) -> None:
-        """See ZeroStrategy. No part of the teacher stays whole beyond it."""
-        super().training_step(*args, **kwargs)
-        if (teacher := self._teacher()) is not None:
-            _turns(teacher).end()
+    @classmethod
+    def footprint(cls, num_gpus: int, precision: str) -> Footprint:
+        """See Engine. As stage 2's, and all gradients have a place, always."""
+        shared, size = Sharding(num_gpus, num_gpus, num_gpus), ParameterBytes(2, 4, 12)
+        return Footprint(shared=shared, size=size, keeps_all_gradients=True, frozen_on_host=True)
 
-    def on_train_end(self) -> None:
-        """The teacher is not run any more."""
-        super().on_train_end()
-        if (teacher := self._teacher()) is not None:
-            _turns(teacher).let_go()
+    @contextmanager
+    def placed(
+        self, student: RadladsForCausalLM, teacher: RadladsForCausalLM | None, device: torch.device, precision: str
+    ) -> Iterator[RadladsForCausalLM | None]:
+        """See Zero. However the training ends, linear layers of this process are torch's again."""
+        try:
+            with super().placed(student, teacher, device, precision) as working:
+                yield working
+        finally:
+            F.linear = _LINEAR
 
-    def _teacher(self) -> RadladsForCausalLM | None:
-        assert self.lightning_module is not None
-        return self.lightning_module.teacher  # type: ignore[return-value]
+    def lightning_strategy(self) -> Any:
+        """See Engine."""
+        from radlads.train.engines.strategies import PartitionedStrategy
 
-    def teardown(self) -> None:
-        """See Lightning's, which calls it however the training ends."""
-        F.linear = _LINEAR
-        super().teardown()
+        return PartitionedStrategy(self)
 
-    def _setup_model_and_optimizer(self, model: torch.nn.Module, *rest: Any) -> Any:
-        return super()._setup_model_and_optimizer(_parameters_alone(model), *rest)
+    def place(
+        self, model: RadladsForCausalLM, device: torch.device, dtype: torch.dtype, config: Mapping[str, Any]
+    ) -> None:
+        """See Zero. Here they are this process's part of each."""
+        partition(model, dtype, config)
+        model.to(device, dtype)  # type: ignore[arg-type]  # its buffers
 
-
-class PartitionedUpdates(DeepSpeedUpdates):
-    """DeepSpeedUpdates for stage 3."""
-
-    def begin(self, engine: Any, rows: dict[str, torch.nn.Parameter], frozen: dict[str, HostRows]) -> None:
-        """See DeepSpeedUpdates."""
-        super().begin(engine, rows, frozen)
+    def attach(self, engine: Any) -> None:
+        """See Zero."""
+        super().attach(engine)
         self._begin_window()
 
+    def end_teachers_turn(self) -> None:
+        """A micro-batch is done: no part of the teacher stays whole beyond it."""
+        if self.teacher is not None:
+            _turns(self.teacher).end()
+
+    def let_go_of_teacher(self) -> None:
+        """The teacher is not run any more."""
+        if self.teacher is not None:
+            _turns(self.teacher).let_go()
+
     def step(self, optimizers, *, count, clip_val, sums, leave_out) -> GradientNorms:
-        """See Updates."""
-        _turns(self._student).end()
+        """See Engine."""
+        _turns(self.student).end()
         norms = super().step(optimizers, count=count, clip_val=clip_val, sums=sums, leave_out=leave_out)
         self._begin_window()
         return norms
 
     def _begin_window(self) -> None:
-        """Have every backward pass add to what is there, zeros: by itself the engine lets a window's first overwrite
-        it, which each part of a loss is for the engine."""
-        zero = self._engine.optimizer
+        """Have every backward pass add to what is there, zeros: by itself DeepSpeed lets a window's first overwrite it,
+        which each part of a loss is for it."""
+        zero = self._deepspeed.optimizer
         zero.grad_partitions_flat_buffer.zero_()
         zero.micro_step_id = 1
 
     def finish(self, optimizers) -> None:
-        """See DeepSpeedUpdates."""
-        _turns(self._student).let_go()
-        self._engine.optimizer.optimizer.state.clear()  # to have room for the rows
+        """See Zero."""
+        _turns(self.student).let_go()
+        self._deepspeed.optimizer.optimizer.state.clear()  # to have room for the rows
         super().finish(optimizers)
 
+    def own_values(self, parameter: torch.Tensor) -> torch.Tensor:
+        """See Engine. DeepSpeed keeps a partitioned parameter's numbers beside it, filled up."""
+        if parameter.numel() or not hasattr(parameter, "ds_tensor"):
+            return super().own_values(parameter)
+        own = parameter.ds_tensor
+        return own[: max(0, parameter.ds_numel - dist.get_rank() * own.numel())]  # type: ignore[attr-defined]
+
     def gradients_are_divided_by(self) -> int:
-        """See DeepSpeedUpdates. It knows no sums."""
+        """See Zero. It knows no sums."""
         return dist.get_world_size()
 
     def groups(self) -> list[tuple[list[torch.nn.Parameter], torch.Tensor]]:
-        """See DeepSpeedUpdates."""
-        zero = self._engine.optimizer
+        """See Zero."""
+        zero = self._deepspeed.optimizer
         return list(zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True))
 
     def set_weight(self, parameter: torch.nn.Parameter, whole: torch.Tensor) -> None:
-        """See DeepSpeedUpdates."""
+        """See Zero."""
         from deepspeed.utils import safe_set_local_fp32_param
 
         safe_set_local_fp32_param(parameter, _own_partition(parameter, whole).to(parameter.device))
 
     def set_moment(self, parameter: torch.nn.Parameter, key: str, whole: torch.Tensor) -> None:
-        """See DeepSpeedUpdates."""
+        """See Zero."""
         from deepspeed.utils import safe_set_local_optimizer_state
 
         safe_set_local_optimizer_state(parameter, _own_partition(parameter, whole).to(parameter.device), key)
 
     def link_states(self) -> None:
-        """See DeepSpeedUpdates. They are found as they are."""
+        """See Zero. They are found as they are."""
 
 
 def partition(model: RadladsForCausalLM, dtype: torch.dtype, config: Mapping[str, Any]) -> None:
@@ -142,11 +161,6 @@ def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
     return _LINEAR(input, weight, bias) if torch.compiler.is_compiling() else zero3_linear_wrap(input, weight, bias)
-
-
-def _parameters_alone(model: torch.nn.Module) -> torch.nn.Module:
-    """A module of the model's parameters that nothing calls, for DeepSpeed to hook."""
-    return torch.nn.ParameterList(model.parameters())
 
 
 def _turns(model: RadladsForCausalLM) -> Turns:

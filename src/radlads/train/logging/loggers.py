@@ -15,8 +15,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from radlads.config.load import load_config
 from radlads.config.schema import TrainConfig
 from radlads.files import read_json, write_text
-from radlads.train.metrics_csv import METRICS, SPEED, MetricsCsv
-from radlads.train.throughput import SPEED_METRICS
+from radlads.train.logging.metrics_csv import METRICS, SPEED, MetricsCsv
+from radlads.train.logging.throughput import SPEED_METRICS
 
 WANDB_RUN = "wandb.json"
 CARRIED = (METRICS, SPEED, WANDB_RUN)

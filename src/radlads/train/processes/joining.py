@@ -7,17 +7,14 @@ is reduced between processes, and when, to others.
 
 import logging
 import os
-import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,69 +27,14 @@ from lightning.fabric.plugins.environments import (
 )
 
 from radlads.config.schema import TrainConfig
+from radlads.train.processes.group import ALONE, Processes
+from radlads.train.processes.watch import BEAT_S, DEAD_AFTER_S, LEFT_AFTER_S, LOST, Watch, how_it_ended
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
-BEAT_S, DEAD_AFTER_S, LEFT_AFTER_S, WORD_AFTER_S = 1.0, 30.0, 5.0, 15.0
-"""How often a process says that it lives, after how long a silent one is taken for dead, how long the others have to
-end by themselves once one has left with an error, and how long one with an error waits for the first to have it too."""
-LOST = 2
-"""Exit code of a process that ends because another one is gone."""
 _STARTED_BY = "RADLADS_STARTED_BY"
 _LAUNCHERS = (SLURMEnvironment, TorchElasticEnvironment, MPIEnvironment, LSFEnvironment)
-_AGAIN = "start the same command again to go on from the last checkpoint"
-
-
-@dataclass(frozen=True)
-class Processes:
-    """The processes of a run, as one of them sees them: `rank` of `size`, on `device`. By default it is alone."""
-
-    rank: int = 0
-    size: int = 1
-    device: torch.device | None = field(default=None, compare=False)
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this one writes files and prints."""
-        return self.rank == 0
-
-    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over all processes of a tensor, in place."""
-        if self.size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def gather(self, value: T) -> list[T]:
-        """Every process's value, by rank. Values are pickled, so they are small, and this package's own."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
-
-    def from_first(self, work: Callable[[], T]) -> T:
-        """What work() returns in the first process, which alone calls it; a user's error in it is raised in all."""
-        if self.size == 1:
-            return work()
-        outcome: list[Any] = [None, None]
-        if self.is_first:
-            try:
-                outcome[0] = work()
-            except (ValueError, OSError) as error:
-                outcome[1] = error
-        dist.broadcast_object_list(outcome)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
-
-    def wait_for_all(self) -> None:
-        """Return once every process has come here."""
-        if self.size > 1:
-            dist.barrier(device_ids=None if self.device is None or self.device.index is None else [self.device.index])
-
-
-ALONE = Processes()
 
 
 @contextmanager
@@ -128,17 +70,6 @@ def joined(train: TrainConfig) -> Iterator[Processes]:
             _end(child)
         os.environ.clear()
         os.environ.update(earlier)
-
-
-def check_processes(train: TrainConfig, processes: Processes) -> None:
-    """Raise ValueError if a stage is asked to run on more processes than there are, as where no command starts them."""
-    asked = max(1, train.devices) * train.num_nodes
-    if processes.size < asked:
-        raise ValueError(
-            f"train.devices {train.devices} and train.num_nodes {train.num_nodes} ask for {asked} processes, but "
-            f"{processes.size} runs: use radlads train, which starts them (under SLURM, give srun as many tasks), or "
-            "set both to 1"
-        )
 
 
 def _num_devices(asked: int, on_gpu: bool) -> int:
@@ -194,11 +125,6 @@ def _command() -> list[str]:
     return [sys.executable, os.path.abspath(sys.argv[0]), *sys.argv[1:]]
 
 
-def _how_it_ended(child: subprocess.Popen[bytes]) -> str:
-    code = child.returncode
-    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-
-
 def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -225,7 +151,7 @@ def _none_missing(children: list[subprocess.Popen[bytes]]) -> Iterator[None]:
     def missing() -> str | None:
         for child in children:
             if child.poll() is not None:
-                return f"process {child.pid} of this run {_how_it_ended(child)} before all had joined"
+                return f"process {child.pid} of this run {how_it_ended(child)} before all had joined"
         if started_by is not None and os.getppid() != int(started_by):
             return "the process that started this one is gone"
         return None
@@ -301,87 +227,3 @@ def _store(rank: int) -> dist.TCPStore:
     port: list[Any] = [None]
     dist.broadcast_object_list(port)
     return dist.TCPStore(address, port[0], is_master=False, timeout=timedelta(seconds=DEAD_AFTER_S))
-
-
-class Watch(threading.Thread):
-    """Says every BEAT_S that this process lives, and ends it if another does not any more.
-
-    A process that waits for one that is gone waits in C, for minutes, and no exception reaches it: hence a thread, and
-    an exit without clean-up. Checkpoints are whole at any time, so nothing is lost but the steps since the last.
-    """
-
-    def __init__(self, store: dist.TCPStore, rank: int, size: int, children: list[subprocess.Popen[bytes]]):
-        super().__init__(daemon=True, name="watch over the other processes")
-        self._store, self._rank, self._size, self._children = store, rank, size, children
-        self._seen = {other: (b"", time.monotonic()) for other in range(size) if other != rank}
-        self._leaving = threading.Event()
-        self.lost: str | None = None
-
-    def run(self) -> None:
-        beat = 0
-        while not self._leaving.wait(BEAT_S):
-            beat += 1
-            self.lost = self.lost or self._look(beat)
-            if self.lost is not None and not self._leaving.wait(LEFT_AFTER_S):
-                self._give_up(self.lost)
-
-    def _look(self, beat: int) -> str | None:
-        """Say that this process lives; which other one is gone, if one is."""
-        for child in self._children:
-            if child.poll() is not None and child.returncode < 0:
-                return f"a process of this run (pid {child.pid}) {_how_it_ended(child)}: {_AGAIN}"
-        try:
-            self._store.set(f"alive/{self._rank}", str(beat))
-            for other, (before, since) in self._seen.items():
-                if self._store.check([f"left/{other}"]) and self._store.get(f"left/{other}"):
-                    return f"process {other} of {self._size} has ended with an error of its own: {_AGAIN}"
-                now = self._store.get(f"alive/{other}") if self._store.check([f"alive/{other}"]) else b""
-                if now != before:
-                    self._seen[other] = (now, time.monotonic())
-                elif time.monotonic() - since > DEAD_AFTER_S:
-                    return f"process {other} of {self._size} has not been heard of for {DEAD_AFTER_S:.0f} s: {_AGAIN}"
-        except RuntimeError:  # torch's errors of a store derive from it
-            return f"process 0 of {self._size} is gone: {_AGAIN}"
-        return None
-
-    def _give_up(self, why: str) -> NoReturn:
-        if self.tells(why):
-            _log.error("radlads: %s", why)  # to stderr, as nobody catches what a thread raises
-        for child in self._children:
-            child.kill()
-        os._exit(LOST)
-
-    def tells(self, why: str) -> bool:
-        """Whether it is this process that has to say why the run ends: the first, unless it is what is gone."""
-        return self._rank == 0 or why.startswith("process 0 ")
-
-    def leave(self, why: str) -> None:
-        """Tell the others that this process ends, and why ('': it is done)."""
-        self._leaving.set()
-        with suppress(RuntimeError):  # there may be no store any more
-            self._store.set(f"left/{self._rank}", why)
-
-    def wait_for_word_of(self, rank: int) -> str | None:
-        """Why a process has left, if it does so soon."""
-        try:
-            self._store.wait([f"left/{rank}"], timedelta(seconds=WORD_AFTER_S))
-            return self._store.get(f"left/{rank}").decode()
-        except RuntimeError:
-            return None
-
-    def wait_for_loss(self) -> str | None:
-        """Which process is gone, if one is found to be soon."""
-        until = time.monotonic() + DEAD_AFTER_S + 2 * BEAT_S
-        while self.lost is None and time.monotonic() < until and self.is_alive():
-            time.sleep(BEAT_S / 4)
-        return self.lost
-
-    def wait_for_the_others(self) -> None:
-        """Keep the store until all have left, if they do so soon."""
-        with suppress(RuntimeError):
-            self._store.wait([f"left/{other}" for other in self._seen], timedelta(seconds=LEFT_AFTER_S))
-
-    def stop(self) -> None:
-        """End the thread."""
-        self._leaving.set()
-        self.join()

@@ -15,7 +15,7 @@ from radlads.distill.stage import Stage
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.registry import is_registered
 from radlads.model.whole_parameters import whole_shape
-from radlads.train.gpus import gpu_called
+from radlads.train.logging.gpus import gpu_called
 
 SPEED_METRICS = frozenset({"tokens_per_s", "mfu", "peak_memory_gb"})
 

@@ -1,21 +1,24 @@
 """Models of which every process holds its rows, in fp32: what a stage on DeepSpeed begins and ends with.
 
-They cannot run. train/deepspeed_engine.py makes the engine's parameters of them, one after another, and rows again at
-the end, so that no process has a whole model in its host's memory, but for one with a user's own mixer as it is built.
+They cannot run. zero.py makes DeepSpeed's parameters of them, one after another, and rows again at the end, so that no
+process has a whole model in its host's memory, but for one with a user's own mixer as it is built.
 """
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from radlads.checkpoint.model_folder import unplaced_model
+from radlads.checkpoint.model_folder import save_model, take_part_in_saving, unplaced_model
+from radlads.checkpoint.safetensors_writer import SHARD_BYTES
 from radlads.checkpoint.weights import own_part, rows_of
 from radlads.convert.blueprint import Blueprint
 from radlads.model.modeling import RadladsForCausalLM
+from radlads.train.processes.group import Processes
 
 
 def build_in_rows(blueprint: Blueprint, mesh: DeviceMesh, device: torch.device) -> tuple[RadladsForCausalLM, Counter]:
@@ -48,6 +51,14 @@ def is_in_rows(model: nn.Module) -> bool:
 def gathered(parameter: torch.Tensor) -> torch.Tensor:
     """All rows of a parameter; all processes have to call it."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+
+
+def save_by_all(student: RadladsForCausalLM, folder: Path, processes: Processes) -> None:
+    """Write the folder of a model in rows, or in FSDP2's shards, in the first process; all gather for it."""
+    if processes.is_first:
+        save_model(student, folder, shard_bytes=SHARD_BYTES)
+    else:
+        take_part_in_saving(student)
 
 
 class HostRows:

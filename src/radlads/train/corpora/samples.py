@@ -13,8 +13,8 @@ from radlads.data.loader import HeldoutWindows, MixedSamples, TokenSamples, chec
 from radlads.data.mixture import parse_mixture
 from radlads.distill.documents import document_ends
 from radlads.model.modeling import RadladsForCausalLM
-from radlads.train.processes import ALONE, Processes
-from radlads.train.watched_corpora import WatchedCorpora
+from radlads.train.corpora.watched_corpora import WatchedCorpora
+from radlads.train.processes.group import ALONE, Processes
 
 
 def training_samples(

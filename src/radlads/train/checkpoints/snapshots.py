@@ -2,7 +2,7 @@
 
 A checkpoint is a model folder (config.json, model.safetensors) with the optimisers' tensors (state.safetensors), where
 the run stands (position.json), what run it is (run.json), its logs (train.loggers), and manifest.json with a hash of
-each. Of a sharded model there is a file for each process instead, with its rows of weights and state
+each. Of a model in shards there is a file for each process instead, with its rows of weights and state
 (shard-00000-of-00008); any number of processes goes on from either kind. A checkpoint has its name once it is complete.
 The frozen teacher is in none. Leaves to others when to write one, and which to take.
 """
@@ -10,7 +10,7 @@ The frozen teacher is in none. Leaves to others when to write one, and which to 
 import json
 import random
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
 
 from radlads.checkpoint.atomic import unfinished_folder
 from radlads.checkpoint.manifest import MANIFEST, versions
@@ -26,25 +25,22 @@ from radlads.checkpoint.model_folder import save_model
 from radlads.checkpoint.own_files import MARK, check_names, refuse_links, remove_folder
 from radlads.checkpoint.safetensors_files import WEIGHTS_FILE
 from radlads.checkpoint.safetensors_writer import file_order, write_safetensors
+from radlads.checkpoint.strict_loading import load_strict
 from radlads.checkpoint.weights import (
     HeldTensors,
-    ModelWeights,
     PrefixedWeights,
     RowShards,
     SafetensorsFolder,
     StoredWeights,
     TensorInfo,
-    load_strict,
-    own_part,
-    own_rows,
 )
 from radlads.checksums import sha256
 from radlads.distill.heldout import Heldout
 from radlads.files import read_json, write_text
 from radlads.model.modeling import RadladsForCausalLM
-from radlads.train.loggers import CARRIED, carry
-from radlads.train.processes import ALONE, Processes
-from radlads.train.sharding import is_sharded
+from radlads.train.engines.engine import CheckpointState
+from radlads.train.logging.loggers import CARRIED, carry
+from radlads.train.processes.group import ALONE, Processes
 
 CHECKPOINTS = "checkpoints"
 STATE, POSITION, RUN = "state.safetensors", "position.json", "run.json"
@@ -67,17 +63,6 @@ class Position:
     spike_guard: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True)
-class Held:
-    """What a checkpoint takes of a run whose student is in one piece: its weights, its optimisers' tensors, and what
-    else they know. gathered: whether all processes have to ask for each tensor, in one order."""
-
-    weights: StoredWeights
-    moments: StoredWeights
-    groups: list[dict[str, Any]]
-    gathered: bool = False
-
-
 def checkpoints_in(stage_folder: Path) -> list[Path]:
     """The stage's checkpoints that have their name, by step."""
     found = (stage_folder / CHECKPOINTS).glob("step-*")
@@ -87,30 +72,24 @@ def checkpoints_in(stage_folder: Path) -> list[Path]:
 def write_checkpoint(
     stage_folder: Path,
     student: RadladsForCausalLM,
-    own: Mapping[str, torch.nn.Parameter],
-    optimizers: Sequence[torch.optim.Optimizer],
+    held: CheckpointState,
     position: Position,
     run: Mapping[str, Any],
     processes: Processes = ALONE,
-    held: Held | None = None,
 ) -> Path:
     """Write the checkpoint of `position` with the random numbers' state as it is now, and return its folder.
 
-    `own` are the trained parameters as the optimisers know them. All processes have to call this; each writes its rows
-    of a sharded student, and of any other the first writes everything: `held`, where that is not what student and
-    optimisers have themselves. Raises OSError that names the folder if it
-    cannot be written; nothing is left of it then.
+    All processes have to call this, with what the engine says that they hold: each writes its rows, if they are in
+    rows, else the first writes everything. Raises OSError that names the folder if it cannot be written; nothing is
+    left of it then.
     """
     target = stage_folder / CHECKPOINTS / f"step-{position.step:06d}"
-    in_shards = is_sharded(student)
-    if held is None:
-        moments, groups = _optimizer_state(optimizers, own)
-        held = Held(ModelWeights(student), HeldTensors(moments), groups)
+    in_rows = held.by == "rows"
     with ExitStack() as opened:
         folder = processes.from_first(lambda: opened.enter_context(unfinished_folder(target, keep_failed=False)))
-        hashes = _write_shards(folder, student, held, processes) if in_shards else {}
+        hashes = _write_rows(folder, held, processes) if in_rows else {}
         if processes.is_first:
-            if not in_shards:
+            if not in_rows:
                 save_model(student, folder, weights=held.weights)
                 buffers = {f"buffer.{name}": buffer for name, buffer in student.named_buffers()}
                 _write_state(held.moments, buffers | _random_tensors(), folder / STATE)
@@ -120,7 +99,7 @@ def write_checkpoint(
             carry(stage_folder, folder)
             hashes |= {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name not in (*hashes, MARK)}
             write_text(folder / MANIFEST, json.dumps({"versions": versions(), "sha256": hashes}, indent=2) + "\n")
-        elif held.gathered:
+        elif held.by == "all":
             for part in (held.weights, held.moments):
                 for name in file_order(part, part):
                     part[name]
@@ -128,11 +107,10 @@ def write_checkpoint(
     return target
 
 
-def _write_shards(folder: Path, student: RadladsForCausalLM, held: Held, processes: Processes) -> dict[str, str]:
+def _write_rows(folder: Path, held: CheckpointState, processes: Processes) -> dict[str, str]:
     """Write this process's rows, and return the hash of every process's file. OSError in all if one could not write."""
     shard = folder / SHARD.format(processes.rank, processes.size)
-    assert all(isinstance(each, DTensor) for each in student.parameters()), "some parameters are gathered for now"
-    weights = {f"{WEIGHT}{name}": own_part(each) for name, each in student.named_parameters()}
+    weights = {f"{WEIGHT}{name}": rows for name, rows in held.weights.items()}
     written, fault = {}, ""
     try:
         _write_state(held.moments, weights | (_random_tensors() if processes.is_first else {}), shard)
@@ -204,32 +182,6 @@ def restore_student(checkpoint: Path, student: RadladsForCausalLM) -> None:
         buffer.copy_(state[f"buffer.{name}"])
 
 
-def restore_optimizers(
-    checkpoint: Path,
-    student: RadladsForCausalLM,
-    own: Mapping[str, torch.nn.Parameter],
-    optimizers: Sequence[torch.optim.Optimizer],
-) -> None:
-    """Give the optimisers, built as the run's were, their state of the checkpoint: what belongs to this process."""
-    stored, groups = stored_optimizers(checkpoint)
-    whole = dict(student.named_parameters())
-    for number, (optimizer, held) in enumerate(zip(optimizers, groups, strict=True)):
-        names = _names(optimizer, own)
-        state: dict[int, dict[str, Any]] = {
-            index: dict(held["state"].get(name, {})) for index, name in enumerate(names) if name in held["state"]
-        }
-        for index, name in enumerate(names):
-            for key, tensor in PrefixedWeights(stored, f"optimizer_{number}.{name}:").items():
-                rows = own_rows(whole[name], tensor) if tensor.shape == whole[name].shape else tensor
-                state.setdefault(index, {})[key] = rows.clone()
-        present = optimizer.state_dict()["param_groups"]
-        held_groups = [
-            {**now, **{key: tuple(value) if isinstance(value, list) else value for key, value in then.items()}}
-            for now, then in zip(present, held["groups"], strict=True)
-        ]
-        optimizer.load_state_dict({"state": state, "param_groups": held_groups})
-
-
 def stored_optimizers(checkpoint: Path) -> tuple[StoredWeights, list[dict[str, Any]]]:
     """The optimisers' tensors, among others, and of each optimiser its groups' settings and the rest of its state."""
     return _stored_state(checkpoint), read_json(checkpoint / POSITION)["optimizers"]
@@ -247,32 +199,6 @@ def restore_random_numbers(checkpoint: Path) -> None:
     if "random.cuda.0" in stored and torch.cuda.is_available():
         devices = range(min(torch.cuda.device_count(), sum(name.startswith("random.cuda.") for name in stored)))
         torch.cuda.set_rng_state_all([stored[f"random.cuda.{device}"].clone() for device in devices])
-
-
-def _optimizer_state(
-    optimizers: Sequence[torch.optim.Optimizer], own: Mapping[str, torch.nn.Parameter]
-) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """All tensors by name, and of each optimiser the rest: its groups' settings, and state that is no tensor."""
-    tensors: dict[str, torch.Tensor] = {}
-    rest = []
-    for number, optimizer in enumerate(optimizers):
-        content, names = optimizer.state_dict(), _names(optimizer, own)
-        numbers: dict[str, dict[str, Any]] = {}
-        for index, values in content["state"].items():
-            for key, value in values.items():
-                if isinstance(value, torch.Tensor):
-                    tensors[f"optimizer_{number}.{names[index]}:{key}"] = value
-                else:
-                    numbers.setdefault(names[index], {})[key] = value
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in content["param_groups"]]
-        rest.append({"groups": groups, "state": numbers})
-    return tensors, rest
-
-
-def _names(optimizer: torch.optim.Optimizer, own: Mapping[str, torch.nn.Parameter]) -> list[str]:
-    """The names of an optimiser's parameters, in its order."""
-    name_of = {id(parameter): name for name, parameter in own.items()}
-    return [name_of[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _write_state(moments: StoredWeights, rest: dict[str, torch.Tensor], path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.hooks import RemovableHandle
 
-from radlads.train.processes import Processes
+from radlads.train.processes.group import Processes
 
 # Smaller gradients travel together: below this a collective takes as long as the wire needs for nothing
 LARGE_NUMBERS = 2**20

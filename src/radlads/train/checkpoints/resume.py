@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from radlads.checkpoint.manifest import MANIFEST
 from radlads.checkpoint.own_files import MARK, check_marked, check_names, remove_each
@@ -19,12 +18,7 @@ from radlads.data.binidx import BinIdxReader
 from radlads.data.sampling import magic_prime
 from radlads.files import read_json
 from radlads.model.modeling import RadladsForCausalLM
-from radlads.train.loggers import WANDB_RUN
-from radlads.train.metrics_csv import METRICS, SPEED
-from radlads.train.processes import ALONE, Processes
-from radlads.train.run_corpora import HELDOUT, TRAINING, corpus_differences, describe_corpora
-from radlads.train.samples import sequences_per_step, steps_of
-from radlads.train.snapshots import (
+from radlads.train.checkpoints.snapshots import (
     CHECKPOINT_FILES,
     CHECKPOINTS,
     RUN,
@@ -33,6 +27,12 @@ from radlads.train.snapshots import (
     remove,
     remove_incomplete,
 )
+from radlads.train.corpora.run_corpora import HELDOUT, TRAINING, corpus_differences, describe_corpora
+from radlads.train.corpora.samples import sequences_per_step, steps_of
+from radlads.train.engines.rows import gathered
+from radlads.train.logging.loggers import WANDB_RUN
+from radlads.train.logging.metrics_csv import METRICS, SPEED
+from radlads.train.processes.group import ALONE, Processes
 
 # Of every tensor, so that models that differ are told apart without reading all of a large one
 _NUMBERS_COMPARED = 1024
@@ -136,8 +136,7 @@ def fingerprint(model: RadladsForCausalLM, dtype: torch.dtype = torch.float32) -
 
 def _numbers(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     every = max(1, parameter.numel() // _NUMBERS_COMPARED)
-    whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-    return whole.detach().flatten()[::every].to(dtype).float().cpu().contiguous()
+    return gathered(parameter).flatten()[::every].to(dtype).float().cpu().contiguous()
 
 
 def first_checkpoint(setting: str, stage_folder: Path, run: dict[str, Any], console: Console) -> Path | None:

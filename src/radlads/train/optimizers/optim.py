@@ -12,7 +12,7 @@ from radlads.config.schema import TrainConfig
 from radlads.distill.stage import is_attention_parameter
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.whole_parameters import whole_shape
-from radlads.train.adamw import AdamW
+from radlads.train.optimizers.adamw import AdamW
 
 Groups = list[dict[str, Any]]
 

@@ -1,0 +1,5 @@
+import sys
+
+from radlads.cli import main
+
+sys.exit(main())

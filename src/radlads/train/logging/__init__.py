@@ -1,0 +1,1 @@
+"""Where a run's metrics go, and what is measured of its speed."""

@@ -1,0 +1,1 @@
+"""Optimisers by name, their rates, and one step of theirs."""
