@@ -29,17 +29,24 @@ def examples() -> dict[str, str]:
 
 
 @contextmanager
-def known(folder: Path) -> Iterator[None]:
-    """Have the mixers of this folder found as --mixer-path has them found, and forget all of it afterwards."""
+def nothing_known() -> Iterator[None]:
+    """Have no mixers but ours found, and forget afterwards what was found all the same."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", list(sys.path))
         for name, empty in (("_named_by_user", set()), ("_mixer_paths", set()), ("_exports", [])):
             patch.setattr(registry, name, empty)
-        registry.add_mixer_path(folder)
         try:
             yield
         finally:
             forget()
+
+
+@contextmanager
+def known(folder: Path) -> Iterator[None]:
+    """Have the mixers of this folder found as --mixer-path has them found, and forget all of it afterwards."""
+    with nothing_known():
+        registry.add_mixer_path(folder)
+        yield
 
 
 def forget() -> None:

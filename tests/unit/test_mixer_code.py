@@ -209,6 +209,17 @@ def test_a_mixer_that_transformers_cannot_build_is_refused(mixers):
         check_exportable(config(time_mixers=["theirs"] * 3))
 
 
+def test_a_demo_says_so_before_it_trains(mixers, teacher, corpus_folder, tmp_path, capsys):
+    source = documented_mixers.examples()["tmix/tmix_mean.py"].replace("mean", "theirs")
+    write(mixers, source + "\nimport radlads.cli\n")
+    data = ["--data", corpus_folder / "train", "--heldout-data", corpus_folder / "heldout"]
+    command = ["demo", "--teacher", teacher, "--mixer", "theirs", *data, "--out", tmp_path / "out"]
+    command += ["--mixer-path", mixers]
+    assert main(list(map(str, command))) == 2
+    assert "imports radlads.cli, which no export holds" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("1-align*"))
+
+
 # An export that is opened
 
 

@@ -93,7 +93,7 @@ def find_mixer_class(name: str) -> type[TimeMixer] | None:
 def files_of_time_mixers() -> dict[str, Path]:
     """Mixers of the user's own on the import path, by name, found by their files' names: none of them is run."""
     spec = importlib.util.find_spec("tmix")
-    folders = [*_mixer_paths, *(spec.submodule_search_locations or () if spec else ())]
+    folders = [*_exports, *(spec.submodule_search_locations or () if spec else ())]
     files = [file for folder in folders for file in sorted(Path(folder).glob("tmix_*.py"))]
     return {file.stem.removeprefix("tmix_"): file for file in reversed(files)}
 

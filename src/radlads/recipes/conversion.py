@@ -22,7 +22,7 @@ from radlads.config.compare import deciding
 from radlads.config.schema import Config
 from radlads.console import Console
 from radlads.convert.hf_source import TeacherSource, end_of_text_id, load_tokenizer, open_teacher
-from radlads.convert.student import build_student, build_teacher, retie
+from radlads.convert.student import build_student, build_teacher, retie, student_config
 from radlads.data.binidx import BinIdxReader
 from radlads.data.build import build_binidx
 from radlads.data.loader import HeldoutWindows
@@ -70,6 +70,7 @@ def run_conversion(conversion: Conversion, console: Console) -> dict[str, Any]:
     tokenizer = load_tokenizer(source.folder, source.config.vocab_size)
     configs = stage_configs(conversion)
     check_aligns(source.config, configs["align"].model)
+    check_exportable(student_config(source.config, configs["align"].model))  # now, not after hours of training
     if not (conversion.out / SUMMARY).is_file():
         for config in configs.values():
             check_processes(config.train, ALONE)
@@ -96,7 +97,6 @@ def _convert(
     device, recipe = only_device(configs["align"].train), recipe_of(conversion, configs)
     teacher = build_teacher(source)
     student, rows = build_student(source, configs["align"].model)
-    check_exportable(student.config)  # now, not after hours of training
     for model in (teacher, student):
         model.to(device)  # type: ignore[arg-type]
     console.line("setup   " + ", ".join(f"{count} weights {_PAST[action]}" for action, count in sorted(rows.items())))
