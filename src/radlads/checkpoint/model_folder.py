@@ -27,6 +27,8 @@ from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.registry import is_registered
 
+STUDENT_ARCHITECTURES = (RadladsForCausalLM.__name__, *ARCHITECTURES)
+"""Of the folders that open_model opens: ours, and the published ones."""
 _ARCHITECTURE_OF = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
@@ -128,7 +130,7 @@ def open_model(folder: Path) -> StoredModel:
     ValueError for a folder that is none, another architecture, sizes that make no model, and weights that are missing,
     unreadable, quantised or of other sizes.
     """
-    values = read_config(folder, RadladsForCausalLM.__name__, *ARCHITECTURES)
+    values = read_config(folder, *STUDENT_ARCHITECTURES)
     config, weights = config_of(values, folder), SafetensorsFolder(folder)
     check_described(config, weights, folder)
     keep_own_head(config, weights)

@@ -18,6 +18,7 @@ from radlads.checkpoint.published import (
     SIZES,
     SWITCHES,
     UsedWeights,
+    stored_in_pth,
     stored_only,
 )
 from radlads.checkpoint.safetensors_writer import SHARD_BYTES, write_shards
@@ -75,13 +76,18 @@ def write_published(
     Raises ValueError for a model the format has no words for.
     """
     kind = _kind_of(config)
-    tensors = CastWeights(FormatTensors(weights, config, stored_only), dtype)
+    tensors = CastWeights(_FormatTensors(weights, config, stored_only), dtype)
     values = _config_values(config, kind, tensors.info(EMBEDDING).dtype)
     write_text(folder / "config.json", json.dumps(values, indent=2) + "\n")
     write_shards(tensors, folder, shard_bytes=shard_bytes)
 
 
-class FormatTensors(StoredWeights):
+def released_tensors(weights: StoredWeights, config: RadladsConfig) -> StoredWeights:
+    """A student's tensors as the released training code loads them strictly from a `.pth` file."""
+    return _FormatTensors(weights, config, stored_in_pth)
+
+
+class _FormatTensors(StoredWeights):
     """The tensors of the format for a model: those that `weights` hold, the head also of a model whose head is its
     embedding, and initial values for those that are stored only, where `weights` lack them.
 

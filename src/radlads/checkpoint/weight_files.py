@@ -8,15 +8,13 @@ import torch
 from radlads.checkpoint.atomic import unfinished_file, unfinished_folder
 from radlads.checkpoint.hf_export import copy_all_but_weights
 from radlads.checkpoint.manifest import MANIFEST, check_model_files, write_folder_checksums
-from radlads.checkpoint.model_folder import architectures_of, open_model
+from radlads.checkpoint.model_folder import STUDENT_ARCHITECTURES, architectures_of, open_model
 from radlads.checkpoint.pth import PthFile, write_pth
-from radlads.checkpoint.published import ARCHITECTURES, stored_in_pth
-from radlads.checkpoint.published_export import FormatTensors
+from radlads.checkpoint.published_export import released_tensors
 from radlads.checkpoint.safetensors_writer import SHARD_BYTES, write_safetensors, write_shards
 from radlads.checkpoint.tokenizer_files import check_copyable, copy_tokenizer, read_tokenizer
 from radlads.checkpoint.weights import EMBEDDING, HEAD, CastWeights, SafetensorsFolder, StoredWeights, TiedWeights
 from radlads.files import read_json
-from radlads.model.modeling import RadladsForCausalLM
 
 # Two unrelated matrices of equal size are 1.4 of it apart; training moves a head by a few hundredths
 FURTHEST_HEAD = 0.7
@@ -58,18 +56,18 @@ def convert_to_pth(source: Path, target: Path) -> None:
     store only, and a head. Everything else is written as it is.
     """
     check_model_files(source, whole=True)
-    write_pth(_released_tensors(source) if _is_students_folder(source) else open_weights(source), target)
+    if _is_students_folder(source):
+        stored = open_model(source)
+        weights = released_tensors(stored.weights, stored.config)
+    else:
+        weights = open_weights(source)
+    write_pth(weights, target)
 
 
 def _is_students_folder(source: Path) -> bool:
     path = source / "config.json"
     found = architectures_of(read_json(path)) if path.is_file() else []
-    return bool({RadladsForCausalLM.__name__, *ARCHITECTURES} & set(found))
-
-
-def _released_tensors(folder: Path) -> StoredWeights:
-    stored = open_model(folder)
-    return FormatTensors(stored.weights, stored.config, stored_in_pth)
+    return bool(set(STUDENT_ARCHITECTURES) & set(found))
 
 
 def convert_to_safetensors(

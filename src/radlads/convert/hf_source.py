@@ -13,15 +13,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from radlads.checkpoint.config_values import check_values
 from radlads.checkpoint.described_weights import check_described, keep_own_head
 from radlads.checkpoint.gguf_file import origin_note
+from radlads.checkpoint.hf_config import refuse_activation, rope_parameters, slides
 from radlads.checkpoint.hub_folder import DESCRIBING_FILES, locate_folder
-from radlads.checkpoint.model_folder import read_config
-from radlads.checkpoint.published import ARCHITECTURES, refuse_activation, rope_parameters, slides
+from radlads.checkpoint.model_folder import STUDENT_ARCHITECTURES, read_config
 from radlads.checkpoint.safetensors_files import WEIGHTS_FILE, shard_names
 from radlads.checkpoint.tokenizer_files import TOKENIZER_FILE, num_ids, read_tokenizer
 from radlads.checkpoint.weights import SafetensorsFolder, StoredWeights
 from radlads.files import read_json
 from radlads.model.configuration import RadladsConfig
-from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.registry import SOFTMAX
 
 
@@ -40,7 +39,7 @@ FAMILIES = {
     "LlamaForCausalLM": Family(attention_bias=False, qk_norm=False),
 }
 SUPPORTED_ARCHITECTURES = tuple(FAMILIES)
-_READABLE = (*SUPPORTED_ARCHITECTURES, RadladsForCausalLM.__name__, *ARCHITECTURES)
+_READABLE = (*SUPPORTED_ARCHITECTURES, *STUDENT_ARCHITECTURES)
 _WHAT = "config.json and the safetensors weights"
 SIZES = (
     "vocab_size",

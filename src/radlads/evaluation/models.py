@@ -5,8 +5,13 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
-from radlads.checkpoint.model_folder import architectures_of, config_of, load_model, read_config
-from radlads.checkpoint.published import ARCHITECTURES
+from radlads.checkpoint.model_folder import (
+    STUDENT_ARCHITECTURES,
+    architectures_of,
+    config_of,
+    load_model,
+    read_config,
+)
 from radlads.convert.hf_source import SUPPORTED_ARCHITECTURES, open_teacher, teacher_config
 from radlads.convert.student import build_teacher
 from radlads.files import read_json
@@ -41,5 +46,5 @@ def is_teacher(folder: Path) -> bool:
 
 def model_config(folder: Path) -> RadladsConfig:
     """The configuration of any folder that open_model opens. Raises ValueError for a folder that is no model."""
-    values = read_config(folder, RadladsForCausalLM.__name__, *ARCHITECTURES, *SUPPORTED_ARCHITECTURES)
+    values = read_config(folder, *STUDENT_ARCHITECTURES, *SUPPORTED_ARCHITECTURES)
     return teacher_config(values, folder) if is_teacher(folder) else config_of(values, folder)
