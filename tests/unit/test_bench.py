@@ -117,14 +117,13 @@ class TMix_{name}(nn.Module):
         self.register_buffer("seven", torch.full((3,), 7.0))
 
     def forward(self, x, state, v_first, shared):
-        assert bool((self.seven == 7).all())
-        return self.v_proj(x) * self.share, state, v_first
+        return self.v_proj(x) * self.share * self.seven.mean(), state, v_first
 """
 
 
 @pytest.fixture
 def own_mixer(tmp_path, monkeypatch):
-    """The name of a mixer that radlads knows nothing of, and the folder of its file."""
+    """The name of a mixer that carries nothing and says nothing of itself, and the folder of its file."""
     name = f"own{abs(hash(tmp_path))}"
     (tmp_path / "mixers" / "tmix").mkdir(parents=True)
     (tmp_path / "mixers" / "tmix" / f"tmix_{name}.py").write_text(OWN.format(name=name))
@@ -142,6 +141,20 @@ def test_a_mixer_of_ones_own_begins_as_it_says(own_mixer):
         assert block.self_attn.seven.tolist() == [7, 7, 7]
         assert block.self_attn.share.float().mean().item() == pytest.approx(0.25, abs=0.01)
         assert block.self_attn.share.float().std() > 0.01
+
+
+def test_any_mixer_is_measured_and_planned(own_mixer, tmp_path, capsys):
+    name, folder = own_mixer
+    chosen = ["--mixer", name, "--mixer-path", folder]
+    where = [*chosen, "--layers", 3, "--set", "model.preserve_last_n_layers=1", "--json", tmp_path / "record.json"]
+    assert bench("train", *where, "--cases", "align_1x16,distill_1x16") == 0
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert [case["case"] for case in record["cases"] if "median_ms" in case] == ["align_1x16", "distill_1x16"]
+    assert (record["mixer"], record["variant"]) == (name, None)
+    assert main(["plan", "0.5b", *map(str, chosen)]) == 0
+    said = capsys.readouterr().out
+    assert f"{name}: activations estimated from its matrices, on the safe side" in said
+    assert "fits" in said
 
 
 def test_cases_are_read_from_their_names():

@@ -9,7 +9,7 @@ from typing import Any
 from radlads.cli import commands
 from radlads.cli.mixer_path import mixer_path_option
 
-# The commands, beside train, that load models whose config.json may name any mixer
+# The commands, beside train and bench, to which any mixer may be named, by an option or a config.json
 _LOADING = ("demo", "generate", "chat", "serve", "eval", "longcontext", "report", "export", "plan", "mixers")
 
 

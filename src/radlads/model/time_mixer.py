@@ -129,7 +129,8 @@ class TimeMixer(nn.Module):
                 f"the state of {cls.name_for_people()} cannot be found by running it on the meta device "
                 f"({type(error).__name__}: {error}): define its state_tensors"
             ) from error
-        return {name: _described(x) for name, x in state._asdict().items() if x is not None}
+        held = {} if state is None else state._asdict()
+        return {name: _described(x) for name, x in held.items() if x is not None}
 
     @classmethod
     def product_weights(cls, config: "RadladsConfig", layer_idx: int) -> MixerWeights:

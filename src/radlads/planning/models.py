@@ -1,4 +1,4 @@
-"""How many parameters lie where in a model of a plan."""
+"""Teacher and student of a plan, and how many parameters lie where in them."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from radlads.convert.shapes import Shape
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 
@@ -49,3 +50,22 @@ def count_parameters(config: RadladsConfig) -> Parameters:
         channel_mixers=tuple(counts[layer, False] for layer in layers),
         matrices=sum(module.weight.numel() for module in linear),
     )
+
+
+@dataclass(frozen=True)
+class Models:
+    """Teacher and student of a plan, and their parameters."""
+
+    shape: Shape
+    student: Parameters
+    teacher: Parameters
+
+    @classmethod
+    def of(cls, shape: Shape) -> "Models":
+        """With the parameters counted."""
+        return cls(shape, count_parameters(shape.student), count_parameters(shape.teacher))
+
+    @property
+    def aligned(self) -> tuple[int, ...]:
+        """Parameters of each time mixer that aligning trains: the recurrent layers'."""
+        return tuple(self.student.mixers[layer] for layer in self.shape.student.recurrent_layers)
