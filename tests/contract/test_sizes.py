@@ -7,21 +7,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("src", "benchmarks", "tools")
 FILE_LINES, FUNCTION_LINES = 300, 60
-FOR_NOW = "for now: its split is under way"
 LONG_FILES = {
     "src/radlads/config/schema.py": "every knob with its help, once",
     "src/radlads/inference/decode_kernels.py": "kernels only",
-    "src/radlads/model/modeling.py": FOR_NOW,
-    "src/radlads/planning/memory.py": FOR_NOW,
-    "src/radlads/recipes/conversion.py": FOR_NOW,
-    "src/radlads/train/deepspeed_engine.py": FOR_NOW,
-    "src/radlads/train/processes.py": FOR_NOW,
-    "src/radlads/train/snapshots.py": FOR_NOW,
 }
 LONG_FUNCTIONS = {
     "src/radlads/inference/decode_kernels.py:recurrence": "one kernel: its values stay in registers",
     "src/radlads/model/rwkv7_triton.py:_gradients": "one kernel: its values stay in registers",
-    "src/radlads/train/fit.py:run_stage": FOR_NOW,
 }
 
 

@@ -1,6 +1,6 @@
 """`radlads export`: a run's model as a folder to publish, which has proved that it loads alone.
 
-Owns which model a run's folder stands for, and the order of checks. Leaves formats to checkpoint/, the card's words to
+Owns the order of checks. Leaves which model a folder stands for to export_source.py, formats to checkpoint/, the card's words to
 model_card.py, llama.cpp to llama_cpp.py and the hub to hub_upload.py.
 """
 
@@ -15,11 +15,7 @@ from transformers import GenerationConfig
 from radlads.checkpoint.atomic import check_new, unfinished_folder
 from radlads.checkpoint.hf_export import check_exportable, write_export
 from radlads.checkpoint.manifest import (
-    MANIFEST,
     check_every_file,
-    check_model_files,
-    joint_hash,
-    read_manifest,
     write_folder_checksums,
 )
 from radlads.checkpoint.mixer_code import check_brought
@@ -28,9 +24,7 @@ from radlads.checkpoint.tokenizer_files import (
     GENERATION_FILE,
     LICENCE_FILES,
     check_copyable,
-    locate_tokenizer,
     num_ids,
-    read_tokenizer,
 )
 from radlads.checkpoint.weight_files import parse_size
 from radlads.checkpoint.weights import EMBEDDING, StoredWeights
@@ -38,13 +32,11 @@ from radlads.console import Console
 from radlads.convert.hf_source import load_tokenizer
 from radlads.files import write_text
 from radlads.recipes.conversion import RELOAD_TOLERANCE
-from radlads.recipes.conversion_folder import MARKER, SUMMARY
+from radlads.recipes.export_source import Source, find_source
 from radlads.recipes.hub_upload import check_repo, listing, upload
 from radlads.recipes.llama_cpp import CONVERT, check_runs, verdict, write_for_llama_cpp
-from radlads.recipes.model_card import CARD, CardFacts, EarlierCard, model_card, read_card, read_licence
+from radlads.recipes.model_card import CARD, CardFacts, model_card, read_licence
 from radlads.recipes.reload_check import logits_of, reloaded_logits
-from radlads.recipes.stage_configs import STAGES
-from radlads.report.run_folder import Measurements, Stage, read_measurements, read_run
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CHECKED_TOKENS = 64
@@ -83,23 +75,6 @@ class Export:
             check_new(self.out)
 
 
-@dataclass(frozen=True)
-class Source:
-    """The model of a run. tokenizer_folder: the teacher's, where its licence is too.
-
-    retied: the conversion ended by dropping the head for the embedding. stages: those that led to the model. earlier:
-    the card of an export, which knows what its folder does not.
-    """
-
-    folder: Path
-    tokenizer_folder: Path
-    teacher_name: str | None
-    measured: Measurements
-    stages: list[Stage]
-    retied: bool
-    earlier: EarlierCard | None = None
-
-
 def export_run(export: Export, console: Console) -> None:
     """Write the model to `out`, verified, and upload it if a repository is named.
 
@@ -126,78 +101,6 @@ def check_gguf(run: Path, teacher: str | None) -> tuple[bool, list[str]]:
     stored = open_model(source.folder)
     found = verdict(stored.config, stored.weights, source.tokenizer_folder)
     return not found.obstacles, found.lines(run)
-
-
-def find_source(run: Path, teacher: str | None) -> Source:
-    """The model that a run's folder stands for, its weights checked against the manifest.
-
-    Raises ValueError for an unfinished conversion, a folder without a model, weights that are not the manifest's, or a
-    teacher that is neither recorded nor named.
-    """
-    if (run / "config.json").is_file() and not (run / MANIFEST).is_file():
-        tokenizer_folder = run if teacher is None else locate_tokenizer(teacher)
-        read_tokenizer(tokenizer_folder)
-        check_model_files(run, whole=True)
-        return Source(
-            run, tokenizer_folder, teacher, read_measurements(run), [], retied=False, earlier=read_card(run / CARD)
-        )
-    folder = _last_stage(run)
-    read_manifest(folder)
-    (last,) = read_run(folder).stages
-    stages = [*_ancestors(last), last]
-    name = teacher or next((name for name in map(_teacher_of, reversed(stages)) if name), None)
-    if name is None:
-        raise ValueError(f"{run} does not say who its teacher was: name its folder with --teacher")
-    measured = read_measurements(run)
-    tokenizer_folder = _existing_teacher(name, named=teacher is not None)
-    return Source(folder, tokenizer_folder, name, measured, stages, "retied" in (measured.summary or {}))
-
-
-def _last_stage(run: Path) -> Path:
-    """The folder of the stage that a conversion ended with; a stage's own."""
-    if (run / MANIFEST).is_file():
-        return run
-    if (run / SUMMARY).is_file():
-        return run / f"{len(STAGES)}-{STAGES[-1]}"
-    if (run / MARKER).is_file():
-        raise ValueError(f"{run} is an unfinished conversion: start it again, or export one of its stages' folders")
-    raise ValueError(f"{run} is no run: name the folder of a conversion, of a finished stage, or of a model")
-
-
-def _existing_teacher(name: str, *, named: bool) -> Path:
-    """The teacher's folder, which has a tokenizer."""
-    try:
-        folder = locate_tokenizer(name)
-        read_tokenizer(folder)
-    except ValueError as error:
-        if named:
-            raise
-        raise ValueError(f"the run's teacher is not to be had ({error}): name its folder with --teacher") from error
-    return folder
-
-
-def _teacher_of(stage: Stage) -> str | None:
-    """The teacher that a stage's configuration names, if any."""
-    values = stage.config
-    train, model = values.get("train") or {}, values.get("model") or {}
-    teacher = train.get("teacher") or {}
-    return teacher.get("hf_path") or model.get("hf_path") or teacher.get("path") or None
-
-
-def _ancestors(stage: Stage) -> list[Stage]:
-    """The stages before a stage, oldest first, as far as their folders are there and still what they were then."""
-    origin, _, digest = str(stage.manifest.get("parent", "")).partition(" sha256:")
-    for folder in (stage.folder.parent / Path(origin).name, Path(origin)):
-        if digest and (folder / MANIFEST).is_file():
-            (parent,) = read_run(folder).stages
-            if _recorded_digest(parent).startswith(digest):
-                return [*_ancestors(parent), parent]
-    return []
-
-
-def _recorded_digest(stage: Stage) -> str:
-    """manifest.weights_hash by the manifest's own hashes, which are not computed again."""
-    return joint_hash(stage.manifest.get("sha256") or {})
 
 
 def _write(export: Export, out: Path, console: Console) -> None:
