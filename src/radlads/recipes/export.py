@@ -1,7 +1,7 @@
 """`radlads export`: a run's model as a folder to publish, which has proved that it loads alone.
 
-Owns the order of checks. Leaves which model a folder stands for to export_source.py, formats to checkpoint/, the card's words to
-model_card.py, llama.cpp to llama_cpp.py and the hub to hub_upload.py.
+Owns the order of checks. Leaves which model a folder stands for to export_source.py, formats to checkpoint/, the card's
+words to model_card.py, llama.cpp to llama_cpp.py and the hub to hub_upload.py.
 """
 
 import math
