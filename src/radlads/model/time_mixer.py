@@ -110,7 +110,11 @@ class TimeMixer(nn.Module):
         """Why the mixer cannot be used so; None if it can."""
         if use in vars(cls).get("made_for", ()):
             return None
-        return vars(cls).get("obstacles", {}).get(use, f"{cls.name_for_people()} is not made for it")
+        return (
+            vars(cls)
+            .get("obstacles", {})
+            .get(use, f"{cls.name_for_people()} does not claim it in made_for (docs/mixers.md)")
+        )
 
     @classmethod
     def state_tensors(cls, config: "RadladsConfig", layer_idx: int) -> dict[str, StateTensor]:

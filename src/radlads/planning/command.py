@@ -13,10 +13,14 @@ from radlads.train.engines.table import ENGINES, engine_class, is_users
 from radlads.train.logging.gpus import GPUS, USABLE_SHARE
 
 if TYPE_CHECKING:
+    from radlads.model.configuration import RadladsConfig
     from radlads.planning.models import Models
     from radlads.planning.plan import Recipe, Request, StagePlan
 
 STAGES = get_args(Stage)
+# So many layers of one mixer are listed by number
+_FEW_LAYERS = 12
+_CONTEXTS_TOKENS = (1024, 8192, 65536)
 _SUFFIXES = {"k": 1e3, "m": 1e6, "b": 1e9}
 
 
@@ -67,6 +71,7 @@ def plan_lines(arguments: argparse.Namespace) -> Iterator[str]:
         f"{arguments.size} ({models.student.total / 1e9:.2f}B parameters, teacher {models.teacher.total / 1e9:.2f}B) "
         f"on {machine}, {arguments.mixer}, precision {arguments.precision}; GB are 1e9 bytes"
     )
+    yield from _stack_lines(models.shape.student)
     for each in planned:
         yield from _stage_lines(each, arguments.price)
     if len(planned) > 1:
@@ -130,6 +135,27 @@ def _number(text: str) -> float:
         return float(text[:-1] if factor > 1 else text) * factor
     except ValueError:
         raise ValueError(f"--tokens must be a number such as 500M, not {text!r}") from None
+
+
+def _stack_lines(student: "RadladsConfig") -> Iterator[str]:
+    """Which layers have which mixer, and what a sequence's state takes."""
+    from radlads.model.configuration import state_bytes
+    from radlads.model.registry import mixer_class
+
+    layers: dict[str, list[int]] = {}
+    for layer, name in enumerate(student.time_mixers):
+        layers.setdefault(name, []).append(layer)
+    told = [
+        f"{len(own)} {mixer_class(name).name_for_people()}"
+        + ("" if len(layers) == 1 or len(own) > _FEW_LAYERS else f" ({', '.join(map(str, own))})")
+        for name, own in layers.items()
+    ]
+    sizes = [f"{state_bytes(student, tokens) / 1e6:,.1f} MB at {tokens:,} tokens" for tokens in _CONTEXTS_TOKENS]
+    yield f"{student.num_hidden_layers} layers: {', '.join(told)}"
+    if "full_attention" in student.layer_types:
+        yield f"state of one sequence: {', '.join(sizes)}"
+    else:
+        yield f"state of one sequence: {state_bytes(student, 1) / 1e6:,.1f} MB, however long"
 
 
 def _stage_lines(planned: _Planned, price: float | None) -> Iterator[str]:
@@ -225,8 +251,11 @@ def _mixer_notes(arguments: argparse.Namespace) -> Iterator[str]:
         return
     name = " with ".join([arguments.mixer, *arguments.set[:1]]) + (" ..." if arguments.set[1:] else "")
     counted = counts_kept_bytes(mixer_class(arguments.mixer))
-    origin = "counted from its equations" if counted else "estimated from its matrices, on the safe side"
-    yield f"  {name}: activations {origin}; neither memory nor speed was ever measured"
+    if counted:
+        yield f"  {name}: activations counted from equations; neither memory nor speed was ever measured"
+        return
+    yield f"  {name}: of activations only the inputs and outputs of its matrices are counted. Anything else that its"
+    yield "  forward keeps is missing, above all tensors of tokens x tokens: define kept_bytes (docs/mixers.md)"
 
 
 def _speed_notes(machine: Machine) -> Iterator[str]:
