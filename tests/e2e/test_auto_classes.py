@@ -53,7 +53,9 @@ CLASSES = {"ours": ["RadRwkv6", "RadRwkv7", "SoftmaxAttention"], "own": ["TMix_l
 def exports(teacher, tmp_path_factory):
     """The folders of both models, and what each generates here."""
     folder = tmp_path_factory.mktemp("exports")
-    documented_mixers.write_mixers(folder / "mixers")
+    file = documented_mixers.write_mixers(folder / "mixers") / "tmix" / "tmix_mean.py"
+    # Which is being imported when the mixers are
+    file.write_text(f"from radlads.model.configuration import RadladsConfig\n{file.read_text()}")
     found = {}
     with documented_mixers.known(folder / "mixers"):
         for name, (mixers, _) in STACKS.items():

@@ -8,6 +8,7 @@ import documented_mixers
 import pytest
 import tiny
 import torch
+from tolerances import PADDING, SPLIT, relative_error
 
 from radlads.checkpoint.hf_export import check_exportable, export
 from radlads.checkpoint.mixer_code import has_code
@@ -15,6 +16,7 @@ from radlads.checkpoint.model_folder import load_model, open_model, save_model
 from radlads.checkpoint.weight_files import convert_to_safetensors
 from radlads.cli import main
 from radlads.model import registry
+from radlads.model.cache import RadladsCache
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 
@@ -214,7 +216,8 @@ def test_a_demo_says_so_before_it_trains(mixers, teacher, corpus_folder, tmp_pat
     write(mixers, source + "\nimport radlads.cli\n")
     data = ["--data", corpus_folder / "train", "--heldout-data", corpus_folder / "heldout"]
     command = ["demo", "--teacher", teacher, "--mixer", "theirs", *data, "--out", tmp_path / "out"]
-    command += ["--mixer-path", mixers]
+    command += ["--mixer-path", mixers, "--set", "train.my_exit_tokens=256", "--set", "model.ctx_len=16"]
+    command += ["--set", "train.heldout_tokens=160", "--set", "train.micro_bsz=4"]
     assert main(list(map(str, command))) == 2
     assert "imports radlads.cli, which no export holds" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("1-align*"))
@@ -258,6 +261,12 @@ def test_it_is_run_where_the_user_names_the_export(elsewhere, model):
     assert torch.equal(found(ids).logits, model(ids).logits)
 
 
+def test_its_mixers_are_listed_by_their_files_then(elsewhere, capsys):
+    assert main(["mixers", "--mixer-path", str(elsewhere)]) == 0
+    assert f"{elsewhere}/tmix_leaky.py" in capsys.readouterr().out
+    assert not [name for name in sys.modules if "mix_leaky" in name]
+
+
 def test_an_export_that_is_trusted_is_exported_again_with_the_same_code(elsewhere, teacher, tmp_path):
     registry.add_mixer_path(elsewhere)
     export(load_model(elsewhere), teacher, tmp_path / "again")
@@ -272,6 +281,51 @@ def test_reading_a_configuration_runs_no_mixer(elsewhere, mixers):
     assert RadladsConfig.from_pretrained(elsewhere).mixer_settings == {"leaky": {"leak": 0.25}}
     assert found.layer_types == ["linear_attention"] * 3
     assert not [name for name in sys.modules if name.partition(".")[2].startswith(("tmix_", "cmix_", "model.tmix_"))]
+
+
+# The laws that the page states, of its own mixers
+
+
+@pytest.mark.parametrize("mixer", ["mean", "leaky"])
+@pytest.mark.parametrize("cut", [1, 7, 12])
+def test_a_cut_text_is_the_whole_text(mixers, mixer, cut):
+    model, ids = own_model(mixer), torch.randint(1, 256, (2, 13))
+    cache = RadladsCache(model.config)
+    with torch.no_grad():
+        parts = [model(ids[:, :cut], past_key_values=cache).logits, model(ids[:, cut:], past_key_values=cache).logits]
+        assert relative_error(torch.cat(parts, dim=1), model(ids).logits) < SPLIT
+
+
+@pytest.mark.parametrize("mixer", ["mean", "leaky"])
+def test_padding_leaves_the_state_as_it_was(mixers, mixer):
+    model, ids = own_model(mixer), torch.randint(1, 256, (2, 13))
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1], [1] * 13])
+    with torch.no_grad():
+        padded, plain = model(ids, attention_mask=mask).logits[:1, 3:], model(ids[:1, 3:]).logits
+    assert relative_error(padded, plain) < PADDING
+
+
+@pytest.mark.parametrize("mixer", ["mean", "leaky"])
+def test_the_state_is_what_state_tensors_says(mixers, mixer):
+    model = own_model(mixer)
+    cache = RadladsCache(model.config)
+    with torch.no_grad():
+        model(torch.ones(1, 5, dtype=torch.int64), past_key_values=cache)
+    for layer in range(3):
+        said = model.config.mixer_class(layer).state_tensors(model.config, layer)
+        held = cache.layers[layer].state._asdict()
+        assert {name: (x.shape, x.dtype) for name, x in said.items()} == {
+            name: (tuple(x.shape[1:]), x.dtype) for name, x in held.items()
+        }
+
+
+def own_model(mixer):
+    """A model of one of the page's mixers, every parameter moved."""
+    torch.manual_seed(0)
+    model = RadladsForCausalLM(config(time_mixers=[mixer] * 3)).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return model
 
 
 # Initial values
