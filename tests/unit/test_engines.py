@@ -44,6 +44,7 @@ def test_a_users_engine_is_found_by_module_and_class(own):
     ("strategy", "message"),
     [
         ("nowhere_at_all:Mine", "in no module on the import path: set PYTHONPATH"),
+        *((word, "names no class: write MODULE:CLASS") for word in ("own_engines:", ":Mine", ".own:Mine", "a:b:C")),
         ("own_engines:Other", "own_engines must define a class 'Other'"),
         ("own_engines:NOT_A_CLASS", "must define a class"),
         ("pathlib:Path", "must define a class 'Path' of that kind"),

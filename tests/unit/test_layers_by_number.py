@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from radlads.model.rad_rwkv6 import RadRwkv6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Settings:
     window: int = 64
     """Tokens that the softmax part sees,

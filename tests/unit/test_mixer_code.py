@@ -211,15 +211,24 @@ def test_a_mixer_that_transformers_cannot_build_is_refused(mixers):
         check_exportable(config(time_mixers=["theirs"] * 3))
 
 
-def test_a_demo_says_so_before_it_trains(mixers, teacher, corpus_folder, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("line", "changed", "said"),
+    [
+        ("import torch\n", "import torch\nimport radlads.cli\n", "imports radlads.cli, which no export holds"),
+        ("real = ", "x.sum().item()\n        real = ", "cannot be found by running it on the meta device"),
+    ],
+    ids=["export", "state"],
+)
+def test_a_demo_says_so_before_it_trains(mixers, teacher, corpus_folder, tmp_path, capsys, line, changed, said):
     source = documented_mixers.examples()["tmix/tmix_mean.py"].replace("mean", "theirs")
-    write(mixers, source + "\nimport radlads.cli\n")
+    assert line in source
+    write(mixers, source.replace(line, changed, 1))
     data = ["--data", corpus_folder / "train", "--heldout-data", corpus_folder / "heldout"]
     command = ["demo", "--teacher", teacher, "--mixer", "theirs", *data, "--out", tmp_path / "out"]
     command += ["--mixer-path", mixers, "--set", "train.my_exit_tokens=256", "--set", "model.ctx_len=16"]
     command += ["--set", "train.heldout_tokens=160", "--set", "train.micro_bsz=4"]
     assert main(list(map(str, command))) == 2
-    assert "imports radlads.cli, which no export holds" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("1-align*"))
 
 

@@ -49,7 +49,8 @@ class Align:
         self, student: RadladsForCausalLM, teacher: RadladsForCausalLM, sequences: Sequences
     ) -> Iterator[LossPart]:
         count, counted = sequences.count, sequences.counted
-        recurrent = student.config.recurrent_layers
+        # Once, not for every layer: the configuration asks each layer's mixer
+        recurrent, first_value_layer = student.config.recurrent_layers, student.config.first_value_layer
         values: torch.Tensor | None = None
         collected: torch.Tensor | None = None
         held = None
@@ -61,7 +62,7 @@ class Align:
             block = student.model.layers[layer]
             assert isinstance(block, Block)
             mixer_loss = block.compiled(_mixer_loss, x.shape[1])
-            run = functools.partial(call_whole, backward_follows=layer != student.config.first_value_layer)
+            run = functools.partial(call_whole, backward_follows=layer != first_value_layer)
             loss, v_first = run(block.self_attn, mixer_loss, x, target, values, shared, self.kind, counted)
             if values is None and v_first is not None:
                 values = v_first.detach().requires_grad_(torch.is_grad_enabled())

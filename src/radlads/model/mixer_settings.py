@@ -1,7 +1,7 @@
 """A mixer's own settings: a frozen dataclass that it defines. config.json holds them under the key `mixer_settings`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
@@ -23,8 +23,8 @@ def settings_by_mixer(kinds: Mapping[str, type], given: Mapping[str, Any]) -> di
     found = {}
     for name, kind in kinds.items():
         own = {field.name for field in fields(kind)}
-        found[name] = vars(settings_from(kind, {key: given[key] for key in given if key in own}))
-    return {name: dict(values) for name, values in found.items() if values}
+        found[name] = asdict(settings_from(kind, {key: given[key] for key in given if key in own}))
+    return {name: values for name, values in found.items() if values}
 
 
 def settings_from(kind: type, given: Mapping[str, Any]) -> Any:

@@ -71,7 +71,7 @@ def recur(recurrence: Callable, texts: Texts | None, tensors: Iterable[torch.Ten
 
 
 def mix_texts(mixer: Callable, x: torch.Tensor, v_first: torch.Tensor | None, shared):
-    """What a time mixer (contracts.TimeMixer) that knows nothing of texts gives for each of shared.texts by itself."""
+    """What a time mixer that knows nothing of texts gives for each of shared.texts by itself."""
     texts, shape = shared.texts, x.shape[:2]
     real = x.new_ones(shape, dtype=torch.bool) if shared.token_mask is None else shared.token_mask
     tables = (table.expand(*shape, -1) for table in (shared.cos, shared.sin))

@@ -10,11 +10,11 @@ from torch import nn
 from transformers import initialization as init
 
 from .contracts import RecurrentState, SharedInputs
+from .gla_triton import BFLOAT16
 from .layers import depth_fraction, repeat_heads, token_shift
 from .packed_rows import recur
 from .recurrence import gla
 from .recurrent_mixer import Mixed, RecurrentMixer, zero_at_padding
-from .rwkv7_triton import BFLOAT16
 from .time_mixer import MixerWeights, StateTensor
 
 if TYPE_CHECKING:
@@ -109,14 +109,14 @@ class RadRwkv6(RecurrentMixer):
 
     @classmethod
     def kept_bytes(cls, config: "RadladsConfig", layer_idx: int, *, wide: bool) -> float:
-        """See TimeMixer. As of a kernel that keeps its states as RAD-RWKV7's does."""
+        """See TimeMixer. With the recurrence's own (chunked_passes.Chunks.forward_keeping)."""
         C, H, N, L = config.hidden_size, config.num_attention_heads, config.head_dim, BFLOAT16.chunk
         # r, k, v and the decay's low-rank product in bf16, log w in fp32
         kept = super().kept_bytes(config, layer_idx, wide=wide) + (4 * 2 + 4) * H * N + 2 * config.lora_rank_decay
         if config.use_tokenshift:
             # The step from the token before, and five mixes of both with the shares that made them
             kept += 2 * C + len(SHIFTED) * (2 * C + 2 * C + 2 * config.lora_rank_tokenshift)
-        # Two matrices of L rows, mixes, states and the chunks' ends
+        # forward_keeping: two matrices of L rows, mixes, the states met and the chunks' ends
         return kept + H * (2 * (2 * N + L + N * N / L) + 4 * N / L)
 
     @classmethod

@@ -115,7 +115,7 @@ class RadRwkv7(RecurrentMixer):
 
     @classmethod
     def kept_bytes(cls, config: "RadladsConfig", layer_idx: int, *, wide: bool) -> float:
-        """See TimeMixer. What torch.compile's partitioner keeps, with the recurrence's own (forward_keeping)."""
+        """See TimeMixer. What torch.compile's partitioner keeps, with the recurrence's own (chunked_passes)."""
         H, N, L = config.num_attention_heads, config.head_dim, BFLOAT16.chunk
         D, kept = H * N, super().kept_bytes(config, layer_idx, wide=wide)
         # r, a, v, k, kappa and the decay's low-rank product in bf16, log w in fp32, the norm of each head's removal key

@@ -1,8 +1,9 @@
 """Bytes per token that a forward pass keeps for the backward pass, and that the backward pass adds, from the shapes.
 
 What is kept is what torch.compile's partitioner keeps of Block.mixed and Block.feed, together with the recurrence's
-own (`rwkv7_triton.forward_keeping`). C hidden size, D = H * N, H heads, N head size, F the channel mixer's size.
-`wide`: mixed precision, where the residual stream is fp32 and weights are rounded to bf16 for every product.
+own (`Chunks.forward_keeping` in chunked_passes.py). C hidden size, D = H * N, H heads, N head size, F the channel
+mixer's size. `wide`: mixed precision, where the residual stream is fp32 and weights are rounded to bf16 for every
+product.
 """
 
 from radlads.model.configuration import RadladsConfig

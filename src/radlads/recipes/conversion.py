@@ -30,7 +30,7 @@ from radlads.data.python_text import iter_documents
 from radlads.distill.heldout import Heldout, measure
 from radlads.files import read_json, write_text
 from radlads.inference.generate import Sampling, decode_ms, stream_text
-from radlads.model.configuration import state_bytes
+from radlads.model.configuration import RadladsConfig, state_bytes
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.recipes.conversion_folder import SPLITS, SUMMARY, claim_folder, identity_of, only_process_in, settings_of
 from radlads.recipes.demo_recipes import DemoRecipe
@@ -70,7 +70,7 @@ def run_conversion(conversion: Conversion, console: Console) -> dict[str, Any]:
     tokenizer = load_tokenizer(source.folder, source.config.vocab_size)
     configs = stage_configs(conversion)
     check_aligns(source.config, configs["align"].model)
-    check_exportable(student_config(source.config, configs["align"].model))  # now, not after hours of training
+    _check_measurable(student_config(source.config, configs["align"].model))
     if not (conversion.out / SUMMARY).is_file():
         for config in configs.values():
             check_processes(config.train, ALONE)
@@ -85,6 +85,12 @@ def run_conversion(conversion: Conversion, console: Console) -> dict[str, Any]:
             return read_json(conversion.out / SUMMARY)
         record_teacher(conversion.out, teacher_files)
         return _convert(conversion, source, tokenizer, configs, console)
+
+
+def _check_measurable(student: RadladsConfig) -> None:
+    """Raise ValueError now, not after hours of training, if the end of a conversion would refuse the mixers."""
+    check_exportable(student)
+    state_bytes(student, context_tokens=1)
 
 
 def _convert(

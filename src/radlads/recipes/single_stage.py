@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -137,7 +137,7 @@ def _check_settings(model: ModelConfig, student: RadladsConfig) -> None:
         return
     kinds = {name: mixer_class(name).Settings for name in student.time_mixers}
     for name, values in settings_by_mixer(kinds, model.mixer).items():
-        held = vars(settings_from(kinds[name], student.mixer_settings.get(name, {})))
+        held = asdict(settings_from(kinds[name], student.mixer_settings.get(name, {})))
         if different := [key for key in values if key in model.mixer and values[key] != held[key]]:
             key = different[0]
             raise ValueError(

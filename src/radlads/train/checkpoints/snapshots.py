@@ -1,8 +1,8 @@
 """Checkpoints inside a stage: folders `step-000123` that hold all that a run needs to go on, bit for bit.
 
 A checkpoint is a model folder (config.json, model.safetensors) with the optimisers' tensors (state.safetensors), where
-the run stands (position.json), what run it is (run.json), its logs (train.loggers), and manifest.json with a hash of
-each. Of a model in shards there is a file for each process instead, with its rows of weights and state
+the run stands (position.json), what run it is (run.json), its logs (train/logging/loggers.py), and manifest.json with a
+hash of each. Of a model in shards there is a file for each process instead, with its rows of weights and state
 (shard-00000-of-00008); any number of processes goes on from either kind. A checkpoint has its name once it is complete.
 The frozen teacher is in none. Leaves to others when to write one, and which to take.
 """

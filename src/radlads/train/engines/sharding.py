@@ -13,7 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from radlads.convert.blueprint import Blueprint
-from radlads.model.modeling import Block, RadladsForCausalLM
+from radlads.model.block import Block
+from radlads.model.modeling import RadladsForCausalLM
 
 
 def build_sharded(

@@ -41,6 +41,8 @@ def engine_class(strategy: str) -> type[Engine]:
 
     where = ENGINES.get(SAME_AS.get(strategy, strategy), strategy)
     module, _, name = where.partition(":")
+    if not all(word.isidentifier() for word in (*module.split("."), name)):
+        raise ValueError(f"train.strategy {strategy} names no class: write MODULE:CLASS (docs/engines.md)")
     try:
         found = getattr(importlib.import_module(module), name, None)
     except ModuleNotFoundError as error:

@@ -94,7 +94,10 @@ class Zero(Engine):
         self.student, self.teacher = student, teacher
         if teacher is not None and self.train.teacher_precision == "fp8":
             self.teacher = fp8_copy(teacher, device, engine_dtype(precision))
-        yield self.teacher
+        try:
+            yield self.teacher
+        finally:
+            self.teacher = None  # or the copy would take memory while the student is saved
 
     def save(self, student: RadladsForCausalLM, folder: Path) -> None:
         """See Engine."""

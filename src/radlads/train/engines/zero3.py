@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from radlads.model.modeling import Block, RadladsForCausalLM
+from radlads.model.block import Block
+from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.whole_parameters import Turns, turns_of
 from radlads.train.engines.footprint import Footprint, ParameterBytes, Sharding
 from radlads.train.engines.rows import gathered, replace_parameters
