@@ -415,6 +415,6 @@ def test_the_fullest_moment_may_lie_between_two_kinds_of_layers():
 def test_a_plan_takes_keys_of_the_model_and_says_so(capsys):
     assert main(["plan", "0.5b", "--stage", "align", "--set", "model.preserve_last_n_layers=2"]) == 0
     said = capsys.readouterr().out
-    assert "rad_rwkv7 with model.preserve_last_n_layers=2: activations counted from its equations" in said
+    assert "rad_rwkv7 with model.preserve_last_n_layers=2: activations counted from equations" in said
     assert main(["plan", "0.5b", "--stage", "distill", "--mixer", "qwen2"]) == 0
     assert "fits" in capsys.readouterr().out

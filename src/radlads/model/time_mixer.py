@@ -113,7 +113,7 @@ class TimeMixer(nn.Module):
         return (
             vars(cls)
             .get("obstacles", {})
-            .get(use, f"{cls.name_for_people()} does not claim it in made_for (docs/mixers.md)")
+            .get(use, f"{cls.name_for_people()} is not made for it")
         )
 
     @classmethod
