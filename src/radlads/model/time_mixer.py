@@ -113,6 +113,11 @@ class TimeMixer(nn.Module):
         return vars(cls).get("obstacles", {}).get(use, f"{cls.name_for_people()} is not made for it")
 
     @classmethod
+    def obstacle_in(cls, config: "RadladsConfig", layer_idx: int, use: Use) -> str | None:
+        """Why a model's layer cannot be used so, by its settings too; None if it can. By default as obstacle()."""
+        return cls.obstacle(use)
+
+    @classmethod
     def state_tensors(cls, config: "RadladsConfig", layer_idx: int) -> dict[str, StateTensor]:
         """The tensors of a layer's state by the names of its NamedTuple; those that are None there are left out.
 
