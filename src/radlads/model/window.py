@@ -76,7 +76,8 @@ def window_of(config: "RadladsConfig", layer_idx: int) -> WindowSettings | None:
     Raises ValueError for one that the model cannot have.
     """
     settings = config.settings_of(layer_idx)
-    if not isinstance(settings, WindowSettings) or not settings.window_tokens:
+    # By name: transformers loads an export's modules twice, and the configuration's class is another one then
+    if WindowSettings.__name__ not in {kind.__name__ for kind in type(settings).__mro__} or not settings.window_tokens:
         return None
     if settings.held_tokens > config.max_position_embeddings:
         raise ValueError(
