@@ -14,6 +14,7 @@ SWITCHES = {
     "plain": {},
     "bare": {"gate_rank_type": 0, "use_tokenshift": False, "use_rope": False},
     "normed": {"gate_rank_type": 1, "groupnorm_att": True, "balance_state": False, "qk_norm": True},
+    "windowed": {"mixer_settings": {f"rad_rwkv{n}": {"window_tokens": 3, "sink_tokens": 1} for n in (6, 7)}},
 }
 B, T = 3, 5
 
@@ -44,8 +45,8 @@ def test_the_declared_state_is_the_state_after_a_prompt(mixer, switches, dtype):
         declared, held = mixer_class(mixer).state_tensors(config, index), held_tensors(layer)
         assert declared.keys() == held.keys()
         for name, x in held.items():
-            heads, *rest = declared[name].shape
-            expected = (B, heads, T, *rest) if declared[name].per_token else (B, heads, *rest)
+            first, rest = declared[name].shape[:1], declared[name].shape[1:]
+            expected = (B, *first, T, *rest) if declared[name].per_token else (B, *first, *rest)
             assert tuple(x.shape) == expected, name
             assert x.dtype == (declared[name].dtype or dtype), name
     assert cache.state_bytes() == B * state_bytes(config, T, dtype.itemsize)

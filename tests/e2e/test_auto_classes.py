@@ -44,9 +44,12 @@ print(model.config.layer_types, *sorted({type(block.self_attn).__name__ for bloc
 """
 STACKS = {
     "ours": (["rad_rwkv7", "qwen2", "rad_rwkv6"], "['linear_attention', 'full_attention', 'linear_attention']"),
+    "windowed": (["rad_rwkv7", "rad_rwkv6", "rad_rwkv7"], f"{['linear_attention'] * 3}"),
     "own": (["mean", "leaky", "leaky"], "['linear_attention', 'linear_attention', 'linear_attention']"),
 }
 CLASSES = {"ours": ["RadRwkv6", "RadRwkv7", "SoftmaxAttention"], "own": ["TMix_leaky", "TMix_mean"]}
+CLASSES["windowed"] = ["RadRwkv6", "RadRwkv7"]
+WINDOWS = {f"rad_rwkv{n}": {"window_tokens": 3, "sink_tokens": 1} for n in (6, 7)}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +63,9 @@ def exports(teacher, tmp_path_factory):
     with documented_mixers.known(folder / "mixers"):
         for name, (mixers, _) in STACKS.items():
             torch.manual_seed(0)
-            model = RadladsForCausalLM(RadladsConfig(**tiny.SIZES, time_mixers=mixers)).eval()
+            settings = WINDOWS if name == "windowed" else {}
+            config = RadladsConfig(**tiny.SIZES, time_mixers=mixers, mixer_settings=settings)
+            model = RadladsForCausalLM(config).eval()
             for parameter in model.parameters():
                 parameter.data.add_(0.1 * torch.randn_like(parameter))
             export(model, teacher, folder / name)

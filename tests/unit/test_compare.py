@@ -8,6 +8,7 @@ import pytest
 
 from radlads.config import load_config
 from radlads.config.compare import Decisive, deciding, differences
+from radlads.convert.student import student_config
 from radlads.inference.saved_state import _decisive
 from radlads.model.configuration import RadladsConfig
 from radlads.recipes.conversion_folder import settings_of
@@ -56,6 +57,17 @@ def test_recipes_and_identities_are_those_of_earlier_versions(run):
 def test_saved_states_are_of_the_same_configuration_as_in_earlier_versions(mixers, expected):
     decisive = _decisive(RadladsConfig(**SIZES, time_mixers=mixers))
     assert hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16] == expected
+
+
+@pytest.mark.parametrize("given", [{}, {"model.mixer.window_tokens": 0, "model.mixer.sink_tokens": 0}])
+def test_a_student_without_a_window_is_that_of_earlier_versions(given):
+    config = student_config(RadladsConfig(**SIZES), load_config([CONFIGS / "rad_rwkv7.yaml"], given).model)
+    assert config.mixer_settings == {} and "mixer_settings" not in _decisive(config)
+
+
+def test_settings_of_a_window_are_stored():
+    model = load_config([CONFIGS / "rad_rwkv7.yaml"], {"model.mixer.window_tokens": 64}).model
+    assert student_config(RadladsConfig(**SIZES), model).mixer_settings == {"rad_rwkv7": {"window_tokens": 64}}
 
 
 def test_a_mixers_settings_decide_a_saved_state():

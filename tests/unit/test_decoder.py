@@ -102,17 +102,21 @@ def test_a_packed_model_still_trains():
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+WINDOW = {"mixer_settings": {f"rad_rwkv{n}": {"window_tokens": 3, "sink_tokens": 1} for n in (6, 7)}}
+
+
+@pytest.mark.parametrize("changes", [{}, WINDOW], ids=["plain", "windowed"])
 @pytest.mark.parametrize("mixers", [["rad_rwkv7"] * 2, ["rad_rwkv6"] * 2, ["rad_rwkv6", "rad_rwkv7"]])
-def test_a_recurrent_step_is_the_models_forward_and_keeps_its_states_in_place(mixers):
-    model = perturbed(mixers)
+def test_a_recurrent_step_is_the_models_forward_and_keeps_its_states_in_place(mixers, changes):
+    model = perturbed(mixers, **changes)
     step = build_step(model, 3)
-    assert isinstance(step, RecurrentStep)
-    continuation = torch.randint(VOCAB, (3, 3))
+    assert isinstance(step, RecurrentStep) and step.is_graphable
+    continuation = torch.randint(VOCAB, (6, 3))
     expected = full_logits(model, PROMPTS, continuation)
     assert relative_error(logits_after(step, model, PROMPTS, continuation), expected) < SPLIT
-    places = [layer.state.wkv.data_ptr() for layer in step.cache.layers]
+    places = [x.data_ptr() for layer in step.cache.layers for x in layer.state if x is not None]
     assert relative_error(logits_after(step, model, PROMPTS, continuation), expected) < SPLIT
-    assert [layer.state.wkv.data_ptr() for layer in step.cache.layers] == places
+    assert [x.data_ptr() for layer in step.cache.layers for x in layer.state if x is not None] == places
 
 
 def test_a_stack_with_softmax_layers_steps_through_its_cache():
@@ -138,6 +142,7 @@ def test_what_can_be_fused():
     assert not can_be_fused(perturbed(), 65)
     assert not can_be_fused(perturbed(["rad_rwkv6"]), 1)
     assert not can_be_fused(perturbed(head_dim=32), 1)
+    assert not can_be_fused(perturbed(**WINDOW), 1)
     mixed = perturbed()
     mixed.lm_head.to(torch.bfloat16)
     assert not can_be_fused(mixed, 1)

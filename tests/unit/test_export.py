@@ -372,6 +372,7 @@ def test_llama_cpp_gets_the_head_and_the_token_shift_that_a_model_lacks(tmp_path
         ({"head_dim": 24}, "share the hidden size evenly"),
         ({"time_mixers": ["rad_rwkv6", "rad_rwkv6", "qwen2"]}, "no softmax layers"),
         ({"time_mixers": ["rad_rwkv6", "mine", "rad_rwkv6"]}, "mixers of your own"),
+        ({"mixer_settings": {"rad_rwkv6": {"window_tokens": 4}}}, "no softmax window inside a recurrent layer"),
     ],
 )
 def test_a_model_that_llama_cpp_would_get_wrong_is_refused(changed, reason):

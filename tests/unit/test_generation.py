@@ -19,8 +19,10 @@ STACKS = {
     "mixed": ["qwen2", "rad_rwkv6", "rad_rwkv7"],
     "mixed-softmax-last": ["rad_rwkv7", "rad_rwkv6", "qwen2"],
     "qwen2": ["qwen2"] * 3,
+    "windowed": ["rad_rwkv7", "rad_rwkv6", "rad_rwkv7"],
 }
-RECURRENT = ("rwkv7", "rwkv6")
+RECURRENT = ("rwkv7", "rwkv6", "windowed")
+WINDOWS = {"rad_rwkv7": {"window_tokens": 6, "sink_tokens": 2}, "rad_rwkv6": {"window_tokens": 4}}
 
 
 @pytest.fixture(params=STACKS)
@@ -38,7 +40,8 @@ def perturbed_model(stack, **changes):
     torch.manual_seed(1)
     sizes = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    config = RadladsConfig(**sizes, **heads, time_mixers=STACKS[stack], pad_token_id=0, **changes)
+    windows = {"mixer_settings": WINDOWS} if stack == "windowed" else {}
+    config = RadladsConfig(**sizes, **heads, time_mixers=STACKS[stack], pad_token_id=0, **windows, **changes)
     model = RadladsForCausalLM(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

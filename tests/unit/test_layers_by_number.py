@@ -96,7 +96,9 @@ def test_aligning_a_student_that_keeps_all_layers_is_refused(teacher, corpus_fol
     [
         ("model.softmax_layers=4", "model.softmax_layers names layer 4, but the layers are 0 to 3"),
         ("model.softmax_layers=every:1", "leave no mixer to align: name fewer layers"),
-        ("model.mixer.window=3", "model.mixer.window is not a setting of rad_rwkv7: there are none, so leave it out"),
+        ("model.mixer.windw=3", "windw is not a setting of rad_rwkv7: choose one of sink_tokens, window_tokens"),
+        ("model.mixer.window_tokens=-3", "model.mixer.window_tokens must be 0 or more, not -3"),
+        ("model.mixer.sink_tokens=3", "model.mixer.sink_tokens is 3, but there is no window that could see them"),
     ],
 )
 def test_a_conversion_is_refused_before_anything_is_written(tmp_path, capsys, override, message):
@@ -164,7 +166,8 @@ def test_a_student_holds_its_mixers_settings_with_their_defaults(teacher, window
         ({"window": 0}, "model.mixer.window must be 1 or more, not 0"),
         (
             {"windw": 3},
-            "model.mixer.windw is not a setting of rad_rwkv7, windowed: choose one of rate, window",
+            "model.mixer.windw is not a setting of rad_rwkv7, windowed: "
+            "choose one of rate, sink_tokens, window, window_tokens",
         ),
     ],
 )

@@ -41,6 +41,10 @@ for change in (
     {"use_tokenshift": False, "gate_rank_type": 2, "use_rope": True, **NORMED},
 ):
     VARIANTS["rwkv6-" + "-".join(f"{key}={value:d}" for key, value in change.items())] = ("rad_rwkv6", RWKV6 | change)
+for name, window in (("window", {"window_tokens": 5, "sink_tokens": 2}), ("window-no-sinks", {"window_tokens": 8})):
+    for mixer, switches in (("rad_rwkv7", BALANCED), ("rad_rwkv7", NORMED), ("rad_rwkv6", RWKV6)):
+        key = f"{mixer.removeprefix('rad_')}-{'normed-' if switches is NORMED else ''}{name}"
+        VARIANTS[key] = (mixer, {"mixer_settings": {mixer: window}, **switches})
 
 variants = pytest.mark.parametrize("variant", VARIANTS)
 recurrent_variants = pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "qwen2"])
@@ -114,9 +118,11 @@ def published(config, p, x, v_first):
         heads(y @ p[f"{name}_proj.weight"].T + p[f"{name}_proj.bias"])
         for name, y in (("q", x_r), ("k", x_k), ("v", x_v))
     )
+    turned = published_rope(r, 1e6), published_rope(k, 1e6)[:, [0, 0, 1, 1]]
     if config.use_rope:
         r, k = published_rope(r, 1e6), published_rope(k, 1e6)
     k, v = k[:, [0, 0, 1, 1]], v[:, [0, 0, 1, 1]]
+    soft = window_of_each_token(*turned, v, config.settings_of(1))
     if rwkv7:
         a = heads(torch.sigmoid(p["a0"][0] + x @ p["a1"] @ p["a2"]))
         w = heads(torch.exp(-math.exp(-0.5) * torch.sigmoid(p["w0"][0] + torch.tanh(x @ p["w1"]) @ p["w2"])))
@@ -149,7 +155,21 @@ def published(config, p, x, v_first):
         o = o * heads(p["ln_x.weight"][None]) + heads(p["ln_x.bias"][None])
     gates = {0: lambda: 1.0, 1: lambda: torch.sigmoid(x_g @ p["gate.weight"].T)}
     gates[2] = lambda: torch.sigmoid(x_g @ p["g1"]) @ p["g2"]
-    return (gates[config.gate_rank_type]() * o.flatten(1)) @ p["o_proj.weight"].T, torch.stack(states)
+    out = gates[config.gate_rank_type]() * o.flatten(1)
+    if config.settings_of(1).window_tokens:
+        out = p["window_scale"] * soft.flatten(1) + p["recurrent_scale"] * out
+    return out @ p["o_proj.weight"].T, torch.stack(states)
+
+
+def window_of_each_token(q, k, v, settings):
+    """Softmax attention of [T, H, N] over the last window_tokens and the first sink_tokens, token by token."""
+    out = torch.zeros_like(v)
+    for t in range(len(v)):
+        seen = [s for s in range(t + 1) if s > t - settings.window_tokens or s < settings.sink_tokens]
+        if settings.window_tokens:
+            scores = torch.einsum("hn,shn->hs", q[t], k[seen]) / q.shape[-1] ** 0.5
+            out[t] = torch.einsum("hs,shn->hn", scores.softmax(-1), v[seen])
+    return out
 
 
 def published_token_shift(p, x):

@@ -94,7 +94,8 @@ not for packed rows: a window beside RAD-RWKV6 is not made for it
         ("rad_rwkv7", "first values: the first layer of this mixer makes them, later ones mix them in"),
         ("rad_rwkv6", "not for fused decode: there are no fused kernels for RAD-RWKV6"),
         ("qwen3", "state: grows with the text"),
-        ("rad_rwkv6", "settings: none"),
+        ("qwen2", "settings: none"),
+        ("rad_rwkv6", "--model.mixer.sink_tokens: a whole number, default 0"),
     ],
 )
 def test_a_registered_mixer(capsys, name, line):

@@ -63,6 +63,12 @@ STUDENTS = {
 }
 
 
+def test_a_window_is_refused_in_a_sentence(teacher, tmp_path):
+    student = random_student(teacher, ModelConfig(gate_rank_type=2, groupnorm_att=0, mixer={"window_tokens": 8}))
+    with pytest.raises(ValueError, match=r"^the published format does not hold .* softmax window .* instead$"):
+        export_published(student, tmp_path / "out", shard_bytes=50_000)
+
+
 def random_student(teacher, model):
     student, _ = build_student(open_teacher(teacher), model)
     torch.manual_seed(11)

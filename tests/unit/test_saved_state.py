@@ -33,14 +33,16 @@ def pieces_of_64_tokens(monkeypatch):
 
 def student(teacher, folder, mixer):
     torch.manual_seed(0)
-    config = tiny.stage_config(folder, "align", **{"model.tmix": mixer})
+    mixer, _, window = mixer.partition("-window-")
+    windows = {"model.mixer.window_tokens": int(window), "model.mixer.sink_tokens": 3} if window else {}
+    config = tiny.stage_config(folder, "align", **{"model.tmix": mixer}, **windows)
     model, _ = build_student(open_teacher(teacher), config.model)
     for parameter in model.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
 
 
-@pytest.fixture(scope="module", params=["rad_rwkv6", "rad_rwkv7", "qwen2", "leaky", "mean"])
+@pytest.fixture(scope="module", params=["rad_rwkv6", "rad_rwkv7-window-9", "rad_rwkv7", "qwen2", "leaky", "mean"])
 def model(request, teacher, tmp_path_factory):
     folder = documented_mixers.write_mixers(tmp_path_factory.mktemp("mixers"))
     with documented_mixers.known(folder):

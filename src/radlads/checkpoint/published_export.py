@@ -28,7 +28,7 @@ from radlads.checkpoint.weights import EMBEDDING, HEAD, CastWeights, StoredWeigh
 from radlads.files import write_text
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
-from radlads.model.registry import find_mixer_class
+from radlads.model.registry import find_mixer_class, mixer_class
 
 StoredOnly = Callable[[RadladsConfig, int, str], dict[str, tuple[tuple[int, ...], float]]]
 
@@ -136,6 +136,9 @@ def _kind_of(config: RadladsConfig) -> str:
             "export the model with its code instead"
         )
     (kind,) = kinds
+    for layer, name in enumerate(config.time_mixers):
+        if why := mixer_class(name).obstacle_in(config, layer, "published format"):
+            raise ValueError(f"the published format does not hold this {name}: {why}: export it with its code instead")
     softmax = config.time_mixers.count("qwen2")
     if "qwen2" in config.time_mixers[: len(config.time_mixers) - softmax]:
         raise ValueError(

@@ -10,7 +10,7 @@ from radlads.convert.blueprint import Blueprint
 from radlads.convert.hf_source import SIZES, TeacherSource
 from radlads.convert.weight_map import transfer
 from radlads.model.configuration import RadladsConfig, layer_type_of
-from radlads.model.mixer_settings import settings_by_mixer
+from radlads.model.mixer_settings import settings_by_mixer, to_store
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.registry import mixer_class, registered_name
 
@@ -71,6 +71,7 @@ def student_config(teacher: RadladsConfig, model: ModelConfig) -> RadladsConfig:
     """
     time_mixers = layer_mixers(model, teacher.num_hidden_layers)
     kinds = {name: mixer_class(name) for name in time_mixers}
+    settings = {name: kind.Settings for name, kind in kinds.items()}
     return RadladsConfig(
         **{name: getattr(teacher, name) for name in (*SIZES, "attention_bias", "qk_norm")},
         tie_word_embeddings=False,
@@ -78,7 +79,7 @@ def student_config(teacher: RadladsConfig, model: ModelConfig) -> RadladsConfig:
         time_mixers=time_mixers,
         channel_mixers=mixers_by_layer(model, teacher.num_hidden_layers).channel,
         layer_types=[layer_type_of(kinds[name]) for name in time_mixers],
-        mixer_settings=settings_by_mixer({name: kind.Settings for name, kind in kinds.items()}, model.mixer),
+        mixer_settings=to_store(settings, settings_by_mixer(settings, model.mixer)),
         use_rope=bool(model.use_pos_emb),
         gate_rank_type=model.gate_rank_type,
         balance_state=bool(model.balance_state),

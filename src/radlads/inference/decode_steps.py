@@ -111,14 +111,17 @@ def build_step(model: RadladsForCausalLM, rows: int, *, fused: bool = True) -> S
 
 def can_be_fused(model: RadladsForCausalLM, rows: int) -> bool:
     """True if the fused kernels cover the model: RAD-RWKV7 and SwiGLU layers, head size 64 or 128, one dtype and
-    device, queries and keys that are neither normed nor scaled (yarn)."""
+    device, queries and keys that are neither normed nor scaled (yarn), and no softmax windows."""
     blocks = model.model.layers
     return (
         rows <= FUSED_ROWS
         and model.config.head_dim in (64, 128)
         and not model.config.qk_norm
         and rope_attention_factor(model.config) == 1.0
-        and all(type(block.self_attn).obstacle("fused decode") is None for block in blocks)
+        and all(
+            type(block.self_attn).obstacle_in(model.config, layer, "fused decode") is None
+            for layer, block in enumerate(blocks)
+        )
         and all(type(block.mlp) is SwiGLU for block in blocks)
         and len({(parameter.dtype, parameter.device) for parameter in model.parameters()}) == 1
     )

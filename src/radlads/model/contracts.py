@@ -21,6 +21,19 @@ class RecurrentState(NamedTuple):
     shift: torch.Tensor | None = None
 
 
+class WindowedState(NamedTuple):
+    """A RecurrentState of a mixer with a softmax window, and the window's part, of one size from the first token on.
+
+    keys, values, seen: see window.HeldWindow.
+    """
+
+    wkv: torch.Tensor
+    shift: torch.Tensor | None
+    keys: torch.Tensor
+    values: torch.Tensor
+    seen: torch.Tensor
+
+
 @dataclass(frozen=True)
 class SharedInputs:
     """What every mixer of the stack may read, and none may change.

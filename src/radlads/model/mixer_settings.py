@@ -1,7 +1,7 @@
 """A mixer's own settings: a frozen dataclass that it defines. config.json holds them under the key `mixer_settings`."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
@@ -10,19 +10,36 @@ class NoSettings:
     """Of a mixer without settings of its own."""
 
 
+def added(default: Any) -> Any:
+    """A setting that a published mixer was given later. At its default, which must never change and means the mixer of
+    before, config.json leaves it out: files, and what is made of them, stay as they were."""
+    return field(default=default, metadata={"added": True})
+
+
+def to_store(kinds: Mapping[str, type], settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """config.json's mixer_settings: settings_by_mixer's result without added() settings at their defaults."""
+    stored = {}
+    for name, values in settings.items():
+        idle = {
+            each.name for each in fields(kinds[name]) if "added" in each.metadata and values[each.name] == each.default
+        }
+        stored[name] = {key: value for key, value in values.items() if key not in idle}
+    return {name: values for name, values in stored.items() if values}
+
+
 def settings_by_mixer(kinds: Mapping[str, type], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """config.json's mixer_settings of a stack: for each mixer that has settings, those given and defaults for the rest.
+    """All settings of a stack: for each mixer that has settings, those given and defaults for the rest.
 
     kinds: the Settings class of each of the stack's mixers by its name. given: settings by key; a key that several
     mixers have is for all of them. Raises ValueError for a key that no mixer has, and as settings_from.
     """
-    known = sorted({field.name for kind in kinds.values() for field in fields(kind)})
+    known = sorted({entry.name for kind in kinds.values() for entry in fields(kind)})
     if unknown := [key for key in given if key not in known]:
         choices = f"choose one of {', '.join(known)}" if known else "there are none, so leave it out"
         raise ValueError(f"model.mixer.{unknown[0]} is not a setting of {', '.join(kinds)}: {choices}")
     found = {}
     for name, kind in kinds.items():
-        own = {field.name for field in fields(kind)}
+        own = {entry.name for entry in fields(kind)}
         found[name] = asdict(settings_from(kind, {key: given[key] for key in given if key in own}))
     return {name: values for name, values in found.items() if values}
 
@@ -32,7 +49,7 @@ def settings_from(kind: type, given: Mapping[str, Any]) -> Any:
 
     Raises ValueError for a key that the mixer does not have, and a value of another type or out of its range.
     """
-    hints, known = get_type_hints(kind), [field.name for field in fields(kind)]
+    hints, known = get_type_hints(kind), [entry.name for entry in fields(kind)]
     if unknown := [key for key in given if key not in known]:
         raise ValueError(
             f"model.mixer.{unknown[0]} is not a setting of the mixer, which has {', '.join(known) or 'none'}"

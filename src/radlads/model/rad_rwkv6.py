@@ -123,4 +123,5 @@ class RadRwkv6(RecurrentMixer):
     def backward_bytes(cls, config: "RadladsConfig", layer_idx: int) -> float:
         """See TimeMixer. d_out and the states' gradients; gradients of r, k, v and, in fp32, of log w."""
         H, N = config.num_attention_heads, config.head_dim
-        return H * (2 * N + 2 * N * N / BFLOAT16.chunk + 3 * 2 * N + 4 * N) - cls.freed_bytes(config)
+        gradients = H * (2 * N + 2 * N * N / BFLOAT16.chunk + 3 * 2 * N + 4 * N)
+        return gradients + cls.window_backward_bytes(config, layer_idx) - cls.freed_bytes(config)

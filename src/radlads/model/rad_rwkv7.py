@@ -131,4 +131,5 @@ class RadRwkv7(RecurrentMixer):
         """See TimeMixer. d_out, dq and the states' gradients; gradients of r, k, v, kappa, a and, in fp32, of log w."""
         H, N = config.num_attention_heads, config.head_dim
         D = H * N
-        return 2 * D + 2 * H * (N + N * N / BFLOAT16.chunk) + 5 * 2 * D + 4 * D - cls.freed_bytes(config)
+        gradients = 2 * D + 2 * H * (N + N * N / BFLOAT16.chunk) + 5 * 2 * D + 4 * D
+        return gradients + cls.window_backward_bytes(config, layer_idx) - cls.freed_bytes(config)

@@ -49,3 +49,19 @@ def gla_reference(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, state_BHKV=None):
         state_BHKV = state_BHKV * log_w_BTHK[:, t].exp()[..., None] + written_BHKV
         outs.append(torch.einsum("bhk,bhkv->bhv", r_BTHK[:, t], state_BHKV))
     return torch.stack(outs, dim=1), state_BHKV
+
+
+def window_reference(q_BTHN, k_BTKN, v_BTKN, window_tokens, sink_tokens):
+    """Softmax attention of each token to the last window_tokens, itself included, and the text's first sink_tokens.
+
+        o_t = sum_s softmax_s(q_t . k_s N^-1/2) v_s        s <= t and (s > t - W or s < S)
+
+    K key/value heads, each for H / K query heads in a row. Returns out_BTHN, fp32.
+    """
+    q_BTHN, k_BTKN, v_BTKN = (x.float() for x in (q_BTHN, k_BTKN, v_BTKN))
+    k_BTHN, v_BTHN = (x.repeat_interleave(q_BTHN.shape[2] // x.shape[2], dim=2) for x in (k_BTKN, v_BTKN))
+    steps = torch.arange(q_BTHN.shape[1], device=q_BTHN.device)
+    t, s = steps[:, None], steps[None, :]
+    seen = (s <= t) & ((s > t - window_tokens) | (s < sink_tokens))
+    scores_BHTS = torch.einsum("bthn,bshn->bhts", q_BTHN, k_BTHN) * q_BTHN.shape[-1] ** -0.5
+    return torch.einsum("bhts,bshn->bthn", scores_BHTS.masked_fill(~seen, -torch.inf).softmax(-1), v_BTHN)

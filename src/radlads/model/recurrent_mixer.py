@@ -11,10 +11,20 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .contracts import RecurrentState, SharedInputs
+from .contracts import RecurrentState, SharedInputs, WindowedState
 from .layers import HeadNorm, RMSNorm, apply_rope
 from .rope import rope_attention_factor
-from .time_mixer import MixerWeights, StateTensor, TimeMixer
+from .time_mixer import MixerWeights, StateTensor, TimeMixer, Use
+from .window import (
+    OBSTACLES,
+    HeldWindow,
+    WindowSettings,
+    backward_bytes,
+    held_tensors,
+    kept_bytes,
+    window_attention,
+    window_of,
+)
 
 if TYPE_CHECKING:
     from .configuration import RadladsConfig
@@ -42,8 +52,10 @@ class RecurrentMixer(TimeMixer):
     the teacher does not provide so that the mixer starts (almost) without effect.
 
     state_flops: FLOPs per token, head and element of the [N, N] state.
+    window: of softmax attention beside the recurrence (docs/windows.md); None: none.
     """
 
+    Settings: ClassVar[type] = WindowSettings
     state_flops: ClassVar[int]
 
     def __init__(self, config: "RadladsConfig", layer_idx: int):
@@ -66,9 +78,14 @@ class RecurrentMixer(TimeMixer):
             self.g2 = nn.Parameter(torch.empty(config.lora_rank_gate, D))
         if config.groupnorm_att:
             self.ln_x = HeadNorm(self.num_heads, D, eps=self.head_dim * 1e-5)
+        self.window = window_of(config, layer_idx)
+        if self.window is not None:
+            self.window_scale = nn.Parameter(torch.empty(D))
+            self.recurrent_scale = nn.Parameter(torch.empty(D))
 
     def reset_fresh_parameters(self) -> None:
-        """Set the gate and the output norm to their initial values; the projections come from the teacher.
+        """Set the gate, the output norm and the window's scales to their initial values; the projections come from the
+        teacher.
 
         Through transformers' initialisers, which leave a tensor alone that was read from a checkpoint.
         """
@@ -80,6 +97,9 @@ class RecurrentMixer(TimeMixer):
         if self.config.groupnorm_att:
             init.ones_(self.ln_x.weight)
             init.zeros_(self.ln_x.bias)
+        if self.window is not None:
+            init.ones_(self.window_scale)
+            init.ones_(self.recurrent_scale)
 
     def reset_projections(self) -> None:
         """Set the projections anew for a student without its teacher's (reinit_att), as in the released code: queries,
@@ -119,10 +139,26 @@ class RecurrentMixer(TimeMixer):
     def finish(self, mixed: Mixed, state: Any, shared: SharedInputs) -> tuple[torch.Tensor, Any]:
         """What the output projection reads, [B, T, D], and the state to carry. `state`: that before these tokens.
 
-        The seam for a variant: attention over the last tokens, say, is added to mixed.gated here, and what it carries
-        is added to the state, of which `state_tensors` then tells.
+        With a window, c_s * soft + c_r * gated and a WindowedState. The seam for a variant: another summand is added
+        here, and what it carries is added to the state, of which `state_tensors` then tells. A variant with Settings of
+        its own has no window, unless they extend WindowSettings; then its finish calls this one.
         """
-        return mixed.gated, mixed.state
+        if self.window is None:
+            return mixed.gated, mixed.state
+        q, k = self._as_teacher_rotates(mixed, shared)
+        held = None if state is None else HeldWindow(state.keys, state.values, state.seen)
+        soft, held = window_attention(
+            q, k, mixed.v, held, self.window, token_mask=shared.token_mask, texts=shared.texts
+        )
+        summed = self.window_scale * soft.flatten(2) + self.recurrent_scale * mixed.gated
+        return summed.to(mixed.gated.dtype), WindowedState(*mixed.state, *held)
+
+    def _as_teacher_rotates(self, mixed: Mixed, shared: SharedInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """The window's queries and keys. It is the teacher's attention, so use_rope, the recurrence's, is not asked."""
+        if self.config.use_rope:
+            return mixed.r, mixed.k
+        r, k = (apply_rope(x, shared.cos, shared.sin, self.rope_factor) for x in (mixed.r, mixed.k))
+        return r, k
 
     def gate_heads(self, o_BTHN: torch.Tensor, x_g: torch.Tensor) -> torch.Tensor:
         """Norm the heads' outputs (groupnorm_att) and gate them from x_g [B, T, C] (gate_rank_type): [B, T, D]."""
@@ -138,10 +174,17 @@ class RecurrentMixer(TimeMixer):
     # What the mixer says about itself (TimeMixer); C hidden size, D = H * N
 
     @classmethod
+    def obstacle_in(cls, config: "RadladsConfig", layer_idx: int, use: Use) -> str | None:
+        """See TimeMixer."""
+        why = cls.obstacle(use)
+        return OBSTACLES.get(use) if why is None and window_of(config, layer_idx) is not None else why
+
+    @classmethod
     def state_tensors(cls, config: "RadladsConfig", layer_idx: int) -> dict[str, StateTensor]:
         """See TimeMixer."""
-        size = config.head_dim
-        return {"wkv": StateTensor((config.num_attention_heads, size, size), torch.float32)}
+        size, window = config.head_dim, window_of(config, layer_idx)
+        recurrent = {"wkv": StateTensor((config.num_attention_heads, size, size), torch.float32)}
+        return recurrent if window is None else recurrent | held_tensors(config, window)
 
     @classmethod
     def low_ranks(cls, config: "RadladsConfig", layer_idx: int) -> int:
@@ -158,8 +201,10 @@ class RecurrentMixer(TimeMixer):
 
     @classmethod
     def mixing_flops(cls, config: "RadladsConfig", layer_idx: int, context_tokens: float) -> float:
-        """See TimeMixer. The recurrence's, which the context does not change."""
-        return cls.state_flops * config.num_attention_heads * config.head_dim * config.head_dim
+        """See TimeMixer. The recurrence's, which the context does not change, and the window's."""
+        D, window = config.num_attention_heads * config.head_dim, window_of(config, layer_idx)
+        read = 0.0 if window is None else min(context_tokens, window.held_tokens)
+        return cls.state_flops * D * config.head_dim + 4 * D * read
 
     @classmethod
     def kept_bytes(cls, config: "RadladsConfig", layer_idx: int, *, wide: bool) -> float:
@@ -171,7 +216,14 @@ class RecurrentMixer(TimeMixer):
             kept += 2 * D + 2 * D + (2 * config.lora_rank_gate if config.gate_rank_type == 2 else 0)
         if config.groupnorm_att:
             kept += 8 * config.num_attention_heads
-        return kept
+        window = window_of(config, layer_idx)
+        return kept if window is None else kept + kept_bytes(config, window)
+
+    @classmethod
+    def window_backward_bytes(cls, config: "RadladsConfig", layer_idx: int) -> float:
+        """Bytes per token that a window adds to backward_bytes."""
+        window = window_of(config, layer_idx)
+        return 0.0 if window is None else backward_bytes(config, window)
 
     @classmethod
     def freed_bytes(cls, config: "RadladsConfig") -> float:

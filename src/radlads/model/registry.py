@@ -141,8 +141,8 @@ def class_name(kind: Kind, name: str) -> str:
 
 def all_can(config: "RadladsConfig", use: Use) -> bool:
     """True if every layer's mixers are made for a use. A channel mixer of one's own is made for none."""
-    kinds = {mixer_class(name) for name in config.time_mixers}
-    return set(config.channel_mixers) <= set(CHANNEL_MIXERS) and all(kind.obstacle(use) is None for kind in kinds)
+    obstacles = [mixer_class(name).obstacle_in(config, layer, use) for layer, name in enumerate(config.time_mixers)]
+    return set(config.channel_mixers) <= set(CHANNEL_MIXERS) and all(why is None for why in obstacles)
 
 
 @functools.cache

@@ -110,11 +110,12 @@ class TimeMixer(nn.Module):
         """Why the mixer cannot be used so; None if it can."""
         if use in vars(cls).get("made_for", ()):
             return None
-        return (
-            vars(cls)
-            .get("obstacles", {})
-            .get(use, f"{cls.name_for_people()} is not made for it")
-        )
+        return vars(cls).get("obstacles", {}).get(use, f"{cls.name_for_people()} is not made for it")
+
+    @classmethod
+    def obstacle_in(cls, config: "RadladsConfig", layer_idx: int, use: Use) -> str | None:
+        """Why a model's layer cannot be used so, by its settings too; None if it can. By default as obstacle()."""
+        return cls.obstacle(use)
 
     @classmethod
     def state_tensors(cls, config: "RadladsConfig", layer_idx: int) -> dict[str, StateTensor]:

@@ -61,8 +61,11 @@ def check_runs(config: RadladsConfig) -> None:
 
 
 def _obstacles(config: RadladsConfig) -> list[str]:
-    kinds = [find_mixer_class(name) for name in sorted(set(config.time_mixers))]
-    of_mixers = [kind.obstacle("llama.cpp") if kind else "it has mixers of your own" for kind in kinds]
+    layers = {name: layer for layer, name in enumerate(config.time_mixers)}
+    kinds = [(find_mixer_class(name), layers[name]) for name in sorted(layers)]
+    of_mixers = [
+        kind.obstacle_in(config, layer, "llama.cpp") if kind else "it has mixers of your own" for kind, layer in kinds
+    ]
     found = list(dict.fromkeys(text for text in of_mixers if text is not None))
     if set(config.channel_mixers) - set(CHANNEL_MIXERS):
         found.append("it has channel mixers that are no gated MLPs")
