@@ -15,7 +15,7 @@ from radlads.checkpoint.manifest import joint_hash
 from radlads.checkpoint.model_folder import load_model
 from radlads.cli import main
 from radlads.model.modeling import RadladsForCausalLM
-from radlads.recipes.export import find_source
+from radlads.recipes.export_source import find_source
 
 MODELS = ("hybrid", "rwkv6", "rwkv7-balanced", "rwkv7-groupnorm")
 EXPORTS = ("hybrid", "rwkv6", "rwkv7-balanced")
