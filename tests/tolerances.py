@@ -30,6 +30,11 @@ TRAJECTORY_MAX = 2e-5
 TRAJECTORY_MEAN = 5e-6
 # The same on a GPU, (largest, mean): kernels that multiply in TF32, and weights, gradients and moments in bf16
 TRAJECTORY_GPU = {torch.float32: (5e-3, 1e-3), torch.bfloat16: (5e-2, 2e-2)}
+# Logits of files that an older version wrote against those that it computed: the same operations, on another CPU
+SAME_MODEL = 1e-6
+# The end of a run that goes on from older files, three to six steps of up to 3e-3 later: weights, absolute, and logits.
+# Without AVX it was 3.4e-5 away (Muon multiplies in bf16), without the optimiser's moments 6e-3
+SAME_END = 1e-4
 
 
 # On a GPU an error is held against what rounding alone does to the fp32 oracle: its inputs, outputs and their gradients

@@ -1,10 +1,10 @@
 """A program for tests: `stages.py SPEC.json` trains the stages that SPEC lists, one after the other, in its processes.
 
-Each entry has the configuration's dotted keys, and `kill`, `stop` or `raises`, [rank, step]: where a process sends
-itself SIGKILL or SIGTERM ("before": just before the first step), or raises a user's error. Stopped with `goes_on`, or
-where it `fails` by a sentence, the next entry follows all the same. `absent` in the first is the local rank that never
-joins. With `deepspeed_on_cpu` DeepSpeed's strategies run on CPUs. With `nodes` in place of devices the caller starts a
-program for each node.
+Each entry has the configuration's `files` and dotted `keys`, which override those of the files, and `kill`, `stop` or
+`raises`, [rank, step]: where a process sends itself SIGKILL or SIGTERM ("before": just before the first step), or
+raises a user's error. Stopped with `goes_on`, or where it `fails` by a sentence, the next entry follows all the same.
+`absent` in the first is the local rank that never joins. With `deepspeed_on_cpu` DeepSpeed's strategies run on CPUs.
+With `nodes` in place of devices the caller starts a program for each node.
 """
 
 import json
@@ -43,7 +43,7 @@ def main(spec: Path) -> int:
     entries = json.loads(spec.read_text())
     if entries[0].get("absent") == int(os.environ.get("LOCAL_RANK", 0)):
         return 3
-    configs = [load_config([], entry["keys"]) for entry in entries]
+    configs = [load_config(entry.get("files", []), entry["keys"]) for entry in entries]
     if any(entry.get("deepspeed_on_cpu") for entry in entries):
         import deepspeed_on_cpu
 
