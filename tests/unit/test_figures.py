@@ -10,7 +10,8 @@ import pytest
 from radlads.bench.costs import decode_state_bytes, prefill_flops
 from radlads.convert.shapes import open_shape
 from radlads.distill.arithmetic import train_flops
-from radlads.planning.memory import Models, Step, peak
+from radlads.planning.memory import Step, peak
+from radlads.planning.models import Models
 from radlads.planning.speed import MEASURED, step_of
 
 STAGES = (("align", 512), ("distill", 512), ("extend", 16384))

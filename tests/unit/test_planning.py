@@ -16,8 +16,8 @@ from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.planning.activations import channel_mixer_kept, mixer_kept
 from radlads.planning.machines import Machine
-from radlads.planning.memory import Models, Step, _logit_moments, host_bytes, largest_micro_batch, peak
-from radlads.planning.models import count_parameters
+from radlads.planning.memory import Step, _logit_moments, host_bytes, largest_micro_batch, peak
+from radlads.planning.models import Models, count_parameters
 from radlads.planning.plan import PAPER_HOURS, RECIPES, Recipe, Request, largest_micro_batches, plan_stage
 from radlads.planning.speed import MEASURED, SEVERAL_GPUS, share, stage_hours, step_of
 from radlads.train.logging.gpus import GPUS

@@ -13,7 +13,7 @@ from radlads.train.engines.table import ENGINES, engine_class, is_users
 from radlads.train.logging.gpus import GPUS, USABLE_SHARE
 
 if TYPE_CHECKING:
-    from radlads.planning.memory import Models
+    from radlads.planning.models import Models
     from radlads.planning.plan import Recipe, Request, StagePlan
 
 STAGES = get_args(Stage)
@@ -54,7 +54,7 @@ def plan_lines(arguments: argparse.Namespace) -> Iterator[str]:
     if arguments.price is not None and not 0 <= arguments.price < math.inf:
         raise ValueError(f"--price must be 0 or more, not {arguments.price}")
     from radlads.convert.shapes import open_shape
-    from radlads.planning.memory import Models
+    from radlads.planning.models import Models
     from radlads.planning.plan import plan_stage
 
     models = Models.of(

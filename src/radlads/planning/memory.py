@@ -9,11 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from radlads.config.schema import Checkpointing, Stage
-from radlads.convert.shapes import Shape
 from radlads.distill.losses import BLOCK_TOKENS
 from radlads.model.configuration import RadladsConfig
 from radlads.planning import activations
-from radlads.planning.models import Parameters, count_parameters
+from radlads.planning.models import Models
 from radlads.train.engines.footprint import Footprint
 from radlads.train.engines.table import ALONE, engine_class
 
@@ -21,25 +20,6 @@ Precision = Literal["bf16-true", "bf16"]
 # cuBLAS's workspaces (32 MiB for each thread and stream), RoPE tables, norms, rounding: what an H200 showed beyond what
 # is counted here, at every shape measured
 WORKSPACE_BYTES = 0.3e9
-
-
-@dataclass(frozen=True)
-class Models:
-    """Teacher and student of a plan, and their parameters."""
-
-    shape: Shape
-    student: Parameters
-    teacher: Parameters
-
-    @classmethod
-    def of(cls, shape: Shape) -> "Models":
-        """With the parameters counted."""
-        return cls(shape, count_parameters(shape.student), count_parameters(shape.teacher))
-
-    @property
-    def aligned(self) -> tuple[int, ...]:
-        """Parameters of each time mixer that aligning trains: the recurrent layers'."""
-        return tuple(self.student.mixers[layer] for layer in self.shape.student.recurrent_layers)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""How many parameters lie where in a model of a plan."""
+"""The two models of a plan, and how many parameters lie where in each."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from radlads.convert.shapes import Shape
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 
@@ -30,6 +31,25 @@ class Parameters:
     def largest_block(self) -> int:
         """Those of the largest block."""
         return max(map(sum, zip(self.mixers, self.channel_mixers, strict=True)))
+
+
+@dataclass(frozen=True)
+class Models:
+    """Teacher and student of a plan, and their parameters."""
+
+    shape: Shape
+    student: Parameters
+    teacher: Parameters
+
+    @classmethod
+    def of(cls, shape: Shape) -> "Models":
+        """With the parameters counted."""
+        return cls(shape, count_parameters(shape.student), count_parameters(shape.teacher))
+
+    @property
+    def aligned(self) -> tuple[int, ...]:
+        """Parameters of each time mixer that aligning trains: the recurrent layers'."""
+        return tuple(self.student.mixers[layer] for layer in self.shape.student.recurrent_layers)
 
 
 def count_parameters(config: RadladsConfig) -> Parameters:

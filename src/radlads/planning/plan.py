@@ -7,7 +7,8 @@ from typing import Literal, get_args
 
 from radlads.config.schema import Checkpointing, Stage
 from radlads.planning.machines import Machine
-from radlads.planning.memory import Models, Peak, Precision, Step, host_bytes, largest_micro_batch, peak
+from radlads.planning.memory import Peak, Precision, Step, host_bytes, largest_micro_batch, peak
+from radlads.planning.models import Models
 from radlads.planning.speed import stage_hours
 from radlads.train.engines.table import ALONE, engine_class
 

@@ -11,7 +11,8 @@ from radlads.convert.shapes import Shape
 from radlads.distill.arithmetic import train_flops
 from radlads.model.configuration import RadladsConfig
 from radlads.planning.machines import Machine
-from radlads.planning.memory import Models, Step
+from radlads.planning.memory import Step
+from radlads.planning.models import Models
 from radlads.train.logging.gpus import GPUS
 
 
