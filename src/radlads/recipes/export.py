@@ -190,14 +190,10 @@ def _ancestors(stage: Stage) -> list[Stage]:
     for folder in (stage.folder.parent / Path(origin).name, Path(origin)):
         if digest and (folder / MANIFEST).is_file():
             (parent,) = read_run(folder).stages
-            if _recorded_digest(parent).startswith(digest):
+            # As manifest.weights_hash, of the manifest's own hashes: none is computed again
+            if joint_hash(parent.manifest.get("sha256") or {}).startswith(digest):
                 return [*_ancestors(parent), parent]
     return []
-
-
-def _recorded_digest(stage: Stage) -> str:
-    """manifest.weights_hash by the manifest's own hashes, which are not computed again."""
-    return joint_hash(stage.manifest.get("sha256") or {})
 
 
 def _write(export: Export, out: Path, console: Console) -> None:
