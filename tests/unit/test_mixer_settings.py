@@ -5,6 +5,7 @@ import yaml
 
 from radlads.config import Config, dump_config, load_config, parse_config
 from radlads.config.schema import without_effect
+from radlads.model.configuration import RadladsConfig
 
 
 def parse(*argv):
@@ -100,3 +101,13 @@ def test_a_printed_configuration_shows_them(capsys):
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["model"]["mixer"] == {"window": 64}
     assert printed["train"]["teacher"]["model"]["mixer"] == Config().model.mixer == {}
+
+
+@pytest.mark.parametrize("stored", [3, {"rad_rwkv7": 4}, ["rad_rwkv7"]])
+def test_stored_settings_that_are_no_mapping_are_one_sentence(stored):
+    with pytest.raises(ValueError, match="mixer_settings must give each mixer's settings by the mixer's name"):
+        RadladsConfig(num_hidden_layers=2, mixer_settings=stored)
+
+
+def test_stored_settings_may_be_null():
+    assert RadladsConfig(num_hidden_layers=2, mixer_settings=None).mixer_settings == {}

@@ -81,6 +81,11 @@ class RadladsConfig(PreTrainedConfig):
             raise ValueError(f"time_mixers and channel_mixers must name one mixer for each of the {layers} layers")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
+        self.mixer_settings = self.mixer_settings or {}
+        if not isinstance(self.mixer_settings, dict) or not all(
+            isinstance(x, dict) for x in self.mixer_settings.values()
+        ):
+            raise ValueError("mixer_settings must give each mixer's settings by the mixer's name: correct config.json")
         self.layer_types = self._layer_types(self.layer_types)
         if self.head_dim % 2 and (self.use_rope or "full_attention" in self.layer_types):
             raise ValueError(f"head_dim must be even for RoPE, which turns pairs of channels, not {self.head_dim}")
