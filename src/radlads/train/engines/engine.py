@@ -35,7 +35,7 @@ from radlads.train.processes.group import Processes
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """What a checkpoint takes of a run: the student's weights, its optimisers' tensors, and what else they know.
+    """What a checkpoint takes of a run: the student's weights, its optimisers' tensors and the rest of their state.
 
     by: who has the tensors. "first": the first process has all of them. "all": all processes have to ask for each, in
     one order, and the first writes it. "rows": each has rows of its own, and writes those.
@@ -91,7 +91,7 @@ class Engine(ABC):
         return blueprint.build()
 
     def lazy_init(self, model: RadladsForCausalLM) -> None:
-        """It is decided which of the model's parameters train, and nothing has run it yet."""
+        """Called once it is decided which of the model's parameters train, before the model first runs."""
 
     @abstractmethod
     def placed(
@@ -101,8 +101,9 @@ class Engine(ABC):
         device: torch.device,
         precision: str,
     ) -> AbstractContextManager[RadladsForCausalLM | None]:
-        """While open, the student is where and in what type it trains; as that is the teacher to learn from, which it
-        gives. Afterwards both are where they were. precision: the Trainer's, "32-true" or "bf16-mixed"."""
+        """While open, both models are on the device, in the dtype that they train in. It yields the teacher to learn
+        from, which may be a copy. Afterwards both are where they were. precision: the Trainer's, "32-true" or
+        "bf16-mixed"."""
 
     @abstractmethod
     def save(self, student: RadladsForCausalLM, folder: Path) -> None:
@@ -137,14 +138,14 @@ class Engine(ABC):
 
     @abstractmethod
     def begin(self, student: RadladsForCausalLM) -> None:
-        """The student is placed, and its optimisers come next: make `own_parts`."""
+        """Make `own_parts`. Called when the student is placed, before its optimisers are built."""
 
     def begin_last_micro_batch(self) -> None:
-        """A micro-batch begins that is its window's last, and gives every parameter its gradient once."""
+        """Called before the last micro-batch of a window, which gives every parameter its gradient once."""
 
     @abstractmethod
     def reduce_gradients(self) -> None:
-        """The window's gradients are all there: make them sums over all processes.
+        """Make the window's gradients sums over all processes. Called after its last backward pass.
 
         Afterwards every process has the same bits, for each parameter that it updates and another process has too, or
         they would drift apart. A parameter that has a gradient in some processes alone gets one in all.
@@ -163,14 +164,14 @@ class Engine(ABC):
         """Update by gradients that have been added up; see optimizer_step."""
 
     def release_hooks(self) -> None:
-        """There will be no further step: gradients stay where a backward pass puts them."""
+        """Called when no step will follow: from now on gradients stay where a backward pass puts them."""
 
     @abstractmethod
     def finish(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        """The training is over: leave the student the weights to keep, and of the optimisers no state."""
+        """Called when training is over: leave the weights to keep in the student, and free the optimisers' state."""
 
     def own_values(self, parameter: torch.Tensor) -> torch.Tensor:
-        """What this process holds of one of the student's parameters."""
+        """The part of one of the student's parameters that this process holds."""
         return own_part(parameter)
 
     # Checkpoints
