@@ -153,7 +153,7 @@ def test_any_mixer_is_measured_and_planned(own_mixer, tmp_path, capsys):
     assert (record["mixer"], record["variant"]) == (name, None)
     assert main(["plan", "0.5b", *map(str, chosen)]) == 0
     said = capsys.readouterr().out
-    assert f"{name}: activations estimated from its matrices, on the safe side" in said
+    assert f"{name}: of activations only the inputs and outputs of its matrices are counted" in said
     assert "fits" in said
 
 
