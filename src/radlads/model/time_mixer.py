@@ -153,8 +153,8 @@ class TimeMixer(nn.Module):
     def kept_bytes(cls, config: "RadladsConfig", layer_idx: int, *, wide: bool) -> float:
         """Bytes per token that a forward pass keeps for the backward pass, the normed input included, under bf16.
 
-        wide: mixed precision, with an fp32 residual stream. By default an estimate on the safe side: each matrix's
-        input and output.
+        wide: mixed precision, with an fp32 residual stream. By default each matrix's input and output,
+        which is too little for a mixer that keeps more.
         """
         rows_and_columns = sum(sum(shape) for shape in _matrices(cls, config, layer_idx))
         return 2.0 * (config.hidden_size + rows_and_columns)
