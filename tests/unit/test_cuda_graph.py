@@ -11,6 +11,8 @@ from radlads.convert.hf_source import open_teacher
 from radlads.convert.student import build_student
 from radlads.distill.logits import build_stage
 from radlads.distill.stage import is_trainable
+from radlads.model import registry
+from radlads.model.rad_rwkv7 import RadRwkv7
 from radlads.train.cuda_graph import records_graph
 from radlads.train.engines.table import engine_for
 from radlads.train.hardware import check_hardware, out_of_memory
@@ -68,6 +70,7 @@ def test_blocks_that_are_not_compiled_are_recorded_on_request(student, memory):
 
 
 def test_a_users_own_mixer_is_recorded_on_request_alone(student, memory, monkeypatch):
+    monkeypatch.setitem(registry.TIME_MIXERS, "mine", type("TMix_mine", (RadRwkv7,), {}))
     monkeypatch.setattr(student.config, "time_mixers", ["mine"] * len(student.config.time_mixers))
     assert not records(student, "align")
     assert records(student, "align", cuda_graphs="always")
