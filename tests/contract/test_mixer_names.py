@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from radlads.config import schema
+from radlads.model import registry
+
 SOURCE = Path(__file__).parents[2] / "src" / "radlads"
 NAMES = {"qwen2", "qwen3", "rad_rwkv6", "rad_rwkv7", "qwerky6", "qwerky7"}
 ALLOWED = {
@@ -24,6 +27,12 @@ def names_in(source: str) -> list[int]:
     """Lines with a mixer's name as a string of its own."""
     nodes = ast.walk(ast.parse(source))
     return [node.lineno for node in nodes if isinstance(node, ast.Constant) and node.value in NAMES]
+
+
+def test_the_defaults_of_config_and_model_are_the_same():
+    """Neither package may import the other's, so both write them down."""
+    assert (schema.DEFAULT_MIXER, schema.SOFTMAX_MIXER) == (registry.DEFAULT, registry.SOFTMAX)
+    assert schema.GATED_MLP in registry.CHANNEL_MIXERS
 
 
 def test_nobody_else_asks_for_a_mixers_name():

@@ -3,7 +3,6 @@
 The file is the full example of docs/mixers.md: a setting of its own, and a tensor of its own in the state.
 """
 
-import argparse
 import csv
 import http.client
 import io
@@ -11,21 +10,17 @@ import json
 import os
 import subprocess
 import sys
-import threading
-import time
-from contextlib import contextmanager
 from urllib.parse import urlparse
 
 import documented_mixers
 import pytest
 import tiny
+from local_server import serving
 from tolerances import TRAJECTORY_MAX
 from transformers import AutoModelForCausalLM
 
 from radlads.checkpoint.model_folder import load_model
 from radlads.cli import main
-from radlads.inference import serve
-from radlads.inference.options import add_serve_options
 
 SMALL = {"model.ctx_len": 32, "train.my_exit_tokens": 1280, "train.micro_bsz": 4, "train.heldout_tokens": 640}
 LEAK = "model.mixer.leak"
@@ -235,26 +230,11 @@ def test_it_chats(run, mixers, capsys, monkeypatch):
     assert answers.endswith("\n") and len(answers) > 2
 
 
-@contextmanager
-def serving(folder):
-    parser = argparse.ArgumentParser()
-    add_serve_options(parser)
-    server = serve.build_server(parser.parse_args([str(folder), "--name", "leaky", "--device", "cpu"]))
-    with serve.listening("127.0.0.1", 0) as listener:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(30)
-
-
 def test_it_is_served(run, mixers, generated):
     pytest.importorskip("uvicorn")
     expected = generated("--prompt", "Once upon a time")
     asked = {"model": "leaky", "prompt": "Once upon a time", "max_tokens": 8, "temperature": 0}
-    with documented_mixers.known(mixers), serving(run / "hf") as url:
+    with documented_mixers.known(mixers), serving(run / "hf", "--name", "leaky") as url:
         connection = http.client.HTTPConnection(urlparse(url).netloc)
         connection.request("POST", "/v1/completions", json.dumps(asked), {"Content-Type": "application/json"})
         answer = json.loads(connection.getresponse().read())

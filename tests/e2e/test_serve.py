@@ -1,26 +1,23 @@
 """The server as OpenAI's own client library sees it, over loopback."""
 
-import argparse
 import http.client
 import json
 import shutil
 import socket
 import threading
-import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import pytest
 import tiny
+from local_server import STOP_S, serving
 
 from radlads.checkpoint.model_folder import load_model
 from radlads.cli import main
 from radlads.inference import generate, serve
 from radlads.inference.chat_template import ChatTemplate
 from radlads.inference.generate import Sampling, generate_tokens
-from radlads.inference.options import add_serve_options
 from radlads.model.modeling import RadladsForCausalLM
 
 openai = pytest.importorskip("openai")
@@ -33,7 +30,7 @@ TEMPLATE = (
 NAME = "tiny"
 CHATS, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MAX_PROMPT_TOKENS = 5000
-STOP_S = 30
+OPTIONS = ("--name", NAME, "--max-prompt-tokens", str(MAX_PROMPT_TOKENS), "--max-tokens", str(10**6))
 
 
 @pytest.fixture(scope="module")
@@ -43,28 +40,8 @@ def folder(teacher, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url(folder):
-    with serving(folder) as url:
+    with serving(folder, *OPTIONS) as url:
         yield url
-
-
-@contextmanager
-def serving(folder, *options):
-    """The folder's server for a while; its address."""
-    words = [str(folder), "--name", NAME, "--device", "cpu"]
-    words += ["--max-prompt-tokens", str(MAX_PROMPT_TOKENS), "--max-tokens", str(10**6)]
-    parser = argparse.ArgumentParser()
-    add_serve_options(parser)
-    settings = parser.parse_args([*words, *options])
-    server = serve.build_server(settings)
-    with serve.listening("127.0.0.1", 0) as listener:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(STOP_S)
-        assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +111,10 @@ def test_a_completion_is_what_generate_gives_for_a_tokenizer_with_a_bos(folder, 
     for each in (folder, with_bos):
         assert main(["generate", str(each), *argv]) == 0
         texts.append(capsys.readouterr().out.rstrip("\n"))
-    with serving(with_bos) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+    with (
+        serving(with_bos, *OPTIONS) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
         answer = complete(client, "Who are you?", 12).choices[0].text
     assert answer == texts[1] != texts[0]
 
@@ -180,7 +160,7 @@ def test_a_server_that_is_told_to_end_leaves_a_long_prompt_unread(folder, monkey
     monkeypatch.setattr(serve, "SHUTDOWN_S", 0.2)
     monkeypatch.setattr(serve, "PREFILL_TOKENS", 2)
     prompt = json.dumps({"prompt": "x" * 400_000, "stream": stream}).encode()
-    with ThreadPoolExecutor(1) as threads, serving(folder, "--max-prompt-tokens", "1000000") as url:
+    with ThreadPoolExecutor(1) as threads, serving(folder, *OPTIONS, "--max-prompt-tokens", "1000000") as url:
         is_read.clear()  # of the first token, before it serves
         sent = urllib.request.Request(url + COMPLETIONS, prompt, {"Content-Type": "application/json"})
         answer = threads.submit(lambda: urllib.request.urlopen(sent, timeout=STOP_S).read())
@@ -212,7 +192,10 @@ def test_a_clean_up_of_spaces_that_a_tokenizer_asks_for_does_not_part_streams_fr
     cleaning = shutil.copytree(folder, tmp_path / "hf")
     path = cleaning / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"clean_up_tokenization_spaces": True}))
-    with serving(cleaning) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+    with (
+        serving(cleaning, *OPTIONS) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
         bias = {str(number): -100 for number in range(260) if number not in (220, 13, 0)}  # " ", "." and "!"
         keys = {"seed": 1, "logit_bias": bias}
         whole = client.completions.create(model=NAME, prompt="x", max_tokens=20, temperature=1, **keys)
@@ -301,7 +284,7 @@ def status_of(call):
 
 def test_a_server_with_a_key_and_a_name_wants_both(folder, monkeypatch):
     monkeypatch.setenv("RADLADS_API_KEY", "secret")
-    with serving(folder, "--allowed-host", "box.lan") as url:
+    with serving(folder, *OPTIONS, "--allowed-host", "box.lan") as url:
         for key, host, code in (("secret", "box.lan", 200), ("secret", "evil.com", 403), ("none", "localhost", 401)):
             headers = {"Authorization": f"Bearer {key}", "Host": host}
             with openai.OpenAI(base_url=f"{url}/v1", api_key=key, default_headers=headers, max_retries=0) as client:
