@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from radlads.config import load_config
-from radlads.config.compare import Decisive, deciding, differences
+from radlads.config.compare import HashedSection, deciding, differences
 from radlads.convert.student import student_config
 from radlads.inference.saved_state import _decisive
 from radlads.model.configuration import RadladsConfig
-from radlads.recipes.conversion_folder import settings_of
+from radlads.recipes.conversion_folder import decisive_settings
 from radlads.train.fit import recipe_hash
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -47,7 +47,7 @@ def test_recipes_and_identities_are_those_of_earlier_versions(run):
     names, overrides, recipe, identity = RUNS[run]
     config = load_config([CONFIGS / f"{name}.yaml" for name in names], overrides)
     assert recipe_hash(deciding(config), "parent") == recipe
-    assert recipe_hash(Decisive(config.model)) == identity
+    assert recipe_hash(HashedSection(config.model)) == identity
 
 
 @pytest.mark.parametrize(
@@ -79,13 +79,13 @@ def test_a_mixers_settings_decide_a_saved_state():
 def test_new_keys_decide_once_they_are_set(key):
     before, after = load_config([], {}), load_config([], {key: NEW_KEYS[key]})
     assert deciding(after)[key] == NEW_KEYS[key] and key not in deciding(before)
-    assert recipe_hash(Decisive(after.model)) != recipe_hash(Decisive(before.model))
+    assert recipe_hash(HashedSection(after.model)) != recipe_hash(HashedSection(before.model))
     told = differences(deciding(before), deciding(after))
     assert told == [f"{key} is None there and {NEW_KEYS[key]!r} here"]
 
 
 def test_settings_of_a_conversion_are_told_where_only_some_stages_have_them():
     stages = {"align": load_config([], {}), "distill": load_config([], NEW_KEYS), "extend": load_config([], NEW_KEYS)}
-    settings = settings_of(stages)
+    settings = decisive_settings(stages)
     for key, value in NEW_KEYS.items():
         assert settings[key] == {"align": None, "distill": value, "extend": value}

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from radlads.convert.shapes import SIZE_KEYS
-from radlads.model.block import Block, begins_by_itself
+from radlads.model.block import Block, sets_fresh_values
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.registry import build_channel_mixer, build_time_mixer
@@ -48,7 +48,7 @@ def _fill_block(block: Block, config: RadladsConfig) -> None:
     """As _fill; what of the mixer is fresh, around its initial values, and buffers as their constructors leave them."""
     _fill(block)
     mixer = block.self_attn
-    if begins_by_itself(mixer):
+    if sets_fresh_values(mixer):
         mixer.reset_fresh_parameters()
     else:
         block.begin_mixer(config)

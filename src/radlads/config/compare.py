@@ -24,7 +24,7 @@ _ADDED_DEFAULTS = {
 
 
 @dataclass(frozen=True, repr=False)
-class Decisive:
+class HashedSection:
     """A model section as recipe_hash is to see it: its repr leaves out the added keys that are at their default."""
 
     section: ModelConfig

@@ -118,7 +118,7 @@ class Block(GradientCheckpointingLayer):
         return _compiled(function, self.compile_backend)
 
 
-def begins_by_itself(mixer: TimeMixer) -> bool:
+def sets_fresh_values(mixer: TimeMixer) -> bool:
     """Whether the mixer's reset_fresh_parameters knows all of its parameters: it has one, and no subclass has added
     parameters in a constructor of its own since."""
     kind = next(each for each in type(mixer).__mro__ if {"__init__", "reset_fresh_parameters"} & vars(each).keys())

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
-from .block import Block, begins_by_itself
+from .block import Block, sets_fresh_values
 from .cache import RadladsCache, check_cache, check_cache_class
 from .configuration import RadladsConfig
 from .contracts import SharedInputs
@@ -54,7 +54,7 @@ class RadladsPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, TimeMixer) and begins_by_itself(module):
+        if isinstance(module, TimeMixer) and sets_fresh_values(module):
             module.reset_fresh_parameters()
         else:
             super()._init_weights(module)
@@ -63,7 +63,7 @@ class RadladsPreTrainedModel(PreTrainedModel):
     def _initialize_weights(self, module: nn.Module, *arguments) -> None:
         """As transformers', which never asks _init_weights of a module without parameters of its own, as a block is."""
         is_begun = getattr(module, "_is_hf_initialized", False)
-        if isinstance(module, Block) and not is_begun and not begins_by_itself(module.self_attn):
+        if isinstance(module, Block) and not is_begun and not sets_fresh_values(module.self_attn):
             module.begin_mixer(self.config)
         super()._initialize_weights(module, *arguments)
 

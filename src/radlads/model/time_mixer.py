@@ -166,7 +166,7 @@ class TimeMixer(nn.Module):
         return cls.kept_bytes(config, layer_idx, wide=False)
 
 
-def counts_kept_bytes(kind: type[TimeMixer]) -> bool:
+def defines_kept_bytes(kind: type[TimeMixer]) -> bool:
     """Whether the mixer defines kept_bytes, and leaves it to no estimate."""
     return kind.kept_bytes.__func__ is not TimeMixer.kept_bytes.__func__  # type: ignore[attr-defined]
 

@@ -245,12 +245,12 @@ def _assumption_lines(arguments: argparse.Namespace, machine: Machine, planned: 
 def _mixer_notes(arguments: argparse.Namespace) -> Iterator[str]:
     """Where the mixer's activations come from, if it is not the one that was measured."""
     from radlads.model.registry import DEFAULT, mixer_class, registered_name
-    from radlads.model.time_mixer import counts_kept_bytes
+    from radlads.model.time_mixer import defines_kept_bytes
 
     if registered_name(arguments.mixer) == DEFAULT and not arguments.set:
         return
     name = " with ".join([arguments.mixer, *arguments.set[:1]]) + (" ..." if arguments.set[1:] else "")
-    counted = counts_kept_bytes(mixer_class(arguments.mixer))
+    counted = defines_kept_bytes(mixer_class(arguments.mixer))
     if counted:
         yield f"  {name}: activations counted from equations; neither memory nor speed was ever measured"
         return

@@ -32,7 +32,14 @@ from radlads.files import read_json, write_text
 from radlads.inference.generate import Sampling, decode_ms, stream_text
 from radlads.model.configuration import RadladsConfig, state_bytes
 from radlads.model.modeling import RadladsForCausalLM
-from radlads.recipes.conversion_folder import SPLITS, SUMMARY, claim_folder, identity_of, only_process_in, settings_of
+from radlads.recipes.conversion_folder import (
+    SPLITS,
+    SUMMARY,
+    claim_folder,
+    decisive_settings,
+    identity_of,
+    only_process_in,
+)
 from radlads.recipes.demo_recipes import DemoRecipe
 from radlads.recipes.reload_check import reload_max_abs_diff
 from radlads.recipes.report import write_report
@@ -77,7 +84,7 @@ def run_conversion(conversion: Conversion, console: Console) -> dict[str, Any]:
             check_hardware(config.train)
     teacher_files = teacher_checksums(source.folder)
     claim_folder(
-        conversion.out, identity_of(conversion, teacher_files["sha256"], configs), settings_of(configs), console
+        conversion.out, identity_of(conversion, teacher_files["sha256"], configs), decisive_settings(configs), console
     )
     with only_process_in(conversion.out):
         if (conversion.out / SUMMARY).is_file():

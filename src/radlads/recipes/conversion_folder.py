@@ -9,7 +9,7 @@ from typing import Any
 from radlads.checkpoint.atomic import locked
 from radlads.checkpoint.manifest import joint_hash, versions
 from radlads.checksums import sha256
-from radlads.config.compare import Decisive, deciding, differences
+from radlads.config.compare import HashedSection, deciding, differences
 from radlads.config.schema import Config
 from radlads.console import Console
 from radlads.data.binidx import BinIdxReader, corpus_files
@@ -65,13 +65,13 @@ def identity_of(conversion: Conversion, teacher: Mapping[str, str], configs: dic
         "radlads": versions().get("radlads", ""),
         "teacher": recipe_hash(joint_hash(teacher), *(teacher[name] for name in ("config.json", "tokenizer.json"))),
         "data": data,
-        "mixer": recipe_hash(Decisive(configs["align"].model)),
+        "mixer": recipe_hash(HashedSection(configs["align"].model)),
         "stages": recipe_hash(*(deciding(config) for config in configs.values())),
         "retie": str(conversion.retie),
     }
 
 
-def settings_of(configs: dict[str, Config]) -> dict[str, Any]:
+def decisive_settings(configs: dict[str, Config]) -> dict[str, Any]:
     """What the configurations decide: each key's value, by stage where the stages' differ."""
     by_stage = {stage: deciding(config) for stage, config in configs.items()}
     keys = dict.fromkeys(key for held in by_stage.values() for key in held)

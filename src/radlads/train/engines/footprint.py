@@ -35,7 +35,7 @@ class Footprint:
     frozen_on_host: bool = False
 
 
-def by_torch(shared: Sharding, precision: str) -> Footprint:
+def torch_stepped(shared: Sharding, precision: str) -> Footprint:
     """Of an engine whose parameters torch updates: in fp32 under bf16, which is mixed precision, else in bf16."""
     wide = precision == "bf16"
     size = ParameterBytes(4, 4, 8) if wide else ParameterBytes(2, 2, 4)

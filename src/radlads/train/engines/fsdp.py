@@ -19,15 +19,15 @@ from radlads.convert.blueprint import Blueprint
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.train.engines import sharding
-from radlads.train.engines.by_torch import ByTorch, own_dtype
 from radlads.train.engines.engine import CheckpointState
-from radlads.train.engines.footprint import Footprint, Sharding, by_torch
+from radlads.train.engines.footprint import Footprint, Sharding, torch_stepped
 from radlads.train.engines.optimizer_state import optimizer_state
 from radlads.train.engines.own_parts import own_parts, take_gradients
 from radlads.train.engines.rows import save_by_all
+from radlads.train.engines.torch_stepped import TorchStepped, own_dtype
 
 
-class Fsdp(ByTorch):
+class Fsdp(TorchStepped):
     """The engine that train.strategy fsdp names."""
 
     supports_fp8_teacher = False
@@ -38,7 +38,7 @@ class Fsdp(ByTorch):
     @classmethod
     def footprint(cls, num_gpus: int, precision: str) -> Footprint:
         """See Engine."""
-        return by_torch(Sharding(num_gpus, num_gpus, num_gpus), precision)
+        return torch_stepped(Sharding(num_gpus, num_gpus, num_gpus), precision)
 
     def check(self, student: RadladsConfig) -> None:
         """See Engine."""
@@ -90,7 +90,7 @@ class Fsdp(ByTorch):
         return ShardedStrategy(self.processes.size)
 
     def own_parts_of(self, trained: dict[str, torch.nn.Parameter]) -> Mapping[str, torch.nn.Parameter]:
-        """See ByTorch. Its rows."""
+        """See TorchStepped. Its rows."""
         return own_parts(trained)
 
     def reduce_gradients(self) -> None:
@@ -99,7 +99,7 @@ class Fsdp(ByTorch):
 
     @property
     def add_up_rows(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """See ByTorch."""
+        """See TorchStepped."""
         return self.processes.sum_
 
     def checkpoint_state(self, optimizers) -> CheckpointState:

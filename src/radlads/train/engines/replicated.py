@@ -12,19 +12,19 @@ from radlads.checkpoint.weights import HeldTensors, ModelWeights
 from radlads.convert.blueprint import Blueprint
 from radlads.distill.fp8_teacher import fp8_copy
 from radlads.model.modeling import RadladsForCausalLM
-from radlads.train.engines.by_torch import ByTorch, own_dtype
 from radlads.train.engines.engine import CheckpointState
-from radlads.train.engines.footprint import Footprint, Sharding, by_torch
+from radlads.train.engines.footprint import Footprint, Sharding, torch_stepped
 from radlads.train.engines.optimizer_state import optimizer_state
+from radlads.train.engines.torch_stepped import TorchStepped, own_dtype
 
 
-class Replicated(ByTorch):
+class Replicated(TorchStepped):
     """Both models are whole; how gradients are added up is left to the engine."""
 
     @classmethod
     def footprint(cls, num_gpus: int, precision: str) -> Footprint:
         """See Engine."""
-        return by_torch(Sharding(1, 1, 1), precision)
+        return torch_stepped(Sharding(1, 1, 1), precision)
 
     def build(
         self, blueprint: Blueprint, device: torch.device, *, is_student: bool
@@ -61,7 +61,7 @@ class Replicated(ByTorch):
         return torch.float32 if trains or precision == "32-true" else model.dtype
 
     def own_parts_of(self, trained: dict[str, torch.nn.Parameter]) -> Mapping[str, torch.nn.Parameter]:
-        """See ByTorch. All of each."""
+        """See TorchStepped. All of each."""
         return trained
 
     def checkpoint_state(self, optimizers) -> CheckpointState:

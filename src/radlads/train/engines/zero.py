@@ -23,7 +23,6 @@ from radlads.convert.blueprint import Blueprint
 from radlads.distill.fp8_teacher import fp8_copy
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
-from radlads.train.engines.by_torch import trained_parameters
 from radlads.train.engines.engine import CheckpointState, Engine
 from radlads.train.engines.footprint import Footprint, ParameterBytes, Sharding
 from radlads.train.engines.rows import (
@@ -35,6 +34,7 @@ from radlads.train.engines.rows import (
     replace_parameters,
     save_by_all,
 )
+from radlads.train.engines.torch_stepped import trained_parameters
 from radlads.train.engines.zero_state import FullWeights, Moments
 from radlads.train.optimizers.step import GradientNorms
 

@@ -1,4 +1,4 @@
-"""What engines have in common whose parameters torch's optimisers update."""
+"""The common part of all engines whose parameters torch's optimisers update."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ from radlads.train.optimizers.optim import weights_to_keep
 from radlads.train.optimizers.step import GradientNorms, optimizer_step
 
 
-class ByTorch(Engine):
+class TorchStepped(Engine):
     """An engine that steps by optimizer_step."""
 
     student: RadladsForCausalLM
@@ -25,11 +25,11 @@ class ByTorch(Engine):
 
     @abstractmethod
     def own_parts_of(self, trained: dict[str, torch.nn.Parameter]) -> Mapping[str, torch.nn.Parameter]:
-        """What of each trained parameter this process updates, by name."""
+        """The part of each trained parameter that this process updates, by name."""
 
     @property
     def add_up_rows(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """What adds a tensor up over the processes that have the other rows of the parameters, if any have."""
+        """A sum over the processes that have the other rows of the parameters; None if none have."""
         return None
 
     def step(self, optimizers, *, count, clip_val, sums, leave_out) -> GradientNorms:
