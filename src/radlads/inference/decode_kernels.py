@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from radlads.inference.decode_window import attend_window, load_slots, slot_of
+
 MIN_LOG_DECAY = tl.constexpr(-0.6065306597126334)  # -exp(-1/2)
 
 
@@ -306,6 +308,11 @@ def recurrence(
     state_ptr,
     raw_ptr,
     out_ptr,
+    keys_ptr,
+    values_ptr,
+    seen_ptr,
+    window_scale_ptr,
+    recurrent_scale_ptr,
     B,
     norm_eps,
     H: tl.constexpr,
@@ -321,13 +328,18 @@ def recurrence(
     GATE: tl.constexpr,
     BLOCK_V: tl.constexpr,
     STAGES: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SINKS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One head of one row: advance its state [value, key] in place and write its gated output.
 
     projected[b]: receptance, keys, values (kv heads), ..., full-rank gate at GATE_OFFSET. first[b]: the first layer's.
     low[kind, b]: what second_low_ranks wrote. GATE: 0 none, 1 full rank, 2 low rank. raw[b]: scratch for
-    the outputs of BLOCK_V values at a time, which the norm needs all of.
+    the outputs of BLOCK_V values at a time, which the norm needs all of. WINDOW > 0: the head also attends to the slots
+    of keys and values [b, kv heads, WINDOW + SINKS, N], BLOCK_S at a time, and one head of a group puts the token
+    there. seen[b]: tokens of the text so far, this one included.
     """
     head, b = tl.program_id(0), tl.program_id(1)
     D: tl.constexpr = H * N
@@ -339,6 +351,14 @@ def recurrence(
     state_ptrs = state_ptr + (b * H + head).to(tl.int64) * N * N + values[:, None] * N + channels[None, :]
     if BLOCK_V == N:
         state = tl.load(state_ptrs)
+    if WINDOW > 0:
+        HELD: tl.constexpr = WINDOW + SINKS
+        seen = tl.load(seen_ptr + b).to(tl.int32)
+        written = slot_of(seen - 1, WINDOW, SINKS)
+        slots = (b * (H // GROUPS) + head // GROUPS).to(tl.int64) * HELD * N
+        keys_ptr += slots
+        values_ptr += slots
+        old_k, old_v, is_filled = load_slots(keys_ptr, values_ptr, 0, seen, written, HELD, N, BLOCK_S)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -347,6 +367,20 @@ def recurrence(
     half = b * (N // 2)
     r = rotated(row + head * N, cos_ptr + half, sin_ptr + half, N, ROPE)
     k = rotated(row + D + kv, cos_ptr + half, sin_ptr + half, N, ROPE)
+    v_row = row + D + KV + kv
+    if WINDOW > 0:
+        # The teacher's queries and keys, which are rotated even where the recurrence's are not
+        q = r if ROPE else rotated(row + head * N, cos_ptr + half, sin_ptr + half, N, True)
+        new_k = k if ROPE else rotated(row + D + kv, cos_ptr + half, sin_ptr + half, N, True)
+        new_k = new_k.to(keys_ptr.dtype.element_ty)
+        new_v = tl.load(v_row + channels).to(values_ptr.dtype.element_ty)
+        if head % GROUPS == 0:
+            tl.store(keys_ptr + written * N + channels, new_k)
+            tl.store(values_ptr + written * N + channels, new_v)
+        new_k, new_v, q = new_k.to(tl.float32), new_v.to(tl.float32), q * N**-0.5
+        soft = attend_window(
+            q, new_k, new_v, old_k, old_v, is_filled, keys_ptr, values_ptr, seen, written, HELD, N, BLOCK_S
+        )
     w = tl.load(low_ptr + own)
     a = tl.load(low_ptr + B * D + own)
     if BALANCED:
@@ -356,7 +390,6 @@ def recurrence(
         removal = k * tl.load(k_k_ptr + parameter).to(tl.float32)
         k *= 1.0 + (a - 1.0) * tl.load(k_a_ptr + parameter).to(tl.float32)
     removal /= tl.maximum(tl.sqrt(tl.sum(removal * removal, axis=0)), 1e-12)
-    v_row = row + D + KV + kv
     first_row = first_ptr + b * FIRST_STRIDE + D + KV + kv
     mix_row = low_ptr + (2 * B + b) * D + head * N
     if BLOCK_V == N:
@@ -383,6 +416,9 @@ def recurrence(
         out *= sigmoid(tl.load(row + GATE_OFFSET + parameter).to(tl.float32))
     if GATE == 2:
         out *= tl.load(low_ptr + 3 * B * D + own)
+    if WINDOW > 0:
+        out *= tl.load(recurrent_scale_ptr + parameter).to(tl.float32)
+        out += tl.load(window_scale_ptr + parameter).to(tl.float32) * soft
     tl.store(out_ptr + own, out.to(out_ptr.dtype.element_ty))
 
 

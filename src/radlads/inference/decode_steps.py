@@ -111,7 +111,7 @@ def build_step(model: RadladsForCausalLM, rows: int, *, fused: bool = True) -> S
 
 def can_be_fused(model: RadladsForCausalLM, rows: int) -> bool:
     """True if the fused kernels cover the model: RAD-RWKV7 and SwiGLU layers, head size 64 or 128, one dtype and
-    device, queries and keys that are neither normed nor scaled (yarn), and no softmax windows."""
+    device, and queries and keys that are neither normed nor scaled (yarn)."""
     blocks = model.model.layers
     return (
         rows <= FUSED_ROWS

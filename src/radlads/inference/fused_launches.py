@@ -18,7 +18,8 @@ class Launch:
 @dataclass(frozen=True)
 class Launches:
     """Launch sizes of a step's products; low_rank_columns: output columns per program of the second low ranks.
-    state_values: rows of a head's state that a program holds at a time."""
+    state_values: rows of a head's state that a program holds at a time; window_slots: keys and values of its window.
+    """
 
     inputs: Launch
     output: Launch
@@ -28,6 +29,7 @@ class Launches:
     low_rank_columns: int = 64
     state_values: int = 128
     state_warps: int = 8
+    window_slots: int = 128
 
 
 # For 132 multiprocessors: some 20 KB of loads in flight on each hide the memory's latency. One row: a program has two
@@ -48,4 +50,5 @@ SEVERAL_ROWS = Launches(
     head=Launch(block_n=64, block_k=128, warps=4, stages=4),
     state_values=16,
     state_warps=4,
+    window_slots=32,
 )

@@ -19,6 +19,7 @@ from radlads.model.layers import RMSNorm
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.rope import rope_inverse_frequencies
 from radlads.model.swiglu import SwiGLU
+from radlads.model.window import HeldWindow
 
 # One row's kernels start while their predecessor still runs (programmatic dependent launch, Hopper and later); several
 # rows' steps looked slower with it (docs/log.md)
@@ -53,23 +54,35 @@ class FusedStep:
         self.low, self.raw = torch.zeros(4, rows, H * N, **fp32), torch.zeros(rows, H * N, **fp32)
         self.states = torch.zeros(len(self.layers), rows, H, N, N, **fp32)
         self.logits = torch.zeros(rows, config.vocab_size, **fp32)
-        self.positions = torch.zeros(rows, dtype=torch.int64, device=weight.device)
+        # Both count on by one with each step; `seen` is what every layer's window says of the text
+        self.counters = torch.zeros(2, rows, dtype=torch.int64, device=weight.device)
+        self.positions, self.seen = self.counters
+        self.windows = [self._empty_window(layer) for layer in self.layers]
         self.frequencies = torch.tensor(rope_inverse_frequencies(config), device=weight.device)
+
+    def _empty_window(self, layer: PackedLayer) -> HeldWindow | None:
+        mixer, settings = layer.mixer, layer.mixer.window
+        if settings is None:
+            return None
+        shape = self.rows, mixer.num_heads // mixer.groups, settings.held_tokens, mixer.head_dim
+        return HeldWindow(self.hidden.new_zeros(shape), self.hidden.new_zeros(shape), self.seen)
 
     def load(self, cache: RadladsCache) -> None:
         """Continue from a cache of as many rows."""
         assert cache.next_positions is not None
         self.positions.copy_(cache.next_positions)
-        for state, layer in zip(self.states, cache.layers, strict=True):
+        for state, window, layer in zip(self.states, self.windows, cache.layers, strict=True):
             assert isinstance(layer, RecurrentCacheLayer) and layer.state is not None
             state.copy_(layer.state.wkv)
+            for name, held in () if window is None else window._asdict().items():
+                held.copy_(getattr(layer.state, name))
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits after `tokens`, in a buffer that the next call overwrites."""
         torch.index_select(self.model.model.embed_tokens.weight, 0, tokens, out=self.hidden)
         angles = self.positions[:, None].float() * self.frequencies
         cos, sin = angles.cos(), angles.sin()
-        self.positions.add_(1)
+        self.counters.add_(1)
         for number, layer in enumerate(self.layers):
             self._time_mixer(layer, number, cos, sin)
             self._channel_mixer(layer)
@@ -218,6 +231,7 @@ class FusedStep:
     ) -> None:
         mixer, config = layer.mixer, layer.mixer.config
         has_norm, scales = config.groupnorm_att, not config.balance_state
+        window, held = mixer.window, self.windows[number] or (None, None, None)
         kernels.recurrence[(mixer.num_heads, self.rows)](
             projected,
             self.first,
@@ -231,6 +245,9 @@ class FusedStep:
             self.states[number],
             self.raw,
             self.heads_out,
+            *held,
+            mixer.window_scale if window else None,
+            mixer.recurrent_scale if window else None,
             self.rows,
             mixer.ln_x.eps if has_norm else 0.0,
             H=mixer.num_heads,
@@ -246,6 +263,9 @@ class FusedStep:
             GATE=config.gate_rank_type,
             BLOCK_V=min(self.launches.state_values, mixer.head_dim),
             STAGES=3,
+            WINDOW=window.window_tokens if window else 0,
+            SINKS=window.sink_tokens if window else 0,
+            BLOCK_S=min(self.launches.window_slots, triton.next_power_of_2(window.held_tokens)) if window else 0,
             num_warps=self.launches.state_warps,
             **self._programmatic(),
         )

@@ -27,7 +27,6 @@ LEAST_BLOCK = 64
 OBSTACLES: Mapping[Use, str] = {
     "llama.cpp": "it has no softmax window inside a recurrent layer (window_tokens)",
     "published format": "it has no softmax window inside a recurrent layer (window_tokens)",
-    "fused decode": "the fused kernels have no softmax window (window_tokens)",
 }
 """What a mixer with a window cannot be used for."""
 
