@@ -56,11 +56,12 @@ def full_logits(model, prompts, continuation):
     return torch.stack(rows, dim=1)
 
 
-def test_the_fused_kernels_in_tritons_interpreter():
+@pytest.mark.parametrize("file", ["interpreted_kernels.py", "interpreted_windows.py"])
+def test_the_fused_kernels_in_tritons_interpreter(file):
     """In a process of their own: Triton decides at its import whether it interprets."""
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    tests = Path(__file__).with_name("interpreted_kernels.py")
+    tests = Path(__file__).with_name(file)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
@@ -142,7 +143,8 @@ def test_what_can_be_fused():
     assert not can_be_fused(perturbed(), 65)
     assert not can_be_fused(perturbed(["rad_rwkv6"]), 1)
     assert not can_be_fused(perturbed(head_dim=32), 1)
-    assert not can_be_fused(perturbed(**WINDOW), 1)
+    assert can_be_fused(perturbed(**WINDOW), 1)
+    assert not can_be_fused(perturbed(["rad_rwkv6"], **WINDOW), 1)
     mixed = perturbed()
     mixed.lm_head.to(torch.bfloat16)
     assert not can_be_fused(mixed, 1)

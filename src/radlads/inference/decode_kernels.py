@@ -331,6 +331,7 @@ def recurrence(
     WINDOW: tl.constexpr,
     SINKS: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    SLOT_STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One head of one row: advance its state [value, key] in place and write its gated output.
@@ -379,7 +380,7 @@ def recurrence(
             tl.store(values_ptr + written * N + channels, new_v)
         new_k, new_v, q = new_k.to(tl.float32), new_v.to(tl.float32), q * N**-0.5
         soft = attend_window(
-            q, new_k, new_v, old_k, old_v, is_filled, keys_ptr, values_ptr, seen, written, HELD, N, BLOCK_S
+            q, new_k, new_v, old_k, old_v, is_filled, keys_ptr, values_ptr, seen, written, HELD, N, BLOCK_S, SLOT_STAGES
         )
     w = tl.load(low_ptr + own)
     a = tl.load(low_ptr + B * D + own)

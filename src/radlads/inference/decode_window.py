@@ -57,20 +57,24 @@ def attend_window(
     HELD: tl.constexpr,
     N: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Softmax attention of the scaled query q [N] to the slots and to its own token's k and v [N], all fp32: [N].
 
-    keys, values, is_filled: load_slots' first tile. Each place of a tile has a softmax of its own until the end, so
-    that nothing is exchanged between warps before; all begin at the own token's score, which is finite.
+    keys, values, is_filled: load_slots' first tile, used if it is the only one; else tiles are loaded here, STAGES - 1
+    of them ahead. Each place of a tile has a softmax of its own until the end, so that warps exchange nothing before;
+    all begin at the own token's score, which is finite.
     """
     own = tl.sum(q * k, axis=0)
     largest = tl.zeros([BLOCK_S], tl.float32) + own
     total = tl.zeros([BLOCK_S], tl.float32)
     sums = tl.zeros([BLOCK_S, N], tl.float32)
-    largest, total, sums = attend_slots(q, keys, values, is_filled, largest, total, sums)
-    for start in tl.range(BLOCK_S, HELD, BLOCK_S):
-        keys, values, is_filled = load_slots(keys_ptr, values_ptr, start, seen, written, HELD, N, BLOCK_S)
+    if BLOCK_S >= HELD:
         largest, total, sums = attend_slots(q, keys, values, is_filled, largest, total, sums)
+    else:
+        for start in tl.range(0, tl.minimum(seen, HELD), BLOCK_S, num_stages=STAGES):
+            keys, values, is_filled = load_slots(keys_ptr, values_ptr, start, seen, written, HELD, N, BLOCK_S)
+            largest, total, sums = attend_slots(q, keys, values, is_filled, largest, total, sums)
     overall = tl.max(largest, axis=0)
     weights, own = tl.exp(largest - overall), tl.exp(own - overall)
     out = tl.sum(sums * weights[:, None], axis=0) + own * v

@@ -18,7 +18,8 @@ class Launch:
 @dataclass(frozen=True)
 class Launches:
     """Launch sizes of a step's products; low_rank_columns: output columns per program of the second low ranks.
-    state_values: rows of a head's state that a program holds at a time; window_slots: keys and values of its window.
+    state_values: rows of a head's state that a program holds at a time. window_slots: keys and values of its window at
+    a time, with slot_stages - 1 tiles of them loading ahead where one does not hold all.
     """
 
     inputs: Launch
@@ -30,6 +31,7 @@ class Launches:
     state_values: int = 128
     state_warps: int = 8
     window_slots: int = 128
+    slot_stages: int = 1
 
 
 # For 132 multiprocessors: some 20 KB of loads in flight on each hide the memory's latency. One row: a program has two
@@ -50,5 +52,6 @@ SEVERAL_ROWS = Launches(
     head=Launch(block_n=64, block_k=128, warps=4, stages=4),
     state_values=16,
     state_warps=4,
-    window_slots=32,
+    window_slots=8,  # takes 72 registers a thread, so that 32 rows of 28 heads are all on the GPU at once
+    slot_stages=3,
 )

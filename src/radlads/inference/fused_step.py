@@ -266,6 +266,7 @@ class FusedStep:
             WINDOW=window.window_tokens if window else 0,
             SINKS=window.sink_tokens if window else 0,
             BLOCK_S=min(self.launches.window_slots, triton.next_power_of_2(window.held_tokens)) if window else 0,
+            SLOT_STAGES=self.launches.slot_stages,
             num_warps=self.launches.state_warps,
             **self._programmatic(),
         )
