@@ -1,6 +1,6 @@
 """Time each kernel of a fused decoding step at several launch sizes, and the whole step, on the GPU.
 
-    python benchmarks/decode_sweep.py [--rows 1 32] [--layers 8] [--only gate_up down]
+    python benchmarks/decode_sweep.py [--rows 1 32] [--layers 8] [--window 64] [--only gate_up down]
 
 Shapes are Qwen2.5-7B's. Prints microseconds and GB/s of weights (or states) read and written; `cublas` beside several
 rows' kernels is torch.mm. Times are medians of replays of a CUDA graph that goes through all layers once, so that
@@ -23,6 +23,7 @@ from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 
 LAYERS_7B = 28
+SINKS, FAR = 4, 4096
 PRODUCTS = ("inputs", "output", "gate_up", "down", "head")
 
 
@@ -30,23 +31,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--window", type=int, default=0, help="window_tokens of all layers, with 4 sinks")
     parser.add_argument("--only", nargs="+", default=[*PRODUCTS, "low_ranks", "recurrence", "norm", "step"])
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("this sweep times GPU kernels, and PyTorch sees no GPU here")
     began = time.perf_counter()
-    model = random_model(arguments.layers)
+    model = random_model(arguments.layers, arguments.window)
     with torch.inference_mode():
         for rows in arguments.rows:
             for line in sweep(model, rows, arguments.only):
                 print(f"{time.perf_counter() - began:5.0f} s  rows {rows:3}  {line}", flush=True)
 
 
-def random_model(num_layers: int) -> RadladsForCausalLM:
+def random_model(num_layers: int, window_tokens: int = 0) -> RadladsForCausalLM:
     """Qwen2.5-7B's shapes with fewer layers, group-normed, bf16, every parameter small and random."""
     sizes = {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": num_layers}
     heads = {"num_attention_heads": 28, "num_key_value_heads": 4}
-    config = RadladsConfig(**sizes, **heads, balance_state=False, groupnorm_att=True)
+    window = {"rad_rwkv7": {"window_tokens": window_tokens, "sink_tokens": SINKS}} if window_tokens else {}
+    config = RadladsConfig(**sizes, **heads, balance_state=False, groupnorm_att=True, mixer_settings=window)
     with torch.device("meta"):
         model = RadladsForCausalLM(config)
     model = model.to(torch.bfloat16).to_empty(device="cuda").eval()
@@ -70,12 +73,7 @@ def sweep(model: RadladsForCausalLM, rows: int, only: list[str]) -> Iterator[str
             run = each(layers, lambda layer: step.second_low_ranks(layer, step.projected))
             yield line(f"low ranks  columns {columns}", run, num_bytes, len(layers))
     if "recurrence" in only:
-        cos = sin = torch.ones(rows, model.config.head_dim // 2, device="cuda")
-        numbers = range(1, len(layers))
-        for values, warps in ((128, 8), (128, 16), (64, 8), (32, 4), (32, 8), (16, 4)):
-            step.launches = dataclasses.replace(step.launches, state_values=values, state_warps=warps)
-            run = each(numbers, lambda number: step.recurrence(layers[number], number, step.projected, cos, sin))
-            yield line(f"recurrence values {values} warps {warps}", run, 2 * step.states[1:].nbytes, len(numbers))
+        yield from sweep_recurrence(model, rows)
     if "norm" in only and rows > 1:
         norms = [layer.block.input_layernorm for layer in layers]
         run = each(norms, lambda norm: step.add_and_norm(step.launches.down.splits, norm))
@@ -84,11 +82,37 @@ def sweep(model: RadladsForCausalLM, rows: int, only: list[str]) -> Iterator[str
         yield from sweep_step(model, rows)
 
 
+def sweep_recurrence(model: RadladsForCausalLM, rows: int) -> Iterator[str]:
+    """States at several sizes with the configured window, then windows with the configured states."""
+    step = full_step(model, rows)
+    configured, numbers = step.launches, range(1, len(step.layers))
+    cos = sin = torch.ones(rows, model.config.head_dim // 2, device="cuda")
+    num_bytes = 2 * step.states[1:].nbytes
+
+    def time_of(text: str, **sizes: int) -> str:
+        step.launches = dataclasses.replace(configured, **sizes)
+        run = each(numbers, lambda number: step.recurrence(step.layers[number], number, step.projected, cos, sin))
+        return line(f"recurrence {text}", run, num_bytes, len(numbers))
+
+    for values, warps in ((128, 8), (128, 16), (64, 8), (32, 4), (32, 8), (16, 4)):
+        yield time_of(f"values {values} warps {warps}", state_values=values, state_warps=warps)
+    if step.windows[0] is not None:
+        for slots, stages in itertools.product((8, 16, 32, 64, 128), (1, 3)):
+            yield time_of(f"slots {slots} stages {stages}", window_slots=slots, slot_stages=stages)
+
+
+def full_step(model: RadladsForCausalLM, rows: int) -> FusedStep:
+    """A step far into its text, so that windows are full."""
+    step = FusedStep(model, rows)
+    step.counters.fill_(FAR)
+    return step
+
+
 def sweep_step(model: RadladsForCausalLM, rows: int) -> Iterator[str]:
     """The whole step as it is configured, and what that makes of 28 layers."""
     tokens = torch.zeros(rows, dtype=torch.int64, device="cuda")
     for programmatic in (False, True):
-        step = FusedStep(model, rows)
+        step = full_step(model, rows)
         step.starts_early = programmatic
         whole = median_us(lambda step=step: step(tokens))
         step.layers = step.layers[:1]

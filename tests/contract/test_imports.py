@@ -46,6 +46,7 @@ LATE = {
     "radlads.distill.loss_kernels",
     "radlads.inference.access",
     "radlads.inference.decode_kernels",
+    "radlads.inference.decode_window",
     "radlads.inference.fused_step",
     "radlads.inference.openai_answers",
     "radlads.inference.openai_api",

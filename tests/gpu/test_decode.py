@@ -7,7 +7,7 @@ from tolerances import BFLOAT16, relative_error
 
 from radlads.bench.measure import release_memory
 from radlads.evaluation.costs import cost_of_context
-from radlads.inference.decode_steps import RecurrentStep
+from radlads.inference.decode_steps import RecurrentStep, build_step
 from radlads.inference.decoder import Decoder
 from radlads.inference.finite import NotFinite
 from radlads.inference.generate import decode_ms, generate_tokens
@@ -28,10 +28,12 @@ VARIANTS = {
     "full-gate": {"gate_rank_type": 1, "use_rope": False},
     "no-gate": {"gate_rank_type": 0, "head_dim": 64},
 }
+# Prompts have some 70 tokens: windows that are full and those that fill; more slots than are read at a time
+WINDOWS = {"64+4": (64, 4), "16": (16, 0), "300+2": (300, 2)}
 # fp32 paths that sum up to 4736 terms in other orders, through two layers
 FP32 = 5e-5
 BOUNDS = {torch.float32: FP32, torch.bfloat16: BFLOAT16}
-STEPS = 5
+STEPS, WINDOW_STEPS = 5, 40
 MISSING = recurrence.missing
 
 
@@ -53,17 +55,21 @@ def build(dtype=torch.float32, *, mixer="rad_rwkv7", **changes):
     return model.to(dtype)
 
 
+def window_keys(window_tokens, sink_tokens):
+    return {"mixer_settings": {"rad_rwkv7": {"window_tokens": window_tokens, "sink_tokens": sink_tokens}}}
+
+
 def prompts_of(rows):
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(4099, (70 - row,), generator=generator).tolist() for row in range(rows)]
 
 
-def continued(model, rows, **how):
-    """The greedy tokens [STEPS + 1, rows] of a Decoder, and the logits they were chosen from after the first."""
+def continued(model, rows, steps=STEPS, **how):
+    """The greedy tokens [steps + 1, rows] of a Decoder, and the logits they were chosen from after the first."""
     decoder = Decoder(model, rows, GREEDY, **how)
     decoder.prefill(prompts_of(rows))
     tokens, logits = [decoder.tokens.clone()], []
-    for _ in range(STEPS):
+    for _ in range(steps):
         decoder.step()
         tokens.append(decoder.tokens.clone())
         logits.append(decoder.logits.float().clone())
@@ -92,6 +98,21 @@ def test_fused_decoding_is_the_full_forward(variant, dtype, rows):
     assert relative_error(logits, expected) < BOUNDS[dtype]
 
 
+@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("variant", ["balanced", "group-normed", "full-gate", "no-gate"])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_fused_decoding_with_a_window_is_the_full_forward(window, variant, dtype, rows):
+    pytest.importorskip("triton")
+    from radlads.inference.fused_step import FusedStep
+
+    model = build(dtype, **VARIANTS[variant], **window_keys(*WINDOWS[window]))
+    assert isinstance(build_step(model, rows), FusedStep)
+    tokens, logits = continued(model, rows, WINDOW_STEPS)
+    expected = full_logits(model.float(), rows, tokens)
+    assert relative_error(logits, expected) < BOUNDS[dtype]
+
+
 @pytest.mark.parametrize("mixer", ["rad_rwkv6", "rad_rwkv7"])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_generic_decoding_is_the_full_forward(mixer, rows):
@@ -100,10 +121,12 @@ def test_generic_decoding_is_the_full_forward(mixer, rows):
     assert relative_error(logits, full_logits(model, rows, tokens)) < FP32
 
 
+@pytest.mark.parametrize("changes", [{}, window_keys(16, 4)], ids=["plain", "windowed"])
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_replayed_graph_is_the_eager_step(fused):
-    model = build(torch.bfloat16)
-    replayed, eager = (continued(model, 3, fused=fused, graphed=graphed) for graphed in (True, False))
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_replayed_graph_is_the_eager_step(rows, fused, changes):
+    model = build(torch.bfloat16, **changes)
+    replayed, eager = (continued(model, rows, fused=fused, graphed=graphed) for graphed in (True, False))
     assert torch.equal(replayed[0], eager[0])
     torch.testing.assert_close(replayed[1], eager[1], rtol=0, atol=0)
 
@@ -163,12 +186,13 @@ def test_replays_draw_anew_and_in_proportion():
     assert len(set(drawn[:, 0].tolist())) > 40
 
 
-def test_fused_and_generic_states_stay_together():
+@pytest.mark.parametrize("changes", [{}, window_keys(16, 4)], ids=["plain", "windowed"])
+def test_fused_and_generic_states_stay_together(changes):
     """After 300 steps of given tokens the logits still agree."""
     pytest.importorskip("triton")
     from radlads.inference.fused_step import FusedStep
 
-    model = build()
+    model = build(**changes)
     fused, generic = FusedStep(model, 2), RecurrentStep(model)
     tokens, mask = left_padded(prompts_of(2), DEVICE)
     with torch.inference_mode():

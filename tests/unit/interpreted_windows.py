@@ -44,9 +44,7 @@ def error_of(model, prompts, steps, slots):
     rows = len(prompts)
     continuation = torch.randint(VOCAB, (steps, rows))
     step = FusedStep(model, rows, launches(rows, slots))
-    return relative_error(
-        logits_after(step, model, prompts, continuation), full_logits(model, prompts, continuation)
-    )
+    return relative_error(logits_after(step, model, prompts, continuation), full_logits(model, prompts, continuation))
 
 
 # Prompts shorter and longer than window and sinks; steps for two rounds through the slots; all at once and in tiles
@@ -54,7 +52,7 @@ def error_of(model, prompts, steps, slots):
     ("window", "prompts", "variant", "heads", "steps", "slots"),
     [
         ((3, 0), (7,), BALANCED, {"groups": 1, "layers": 2}, 7, 128),
-        ((3, 2), (9, 1, 4), GROUP_NORMED, {"groups": 2, "layers": 2}, 7, 8),
+        ((3, 2), (9, 1, 4), GROUP_NORMED, {"groups": 2, "layers": 2}, 7, 4),
         ((3, 4), (3, 12), {**BALANCED, "use_rope": False}, {"groups": 7, "heads": 7}, 8, 4),
         ((16, 4), (2,), GROUP_NORMED, {"groups": 2}, 36, 128),
         ((16, 0), (25, 1, 5), BALANCED, {"groups": 1, "heads": 1}, 33, 8),
