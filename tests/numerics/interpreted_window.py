@@ -7,12 +7,15 @@ import functools
 from itertools import pairwise
 
 import pytest
+import tiny
 import torch
 from interpreter import runtime_loops  # noqa: F401
-from tolerances import RECURRENCE, relative_error
+from tolerances import RECURRENCE, SPLIT, relative_error
 from torch.utils.checkpoint import checkpoint
 
 from radlads.model import window_attention, window_triton
+from radlads.model.configuration import RadladsConfig
+from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.packed_rows import texts_that_start_at
 from radlads.model.recurrence_reference import window_reference
 from radlads.model.window import WindowSettings
@@ -145,6 +148,22 @@ def test_compiling_changes_nothing():
             out, held = each([x[:, 10:] for x in tensors], held)
             found.append([out, *held, *gradients(out, tensors)])
         assert all(map(torch.equal, *found))
+
+
+def test_a_student_learns_as_by_blocks_and_recomputed(monkeypatch, calls):
+    torch.manual_seed(0)
+    settings = {"rad_rwkv7": {"window_tokens": 5, "sink_tokens": 2}}
+    model = RadladsForCausalLM(RadladsConfig(**tiny.SIZES, time_mixers=["rad_rwkv7"] * 3, mixer_settings=settings))
+    tokens, found = torch.randint(256, (2, 12)), {}
+    for path in ("kernels", "selective", "blocks"):
+        monkeypatch.setattr(window_attention, "has_kernels", lambda v, on=path != "blocks": on)
+        model.train().set_activation_checkpointing("selective" if path == "selective" else "none")
+        loss = model(tokens, labels=tokens, use_cache=False).loss
+        found[path] = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    assert len(calls) == 3 + 2 * 3
+    for ours, again, torchs in zip(*found.values(), strict=True):
+        assert (ours is None) == (torchs is None)
+        assert ours is None or (torch.equal(ours, again) and relative_error(ours, torchs, floor=1e-3) < SPLIT)
 
 
 def test_only_what_is_needed_is_kept():

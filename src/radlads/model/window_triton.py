@@ -21,8 +21,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 class Launch(NamedTuple):
     """How the kernels run for a dtype. block: queries or keys per program. query_warps, key_warps: of a program with a
-    block of queries, or of keys. stages: software pipelining at a text's start; with a state, where keys have two sources,
-    there is none."""
+    block of queries, or of keys. stages: software pipelining at a text's start; with a state, where keys have two
+    sources, there is none."""
 
     block: int
     precision: str
