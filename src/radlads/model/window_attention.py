@@ -113,8 +113,8 @@ def _first_slots(x_BKN: torch.Tensor, window: WindowSettings) -> torch.Tensor:
     T, W, S = x_BKN.shape[2], window.window_tokens, window.sink_tokens
     if W + S >= T:
         return F.pad(x_BKN, (0, 0, 0, W + S - T))
-    turned = T - (T - S) % W  # the token in slot S
-    return torch.cat([x_BKN[:, :, piece] for piece in (slice(S), slice(turned, T), slice(T - W, turned))], dim=2)
+    newest = x_BKN[:, :, T - W :].roll((T - S) % W, dims=2)  # slices would be of other sizes, another graph, at each T
+    return torch.cat([x_BKN[:, :, :S], newest], dim=2)
 
 
 def _held_after(k, v, held: HeldWindow | None, window: WindowSettings, lengths: torch.Tensor | None) -> HeldWindow:
