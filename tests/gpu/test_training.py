@@ -29,8 +29,8 @@ STAGES = {"align": 1, "distill": 2, "extend": -1}
 needs_gpu = pytest.mark.skipif(DRY_RUN, reason="says nothing without a GPU")
 
 
-def model(mixer, device, dtype, layers=3):
-    """A small model with heads that every kernel can take, the same weights at every call."""
+def model(mixer, device, dtype, layers=3, window=None):
+    """A small model with heads that every kernel can take, the same weights at every call. window: its settings."""
     torch.manual_seed(1)
     config = RadladsConfig(
         vocab_size=VOCAB,
@@ -40,6 +40,7 @@ def model(mixer, device, dtype, layers=3):
         num_attention_heads=2,
         num_key_value_heads=1,
         time_mixers=[mixer] * layers,
+        mixer_settings={mixer: window} if window else {},
     )
     stack = RadladsForCausalLM(config)
     for parameter in stack.parameters():
@@ -50,8 +51,10 @@ def model(mixer, device, dtype, layers=3):
 class Training:
     """A stage of student and teacher, step by step."""
 
-    def __init__(self, stage, device, dtype, *, layers=3, checkpointing="none", compiled=False, mixer="rad_rwkv7"):
-        self.student = model(mixer, device, dtype, layers)
+    def __init__(
+        self, stage, device, dtype, *, layers=3, checkpointing="none", compiled=False, mixer="rad_rwkv7", window=None
+    ):
+        self.student = model(mixer, device, dtype, layers, window)
         self.teacher = model("qwen2", device, dtype, layers).requires_grad_(False)
         train = TrainConfig(attention_distillation_stage=STAGES[stage], lr_init=1e-3)
         self.stage = build_stage(train)

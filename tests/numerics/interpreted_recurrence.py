@@ -1,4 +1,4 @@
-"""Our Triton kernels in the interpreter, in fp32, against the oracles. Run by test_triton_recurrence.py."""
+"""Our Triton kernels in the interpreter, in fp32, against the oracles. Run by test_triton_kernels.py."""
 
 import functools
 import math

@@ -11,7 +11,8 @@ from tolerances import BFLOAT16, SPLIT, relative_error
 
 from radlads.model.packed_rows import texts_that_start_at
 from radlads.model.recurrence_reference import window_reference
-from radlads.model.window import WindowSettings, window_attention
+from radlads.model.window import WindowSettings
+from radlads.model.window_attention import window_attention
 
 H, N = 4, 8
 # Window and sinks: none, one token, sinks beyond the window, blocks longer than LEAST_BLOCK, longer than every text

@@ -17,9 +17,7 @@ def operator(module: str, chunks: type[Chunks]) -> tuple[Callable, Any]:
     The function takes the inputs and the first state or None, and runs the pass that keeps something where a gradient
     is wanted. module: the recurrence's, whose name the operators get.
     """
-    # Remote code registers its own copy of the operators beside the installed package's
-    namespace = re.sub(r"\W", "_", module)
-    run, run_keeping, run_back = _define(namespace, chunks)
+    run, run_keeping, run_back = _define(namespace_of(module), chunks)
     _register_shapes(chunks, run, run_keeping, run_back)
     _register_gradient(run_keeping, run_back)
 
@@ -30,6 +28,11 @@ def operator(module: str, chunks: type[Chunks]) -> tuple[Callable, Any]:
         return run(*tensors)
 
     return call, run_keeping
+
+
+def namespace_of(module: str) -> str:
+    """What a module's operators are called: remote code registers its own beside the installed package's."""
+    return re.sub(r"\W", "_", module)
 
 
 def _define(namespace: str, chunks: type[Chunks]) -> tuple[Any, Any, Any]:
@@ -53,16 +56,16 @@ def _register_shapes(chunks: type[Chunks], run: Any, run_keeping: Any, run_back:
 
     @run.register_fake
     def _(*tensors):
-        return _like(tensors[VALUES]), last_state(tensors[VALUES])
+        return like(tensors[VALUES]), last_state(tensors[VALUES])
 
     @run_keeping.register_fake
     def _(*tensors):
         v = tensors[VALUES]
-        return _like(v), last_state(v), *chunks.like_kept(v)
+        return like(v), last_state(v), *chunks.like_kept(v)
 
     @run_back.register_fake
     def _(d_out, d_last, *tensors):
-        return *(_like(x) for x in tensors[: len(chunks.inputs)]), last_state(tensors[VALUES])
+        return *(like(x) for x in tensors[: len(chunks.inputs)]), last_state(tensors[VALUES])
 
 
 def _register_gradient(run_keeping: Any, run_back: Any) -> None:
@@ -82,6 +85,6 @@ def _register_gradient(run_keeping: Any, run_back: Any) -> None:
     run_keeping.register_autograd(differentiate, setup_context=save)
 
 
-def _like(x: torch.Tensor) -> torch.Tensor:
+def like(x: torch.Tensor) -> torch.Tensor:
     """What stands for a result shaped as x: contiguous, as the kernels' results are."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -22,9 +22,9 @@ from .window import (
     backward_bytes,
     held_tensors,
     kept_bytes,
-    window_attention,
     window_of,
 )
+from .window_attention import window_attention
 
 if TYPE_CHECKING:
     from .configuration import RadladsConfig

@@ -1,4 +1,4 @@
-"""Our Triton kernels without a GPU: Triton decides at import whether it interprets, hence a process of its own."""
+"""Our Triton kernels without a GPU: Triton decides at import whether it interprets, hence processes of their own."""
 
 import os
 import subprocess
@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 
-def test_kernels_in_the_interpreter():
+@pytest.mark.parametrize("tests", ["interpreted_recurrence.py", "interpreted_window.py"])
+def test_kernels_in_the_interpreter(tests):
     pytest.importorskip("triton")
-    tests = Path(__file__).with_name("interpreted_recurrence.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name(tests))]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-3000:]
