@@ -4,7 +4,7 @@ Leaves out what a name stands for: this knows no mixer.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -65,6 +65,11 @@ def selectable_layers(model: ModelConfig, num_layers: int) -> list[int]:
     every = with_softmax_layers(model, range(num_layers))
     before, after = (mixers_by_layer(each, num_layers).time for each in (with_softmax_layers(model, ()), every))
     return [layer for layer in range(num_layers) if before[layer] != after[layer]]
+
+
+def uniform_layers(layers: Sequence[int], number: int) -> tuple[int, ...]:
+    """So many of the layers at equal distances, the last one among them: of 8, two are 3 and 7, as every:4 names."""
+    return tuple(layers[(i + 1) * len(layers) // number - 1] for i in range(number))
 
 
 def _check_selected(model: ModelConfig, num_layers: int) -> None:

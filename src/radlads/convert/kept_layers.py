@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from radlads.checkpoint.strict_loading import load_strict
 from radlads.checkpoint.model_folder import unfilled_model, unplaced_model
+from radlads.checkpoint.strict_loading import load_strict
 from radlads.checkpoint.weights import ModelWeights, StoredWeights, TensorInfo
 from radlads.convert.blueprint import Blueprint, blueprint_of
 from radlads.model.block import Block
@@ -37,9 +37,7 @@ def kept_blueprint(student: Blueprint, teacher: StoredWeights, layers: Iterable[
     return blueprint_of(config, KeptWeights(student.stored, teacher, config, layers), origin)
 
 
-def kept_student(
-    student: RadladsForCausalLM, teacher: RadladsForCausalLM, layers: Iterable[int]
-) -> RadladsForCausalLM:
+def kept_student(student: RadladsForCausalLM, teacher: RadladsForCausalLM, layers: Iterable[int]) -> RadladsForCausalLM:
     """A copy of the student with the teacher's attention in these layers, where and in the type that the student is."""
     config = kept_config(student.config, layers)
     weights = KeptWeights(ModelWeights(student), ModelWeights(teacher), config, layers)
@@ -63,10 +61,10 @@ class KeptWeights(StoredWeights):
         self._source: Mapping[str, StoredWeights] = {
             name: teacher if name.startswith(prefixes) else student for name in names
         }
-        for name, weights in self._source.items():
-            if name not in weights:
-                whose = "teacher" if weights is teacher else "student"
-                raise ValueError(f"the {whose} has no {name}, which the student with softmax layers needs")
+        for whose, weights in {"teacher": teacher, "student": student}.items():
+            held = set(weights)  # to ask for a name reads some weights
+            if missing := [name for name, source in self._source.items() if source is weights and name not in held]:
+                raise ValueError(f"the {whose} has no {missing[0]}, which the student with softmax layers needs")
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._source[name][name]

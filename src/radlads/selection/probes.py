@@ -4,22 +4,18 @@ Owns the batches, their scores, and which of two values is better. Shape letters
 C hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset
 
 from radlads.evaluation.retrieval import Prompt
 from radlads.model.modeling import RadladsForCausalLM
+from radlads.selection.command import RECALL_DISTANCE, Criterion
 
-Criterion = Literal["kl", "recalled", "needle"]
-CRITERIA: tuple[Criterion, ...] = ("kl", "recalled", "needle")
-RECALL_DISTANCE = 64
-"""Tokens that a pair lies back at least to count as recalled."""
 Values = Mapping[str, float]
 """What was measured of one student, by name."""
 
@@ -59,16 +55,16 @@ class Probe(Protocol):
 class TextProbe:
     """KL(teacher || student) in nats, the mean over all predictions, and over those of recalled pairs.
 
-    windows: items [T + 1]. Raises ValueError if recalled pairs decide and there are none.
+    windows: [T + 1] each. Raises ValueError if recalled pairs decide and there are none.
     """
 
-    def __init__(self, windows: Dataset[torch.Tensor], by: Literal["kl", "recalled"]):
+    def __init__(self, windows: Iterable[torch.Tensor], by: Literal["kl", "recalled"]):
         self.by: Criterion = by
-        rows = [windows[i] for i in range(len(windows))]  # type: ignore[arg-type]
-        self.context_tokens = len(rows[0]) - 1
-        self._batches = DataLoader(rows, batch_size=max(1, _BATCH_TOKENS // self.context_tokens))  # type: ignore[arg-type]
+        rows = torch.stack(list(windows))
+        self.context_tokens = rows.shape[1] - 1
+        self._batches = rows.split(max(1, _BATCH_TOKENS // self.context_tokens))
         self.num_tokens = len(rows) * self.context_tokens
-        self.num_recalled = int(sum(recalled(row[None]).sum() for row in rows))
+        self.num_recalled = sum(int(recalled(batch).sum()) for batch in self._batches)
         if by == "recalled" and not self.num_recalled:
             raise ValueError(
                 f"no pair of tokens of this text stands twice in a window of {self.context_tokens}, {RECALL_DISTANCE} "
@@ -150,7 +146,7 @@ def rank(values: Values, by: Criterion) -> tuple[float, ...]:
 
 
 def recalled(rows: torch.Tensor, distance: int = RECALL_DISTANCE) -> torch.Tensor:
-    """Of rows [B, T + 1], where the pair (input, label) has stood at least `distance` tokens earlier in its row: boolean
+    """Of rows [B, T + 1], where the pair (input, label) stood in its row at least `distance` tokens earlier: boolean
     [B, T]."""
     pairs = rows[:, :-1] * (rows.max() + 1) + rows[:, 1:]
     found: torch.Tensor = (pairs[:, :, None] == pairs[:, None, :]).tril(-distance).any(-1)

@@ -5,17 +5,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from radlads.checkpoint.manifest import versions
 from radlads.files import read_json
+from radlads.model.modeling import RadladsForCausalLM
 from radlads.report.selection import TITLES
 from radlads.selection.probes import Values, rank
 from radlads.selection.search import Measured, Selection
+from radlads.train.checkpoints.resume import fingerprint
 
 
 def record_of(selection: Selection, facts: Mapping[str, Any]) -> dict[str, Any]:
     """What layers.json holds. facts: on what text, which models, where."""
     return {
         "layers": list(selection.layers),
+        "keep": len(selection.layers),
         "order": selection.order,
         "by": selection.by,
         "curve": [_row(each) for each in selection.curve],
@@ -32,6 +37,17 @@ def record_of(selection: Selection, facts: Mapping[str, Any]) -> dict[str, Any]:
         "seconds": round(selection.seconds, 2),
         "block_runs": selection.block_runs,
         "versions": versions(),
+    }
+
+
+def model_facts(student: RadladsForCausalLM, teacher: RadladsForCausalLM) -> dict[str, Any]:
+    """Of layers.json: which models these are, by values from all over their parameters in bf16, and where they ran."""
+    device = student.device
+    return {
+        "student": fingerprint(student, torch.bfloat16),
+        "teacher": fingerprint(teacher, torch.bfloat16),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "dtype": str(student.dtype).removeprefix("torch."),
     }
 
 

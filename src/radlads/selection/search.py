@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
+from radlads.config.layer_lists import uniform_layers
 from radlads.console import Console
 from radlads.model.modeling import RadladsForCausalLM
-from radlads.selection.probes import Criterion, Probe, Values, rank
+from radlads.selection.command import Criterion
+from radlads.selection.probes import Probe, Values, rank
 from radlads.selection.swap import Layers, SwappedStudent
 from radlads.train.processes.group import ALONE, Processes
 
@@ -100,11 +102,6 @@ def search(
         console.line(f"{told}: layer {chosen}, from {in_words(found[rounds[-1].kept])} to {in_words(of_layer[chosen])}")
     uniform = [Measured(layers, found[layers]) for layers in equal]
     return Selection(probe.by, found[()], rounds, uniform, time.monotonic() - began, block_runs)
-
-
-def uniform_layers(candidates: Sequence[int], number: int) -> Layers:
-    """So many of the layers at equal distances, the last one among them: of 8, two are 3 and 7, as every:4 names."""
-    return tuple(candidates[(i + 1) * len(candidates) // number - 1] for i in range(number))
 
 
 def _measure(
