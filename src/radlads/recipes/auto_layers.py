@@ -63,11 +63,15 @@ def named_where_kept(config: Config, student: RadladsConfig) -> Config:
 
 
 def is_without_layers(config: Config, student: RadladsConfig) -> bool:
-    """Whether the stage comes after align, and its student has yet to get the softmax layers that it is to have."""
+    """Whether the stage comes after align, and its student has yet to get the softmax layers that it is to have.
+
+    Raises ValueError as layer_lists.mixers_by_layer.
+    """
     model, found = config.model, student.time_mixers
+    named = layer_mixers(model, len(found))
     if stage_of(config.train) == "align" or found != layer_mixers(with_softmax_layers(model, ()), len(found)):
         return False
-    return num_selected(model) > 0 or found != layer_mixers(model, len(found))
+    return num_selected(model) > 0 or found != named
 
 
 def before_layers(config: Config) -> Config:

@@ -181,6 +181,8 @@ def _origin(stage: Stage | None) -> str:
 
 def _check_student(request: Select, config: RadladsConfig, folder: Path) -> None:
     there = len(config.recurrent_layers)
+    if not there:
+        raise ValueError(f"every layer of {folder} is softmax already: name a student's folder")
     if request.keep > there:
         raise ValueError(
             f"--keep is {request.keep}, but {folder} has {there} layers that are not softmax already: give fewer"

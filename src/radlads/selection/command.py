@@ -56,7 +56,7 @@ class Select:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `radlads select`."""
     parser.add_argument(
-        "run", type=Path, metavar="RUN", help="a student's folder, or a conversion's: its aligned student"
+        "run_folder", type=Path, metavar="RUN", help="a student's folder, or a conversion's: its aligned student"
     )
     parser.add_argument("--keep", type=int, required=True, metavar="K", help="how many layers to choose")
     parser.add_argument(
@@ -88,7 +88,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def select_of(arguments: argparse.Namespace) -> Select:
     """What add_options' arguments ask for. Raises ValueError for values that make no selection."""
     return Select(
-        run=arguments.run,
+        run=arguments.run_folder,
         keep=arguments.keep,
         by=arguments.by,
         teacher=arguments.teacher,
