@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import tiny
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from radlads.checkpoint.hf_export import export
 from radlads.checkpoint.model_folder import load_model
@@ -14,6 +14,7 @@ from radlads.convert.hf_source import open_teacher
 from radlads.convert.kept_layers import kept_student
 from radlads.convert.student import build_teacher
 from radlads.recipes.single_stage import train_stage
+from radlads.recipes.teacher_record import record_teacher, teacher_checksums
 from radlads.report.page import write_page
 from radlads.report.run_folder import read_run
 
@@ -167,6 +168,20 @@ def test_another_teacher_than_the_aligned_ones_is_refused(run, tmp_path, capsys)
         f"{other} is not the teacher that {run} was aligned with, as its embedding is another: name that one with "
         "--teacher"
     )
+
+
+def test_another_teacher_than_the_conversions_is_refused(run, teacher, tmp_path, capsys):
+    record_teacher(run.parent, teacher_checksums(teacher))
+    assert select(run) == 0
+    (run / "layers.json").unlink()
+    copy = shutil.copytree(teacher, tmp_path / "copy")
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"] += 0.1
+    save_file(tensors, copy / "model.safetensors")
+    capsys.readouterr()
+    said = failing(capsys, run, "--teacher", copy)
+    record = run.parent / "teacher.checksums.json"
+    assert said == f"{copy} is not the teacher that {record} describes: name that one with --teacher"
 
 
 def test_a_teacher_of_other_sizes_is_refused(run, tmp_path, capsys):

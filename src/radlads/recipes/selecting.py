@@ -25,7 +25,7 @@ from radlads.inference.generate import choose_device
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.recipes.export_source import teacher_named_in
-from radlads.recipes.teacher_record import RECORD, teacher_changes, teacher_checksums
+from radlads.recipes.teacher_record import RECORD, teacher_checksums
 from radlads.report.run_folder import SELECTION, Stage, read_run
 from radlads.report.selection import selection_charts
 from radlads.selection.command import Select
@@ -63,6 +63,7 @@ def select_layers(request: Select, console: Console, processes: Processes = ALON
     processes.from_first(lambda: _check_out(out))
     source = _teacher(request, folder)
     _check_teacher(request, config, source, folder)
+    _check_recorded(source, folder)
     console.line(f"student: {folder}, {_origin(stage)}")
     console.line(f"teacher: {source.folder}")
     for note in source.notes:
@@ -73,7 +74,8 @@ def select_layers(request: Select, console: Console, processes: Processes = ALON
         probe, facts = _probe(request, config, source, folder, stage, opened)
         student = open_model(folder, dtype).to(device)  # type: ignore[arg-type]
         teacher = build_teacher(source, dtype=dtype).to(device)  # type: ignore[arg-type]
-        _check_same(student, teacher, source, folder, stage)
+        if stage is not None and stage.name == "align":
+            _check_embedding(student, teacher, source, folder)
         console.line(f"choosing {request.keep} of {len(config.recurrent_layers)} layers on {facts['text']}")
         selection = search(
             student,
@@ -224,22 +226,20 @@ def _check_teacher(request: Select, config: RadladsConfig, source: TeacherSource
         raise ValueError(f"{option} is {tokens}, but the teacher knows {known} positions: give fewer")
 
 
-def _check_same(
-    student: RadladsForCausalLM, teacher: RadladsForCausalLM, source: TeacherSource, folder: Path, stage: Stage | None
-) -> None:
-    """Raise ValueError if the teacher is not the one that the student was made from, as far as that can be told: by the
-    hashes that a conversion has recorded, and by the embedding, which aligning leaves as it is."""
+def _check_recorded(source: TeacherSource, folder: Path) -> None:
+    """Raise ValueError if the conversion that a student is of has recorded the hashes of another teacher."""
     for record in (folder.parent / RECORD, folder / RECORD):
-        if record.is_file() and source.folder.is_dir():
-            _, hashes, _ = read_checksums(record)
-            if joint_hash(hashes) != joint_hash(teacher_checksums(source.folder)["sha256"]):
-                changes = "; ".join(teacher_changes(record.parent))
-                raise ValueError(
-                    f"{source.folder} is not the teacher that {record} describes{f' ({changes})' if changes else ''}: "
-                    "name that one with --teacher"
-                )
-    if stage is None or stage.name != "align":
-        return
+        if not record.is_file() or not source.folder.is_dir():
+            continue
+        _, hashes, _ = read_checksums(record)
+        if joint_hash(hashes) != joint_hash(teacher_checksums(source.folder)["sha256"]):
+            raise ValueError(f"{source.folder} is not the teacher that {record} describes: name that one with --teacher")
+
+
+def _check_embedding(
+    student: RadladsForCausalLM, teacher: RadladsForCausalLM, source: TeacherSource, folder: Path
+) -> None:
+    """Raise ValueError if the embedding, which aligning leaves as it is, is not the teacher's."""
     own, others = (model.model.embed_tokens.weight.bfloat16() for model in (student, teacher))
     if not torch.equal(own, others):
         raise ValueError(
