@@ -104,8 +104,8 @@ def costs(run: Run) -> list[str]:
         return gaps
     note = (
         "One sequence. State: computed from the model's sizes, keys and values in bf16, recurrent states in fp32. "
-        "The teacher's token is timed in this project's softmax layers, without a CUDA graph. × is the teacher's over the "
-        "student's."
+        "The teacher's token is timed in this project's softmax layers, without a CUDA graph. "
+        "× is the teacher's over the student's."
     )
     return [html.table(["", "teacher", "student", "×"], rows), html.paragraph(note, "note"), *gaps]
 
