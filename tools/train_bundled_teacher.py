@@ -22,7 +22,7 @@ from radlads.data.python_text import iter_documents
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from pretraining import build_optimizers, fast_tokenizer, qwen2_config, rate, update, windows
+from pretraining import autocast, build_optimizers, fast_tokenizer, qwen2_config, rate, update, windows
 from python_corpus import train_tokenizer
 
 
@@ -39,8 +39,8 @@ def heldout_nats(model, tokens: np.ndarray, *, context: int) -> float:
     """Summed negative log-likelihood of every token after the first, each seen with at least context/2 of context."""
     total, stride = 0.0, context // 2
     for start in range(0, len(tokens) - 1, stride):
-        window = torch.from_numpy(tokens[start : start + context + 1])[None]
-        with torch.autocast("cpu", torch.bfloat16):
+        window = torch.from_numpy(tokens[start : start + context + 1])[None].to(model.device)
+        with autocast(model.device.type):
             logits = model(window[:, :-1]).logits[0]
         losses = torch.nn.functional.cross_entropy(logits.float(), window[0, 1:], reduction="none")
         total += losses[0 if start == 0 else context - stride :].sum().item()
@@ -79,26 +79,27 @@ def train(args) -> None:
         rope_theta=1e4,
         end_of_text=tokenizer.eos_token_id,
     )
-    model = Qwen2ForCausalLM(config)
+    model = Qwen2ForCausalLM(config).to(args.device)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     optimizers = build_optimizers(model, args.lr)
     loss_of = torch.compile(next_token_loss, dynamic=False)
-    began, step, tokens_seen, seconds = time.monotonic(), 0, 0, args.minutes * 60
-    long_from = 0.75  # short sequences first; the last quarter of the time is for long ones
+    began, step, tokens_seen = time.monotonic(), 0, 0
+    long_from = 0.75  # short sequences first; the last quarter of the tokens is for long ones
     tokens_per_batch = args.batch * args.context
     batches = {
-        length: windows(torch.from_numpy(train_ids), length, tokens_per_batch // length, args.seed)
+        length: windows(torch.from_numpy(train_ids).to(args.device), length, tokens_per_batch // length, args.seed)
         for length in (args.short, args.context)
     }
-    while (elapsed := time.monotonic() - began) < seconds:
-        done = elapsed / seconds
+    while tokens_seen < args.tokens:
+        done = tokens_seen / args.tokens
         share = rate(done, step, warmup_steps=100)
         batch = next(batches[args.short if done < long_from else args.context])
         loss = loss_of(model, batch)
         update(model, optimizers, loss, args.lr * share)
         step, tokens_seen = step + 1, tokens_seen + batch[:, 1:].numel()
         if step % 50 == 0:
-            speed = tokens_seen / (time.monotonic() - began)
+            elapsed = time.monotonic() - began
+            speed = tokens_seen / elapsed
             print(f"{elapsed:6.0f}s step {step} loss {loss.item():.4f} rate {share:.3f} {speed:,.0f} tok/s", flush=True)
         if step % 500 == 0:
             _report(model.eval(), heldout_ids[:40_000], heldout_bytes * 40_000 / len(heldout_ids), args.context)
@@ -109,15 +110,15 @@ def train(args) -> None:
 
 
 def next_token_loss(model, batch):
-    """Mean cross-entropy of [B, T + 1] token ids, bf16 matrix products."""
-    with torch.autocast("cpu", torch.bfloat16):
+    """Mean cross-entropy of [B, T + 1] token ids; bf16 matrix products on a GPU."""
+    with autocast(batch.device.type):
         logits = model(batch[:, :-1], use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
 
 
 def save(model, tokenizer, out: Path) -> None:
     """Write weights in bf16, configuration and tokenizer."""
-    weights = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.to("cpu", torch.bfloat16) for name, tensor in model.state_dict().items()}
     model.save_pretrained(out, state_dict=weights)
     tokenizer.save_pretrained(out)
 
@@ -149,7 +150,8 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for weights, config, tokenizer and figures.json"
     )
-    parser.add_argument("--minutes", type=float, default=7.0, help="training time; the learning rate decays to its end")
+    parser.add_argument("--tokens", type=int, default=5_700_000, help="training tokens; the rate decays to their end")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--vocab-size", type=int, default=3072)
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--intermediate-size", type=int, default=832)
