@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[2] / "src"
 # A package imports only from packages before it
 ORDER = [
     *("console", "files", "checksums", "config", "data", "model", "checkpoint", "convert", "distill", "train"),
-    *("inference", "report", "evaluation", "recipes", "bench", "planning", "cli"),
+    *("inference", "report", "evaluation", "selection", "recipes", "bench", "planning", "cli"),
 ]
 MODEL_MAY_IMPORT = {"torch", "transformers", "triton", *sys.stdlib_module_names}
 ONE_DOOR = {

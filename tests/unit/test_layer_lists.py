@@ -3,7 +3,13 @@
 import pytest
 
 from radlads.config import ModelConfig, dump_config, load_config, parse_config
-from radlads.config.layer_lists import mixer_names, mixers_by_layer
+from radlads.config.layer_lists import (
+    mixer_names,
+    mixers_by_layer,
+    num_selected,
+    selectable_layers,
+    with_softmax_layers,
+)
 
 SHORT = {"rad_rwkv6": "6", "rad_rwkv7": "7", "qwen2": "s", "swiglu": "g", "own": "o"}
 
@@ -30,6 +36,7 @@ def spelt(model, num_layers=8):
         ({"tmix2": "rad_rwkv6", "inv_other_layer_ratio": 2}, "77776666"),
         ({"inv_other_layer_ratio": 3}, "777777ss"),
         ({"preserve_last_n_layers": 3}, "77777sss"),
+        ({"softmax_layers": "auto:3", "preserve_last_n_layers": 1}, "7777777s"),
         ({"preserve_last_n_layers": 8}, "ssssssss"),
         # Later ones win
         ({"tmix2": "rad_rwkv6", "inv_other_layer_ratio": 2, "preserve_last_n_layers": 1}, "7777666s"),
@@ -55,6 +62,15 @@ def test_channel_mixers_follow_positions_alone(keys, expected):
     assert spelt(ModelConfig(**keys)).split()[1] == expected
 
 
+def test_the_layers_that_are_selected_are_named_instead():
+    model = ModelConfig(softmax_layers="auto:2", preserve_last_n_layers=1, layer_mixers="3:rad_rwkv6")
+    assert num_selected(model) == 2
+    assert selectable_layers(model, 8) == [0, 1, 2, 4, 5, 6]
+    named = with_softmax_layers(model, [5, 1])
+    assert (named.softmax_layers, num_selected(named)) == ("1,5", 0)
+    assert spelt(named).split()[0] == "7s767s7s"
+
+
 FORMS = "write layers as 5, 3-6, every:4 or last:4, with commas between them"
 PAIRS = "write LAYERS:MIXER, as in 0-3:rad_rwkv6,every:4:qwen2"
 
@@ -68,6 +84,24 @@ PAIRS = "write LAYERS:MIXER, as in 0-3:rad_rwkv6,every:4:qwen2"
         ({"softmax_layers": "every:4,6-7"}, "model.softmax_layers names layer 7 twice: name each layer once"),
         ({"softmax_layers": "-1"}, f"model.softmax_layers has '-1': {FORMS}"),
         ({"softmax_layers": "5,"}, f"model.softmax_layers has '': {FORMS}"),
+        (
+            {"softmax_layers": "auto:8"},
+            "model.softmax_layers is auto:8, but only 8 of the 8 layers can be selected, and one of them must stay "
+            "recurrent: select fewer",
+        ),
+        (
+            {"softmax_layers": "auto:6", "preserve_last_n_layers": 1, "layer_mixers": "0-1:rad_rwkv6"},
+            "model.softmax_layers is auto:6, but only 5 of the 8 layers can be selected, and one of them must stay "
+            "recurrent: select fewer",
+        ),
+        (
+            {"softmax_layers": "auto:0"},
+            "model.softmax_layers is auto:0: give the number of layers to select, 1 or more",
+        ),
+        (
+            {"softmax_layers": "5,auto:1"},
+            "model.softmax_layers has 'auto:1': it stands alone, without other layers, in model.softmax_layers",
+        ),
         ({"softmax_layers": "all"}, f"model.softmax_layers has 'all': {FORMS}"),
         ({"softmax_layers": "6-3"}, f"model.softmax_layers has '6-3', which ends before it begins: {FORMS}"),
         (

@@ -95,6 +95,7 @@ def test_aligning_a_student_that_keeps_all_layers_is_refused(teacher, corpus_fol
     ("override", "message"),
     [
         ("model.softmax_layers=4", "model.softmax_layers names layer 4, but the layers are 0 to 3"),
+        ("model.softmax_layers=auto:4", "model.softmax_layers is auto:4, but only 4 of the 4 layers can be selected"),
         ("model.softmax_layers=every:1", "leave no mixer to align: name fewer layers"),
         ("model.mixer.windw=3", "windw is not a setting of rad_rwkv7: choose one of sink_tokens, window_tokens"),
         ("model.mixer.window_tokens=-3", "model.mixer.window_tokens must be 0 or more, not -3"),

@@ -1,6 +1,7 @@
 """What `radlads plan` predicts: peaks against those measured, laws of sharding, hours, and its sentences."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,6 +64,19 @@ def test_a_mixer_keeps_what_the_partitioner_kept(seven):
     assert mixer_kept(student, 1, wide=True) == 172_624
     shifted = open_shape("7b", mixer="rad_rwkv6", variant="balanced").student
     assert mixer_kept(shifted, 1, wide=False) == 198_784
+
+
+def test_layers_yet_to_be_selected_are_planned_as_any_from_distill_on(capsys):
+    named, auto = {"model.softmax_layers": "every:14"}, {"model.softmax_layers": "auto:2"}
+    assert open_shape("7b", overrides=auto).student.to_dict() == open_shape("7b", overrides=named).student.to_dict()
+    said = {}
+    for layers in ("auto:2", "every:12", ""):
+        assert main(["plan", "0.5b", "--set", f"model.softmax_layers={layers}"]) == 0
+        stages = re.split(r"\n(?=align|distill|extend)", capsys.readouterr().out)
+        said[layers] = {stage.split()[0]: stage for stage in stages[1:]}
+        assert ("align runs all layers" in stages[0]) == (layers == "auto:2")
+    assert said["auto:2"]["align"] == said[""]["align"] != said["every:12"]["align"]
+    assert said["auto:2"]["distill"] == said["every:12"]["distill"] != said[""]["distill"]
 
 
 def test_the_fullest_moment_is_the_one_expected(seven):

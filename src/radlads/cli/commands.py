@@ -136,6 +136,17 @@ def long_context(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def select(arguments: argparse.Namespace) -> int:
+    """Find the layers worth keeping as softmax."""
+    from radlads.console import Silent
+    from radlads.recipes.selecting import select_layers, sharing
+    from radlads.selection.command import select_of
+
+    request = select_of(arguments)
+    with sharing(request) as processes:
+        return print_lines(select_layers(request, Terminal() if processes.is_first else Silent(), processes))
+
+
 def report(arguments: argparse.Namespace) -> int:
     """Write a run's page and plots."""
     from radlads.report.page import PLOTS, write_page

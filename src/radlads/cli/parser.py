@@ -10,7 +10,7 @@ from radlads.cli import commands
 from radlads.cli.mixer_path import mixer_path_option
 
 # The commands, beside train and bench, to which any mixer may be named, by an option or a config.json
-_LOADING = ("demo", "generate", "chat", "serve", "eval", "longcontext", "report", "export", "plan", "mixers")
+_LOADING = ("demo", "generate", "chat", "serve", "eval", "longcontext", "select", "report", "export", "plan", "mixers")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -22,6 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     from radlads.inference.options import add_chat_options, add_generate_options, add_serve_options
     from radlads.planning.command import add_options as add_plan_options
     from radlads.recipes.command import add_demo_options, add_export_options, add_verify_options
+    from radlads.selection.command import add_options as add_select_options
 
     parser = argparse.ArgumentParser(
         prog="radlads", description="Turn softmax transformers into linear-attention decoders."
@@ -45,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("eval", commands.evaluate, add_eval_options, "score models on lm-eval's tasks, beside their teacher")
     what = "what a model keeps of long texts, and what they cost it"
     add("longcontext", commands.long_context, add_long_context_options, what)
+    add("select", commands.select, add_select_options, "which layers to keep as softmax, by swapping them back in")
     add("report", commands.report, _add_report_options, "one page on a conversion, with plots: RUN/report.html")
     add("export", commands.export, add_export_options, "write a finished model as a folder to publish, and upload it")
     what = "whether models and corpora are still what the hashes beside them say"

@@ -4,13 +4,15 @@ Leaves out what a name stands for: this knows no mixer.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from radlads.config.schema import GATED_MLP, SOFTMAX_MIXER, ModelConfig
 
 _SOFTMAX_LAYERS, _LAYER_MIXERS = "model.softmax_layers", "model.layer_mixers"
 _FORMS = "write layers as 5, 3-6, every:4 or last:4, with commas between them"
+_AUTO = re.compile(r"\s*auto:(\d+)\s*")
 
 
 class LayerMixers(NamedTuple):
@@ -25,15 +27,59 @@ def mixers_by_layer(model: ModelConfig, num_layers: int) -> LayerMixers:
 
     In this order, of which the later win: tmix and cmix; tmix2 and cmix2 in the last n / inv_other_layer_ratio layers;
     softmax attention and the gated MLP in the last preserve_last_n_layers; softmax_layers; layer_mixers. The last two
-    leave channel mixers as they are. Raises ValueError for a layer that does not exist or is named twice in one list,
-    for a list that cannot be read, and if more layers are to be preserved than there are.
+    leave channel mixers as they are. softmax_layers auto:K names no layer until K of them are selected
+    (with_softmax_layers). Raises ValueError for a layer that does not exist or is named twice in one list, for a list
+    that cannot be read, if more layers are to be preserved than there are, and for a K that leaves no layer.
     """
     time, channel = _by_position(model, num_layers)
-    for layer in layers_of(model.softmax_layers, num_layers, _SOFTMAX_LAYERS):
-        time[layer] = SOFTMAX_MIXER
+    if num_selected(model):
+        _check_selected(model, num_layers)
+    else:
+        for layer in layers_of(model.softmax_layers, num_layers, _SOFTMAX_LAYERS):
+            time[layer] = SOFTMAX_MIXER
     for layer, name in _named_layers(model.layer_mixers, num_layers).items():
         time[layer] = name
     return LayerMixers(time, channel)
+
+
+def num_selected(model: ModelConfig) -> int:
+    """K of softmax_layers auto:K, the number of layers to select after stage 1; 0 if the layers are named.
+
+    Raises ValueError for auto:0.
+    """
+    match = _AUTO.fullmatch(model.softmax_layers)
+    if match is None:
+        return 0
+    if int(match[1]) == 0:
+        raise ValueError(f"{_SOFTMAX_LAYERS} is auto:0: give the number of layers to select, 1 or more")
+    return int(match[1])
+
+
+def with_softmax_layers(model: ModelConfig, layers: Iterable[int]) -> ModelConfig:
+    """The section with these layers, and no others, as its softmax_layers."""
+    return replace(model, softmax_layers=",".join(map(str, sorted(layers))))
+
+
+def selectable_layers(model: ModelConfig, num_layers: int) -> list[int]:
+    """The layers that auto:K chooses from: those that softmax_layers would turn into softmax attention."""
+    every = with_softmax_layers(model, range(num_layers))
+    before, after = (mixers_by_layer(each, num_layers).time for each in (with_softmax_layers(model, ()), every))
+    return [layer for layer in range(num_layers) if before[layer] != after[layer]]
+
+
+def uniform_layers(layers: Sequence[int], number: int) -> tuple[int, ...]:
+    """So many of the layers at equal distances, the last one among them: of 8, two are 3 and 7, as every:4 names."""
+    return tuple(layers[(i + 1) * len(layers) // number - 1] for i in range(number))
+
+
+def _check_selected(model: ModelConfig, num_layers: int) -> None:
+    """Raise ValueError if auto:K asks for more layers than may be turned, or leaves no other."""
+    wanted, there = num_selected(model), len(selectable_layers(model, num_layers))
+    if wanted >= there:
+        raise ValueError(
+            f"{_SOFTMAX_LAYERS} is auto:{wanted}, but only {there} of the {num_layers} layers can be selected, and one "
+            "of them must stay recurrent: select fewer"
+        )
 
 
 def mixer_names(model: ModelConfig) -> set[str]:
@@ -96,6 +142,8 @@ def _named_layers(text: str, num_layers: int) -> dict[int, str]:
 def _layers_of_item(item: str, num_layers: int, key: str) -> range:
     if match := re.fullmatch(r"(every|last):(\d+)", item):
         return _counted(match[1], int(match[2]), num_layers, key)
+    if _AUTO.fullmatch(item):
+        raise ValueError(f"{key} has {item!r}: it stands alone, without other layers, in {_SOFTMAX_LAYERS}")
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", item)
     if match is None:
         raise ValueError(f"{key} has {item!r}: {_FORMS}")

@@ -98,7 +98,8 @@ class ModelConfig:
     """Number of layers at the end of the stack that keep the teacher's softmax attention."""
     softmax_layers: str = ""
     """Layers, counted from 0, that keep the teacher's softmax attention: 5,12 or 3-6; every:4 = the last of each four;
-    last:4. They win over tmix, tmix2 and preserve_last_n_layers. Files may give a list."""
+    last:4; auto:2 = the two that radlads select finds, which run as the other layers do until stage 2 begins. They win
+    over tmix, tmix2 and preserve_last_n_layers. Files may give a list."""
     layer_mixers: str = ""
     """Time mixers of single layers: 0-3:rad_rwkv6,12:qwen2, the layers written as in softmax_layers, over which this
     wins. Files may give a mapping."""

@@ -1,17 +1,14 @@
 """Weights without a config.json: what their shapes say of the model, and setting models up from them."""
 
-from collections import Counter
 from pathlib import Path
 
 from radlads.checkpoint.published import UsedWeights
-from radlads.checkpoint.strict_loading import load_strict
 from radlads.checkpoint.weights import EMBEDDING, HEAD, StoredWeights
 from radlads.config.schema import ModelConfig
-from radlads.convert.blueprint import Blueprint
+from radlads.convert.blueprint import Blueprint, blueprint_of
 from radlads.convert.hf_source import teacher_source
 from radlads.convert.student import student_blueprint, student_config
 from radlads.model.configuration import RadladsConfig
-from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.registry import SOFTMAX
 
 _LAYER = "model.layers.{}.self_attn.q_proj.weight"
@@ -58,12 +55,8 @@ def shape_of(weights: StoredWeights, model: ModelConfig, origin: Path) -> Radlad
 
 def student_of(weights: StoredWeights, shape: RadladsConfig, model: ModelConfig, origin: Path) -> Blueprint:
     """The student that an earlier stage left as these weights."""
-
-    def fill(student: RadladsForCausalLM) -> Counter:
-        load_strict(student, UsedWeights(weights, student.config), origin)
-        return Counter()
-
-    return Blueprint(student_config(shape, model), fill)
+    config = student_config(shape, model)
+    return blueprint_of(config, UsedWeights(weights, config), origin)
 
 
 def student_from_teacher(weights: StoredWeights, shape: RadladsConfig, model: ModelConfig, origin: Path) -> Blueprint:

@@ -7,7 +7,13 @@ from types import MappingProxyType
 
 from radlads.checkpoint.model_folder import read_config
 from radlads.checkpoint.named_models import NAMED_MODELS
-from radlads.config.layer_lists import mixer_names
+from radlads.config.layer_lists import (
+    mixer_names,
+    num_selected,
+    selectable_layers,
+    uniform_layers,
+    with_softmax_layers,
+)
 from radlads.config.load import load_config
 from radlads.config.schema import ModelConfig
 from radlads.convert.hf_source import SUPPORTED_ARCHITECTURES, locate, teacher_config
@@ -67,14 +73,19 @@ def open_shape(
     """Teacher and student of a size ("7b", "tiny"), a Hugging Face folder, a GGUF file or a named model.
 
     mixer: any that the registry finds. variant: see measured_variant. layers: instead of the teacher's. overrides: keys
-    of the model section, such as {"model.preserve_last_n_layers": 4}. Raises ValueError for an unknown name, mixer,
+    of the model section, such as {"model.preserve_last_n_layers": 4}; softmax_layers auto:K counts as K layers at equal
+    distances, for costs are the same whichever they are. Raises ValueError for an unknown name, mixer,
     variant or key, and for a folder that is no model we know.
     """
     if layers is not None and layers < 1:
         raise ValueError(f"--layers must be 1 or more, not {layers}")
     model = _student_model(mixer, variant, overrides)
     teacher = _with_layers(_teacher(name), layers)
-    return Shape(name=name, teacher=teacher, student=student_config(teacher, model))
+    student = student_config(teacher, model)
+    if number := num_selected(model):
+        layers_of_any = uniform_layers(selectable_layers(model, teacher.num_hidden_layers), number)
+        student = student_config(teacher, with_softmax_layers(model, layers_of_any))
+    return Shape(name=name, teacher=teacher, student=student)
 
 
 def measured_variant(mixer: str, variant: str | None) -> str | None:

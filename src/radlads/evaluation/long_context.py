@@ -2,10 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from radlads.checkpoint.manifest import versions
@@ -30,6 +27,7 @@ def measure_long_context(settings: LongContext, console: Console) -> dict[str, A
     from radlads.checkpoint.tokenizer_files import choose_tokenizer
     from radlads.convert.hf_source import locate, open_tokenizer
     from radlads.evaluation.models import model_config, notes_on, open_model
+    from radlads.evaluation.text_corpus import text_corpus
     from radlads.inference.generate import check_memory, choose_device
     from radlads.report.plots import long_context_charts
 
@@ -45,7 +43,7 @@ def measure_long_context(settings: LongContext, console: Console) -> dict[str, A
     vocab_size = min(config.vocab_size for config in configs.values())
     tokenizer_folder = choose_tokenizer(settings.tokenizer, *folders.values())
     tokenizer = open_tokenizer(tokenizer_folder, vocab_size)._tokenizer
-    with _corpus(settings, tokenizer, tokenizer_folder, vocab_size) as corpus:
+    with text_corpus(settings.text, tokenizer, tokenizer_folder, vocab_size) as corpus:
         _check_room(settings, tokenizer, corpus)
         for name, folder in folders.items():
             for line in (f"{name}: {folder}", *notes_on(folder)):
@@ -79,12 +77,13 @@ def _check_room(settings: LongContext, tokenizer: "Tokenizer", corpus: "BinIdxRe
 
 def _head(settings: LongContext, device: "torch.device", dtype: "torch.dtype") -> dict[str, Any]:
     from radlads.evaluation.retrieval import TASKS
+    from radlads.evaluation.text_corpus import HELDOUT_SOURCES
 
     return {
         "settings": {
             "num_samples": settings.num_samples,
             "seed": settings.seed,
-            "text": "held-out sources of the running Python" if settings.text is None else str(settings.text),
+            "text": HELDOUT_SOURCES if settings.text is None else str(settings.text),
             "device": _device_name(device),
             "dtype": str(dtype).removeprefix("torch."),
             "tasks": {name: asdict(TASKS[name]) for name in settings.parts if name in TASKS},
@@ -184,37 +183,3 @@ def position_edges(context_tokens: int) -> list[int]:
     while (edge := max(FIRST_EDGE, 2 * edges[-1])) < context_tokens:
         edges.append(edge)
     return [*edges, context_tokens]
-
-
-@contextmanager
-def _corpus(
-    settings: LongContext, tokenizer: "Tokenizer", tokenizer_folder: Path, vocab_size: int
-) -> Iterator["BinIdxReader"]:
-    """The text's tokens; a plain text is tokenised into a folder that ends with the measurement."""
-    from radlads.convert.hf_source import end_of_text_id
-    from radlads.data.binidx import BinIdxReader
-    from radlads.data.build import build_binidx
-    from radlads.data.loader import check_vocabulary
-    from radlads.data.python_text import iter_documents
-
-    text = settings.text
-    if text is not None and (text.suffix in (".bin", ".idx") or text.with_name(f"{text.name}.idx").is_file()):
-        reader = BinIdxReader(text)
-        check_vocabulary(reader, vocab_size, f"{reader.path_stem}.bin")
-        yield reader
-        return
-    documents = [_text_of(text)] if text is not None else (text for _, text in iter_documents("heldout"))
-    with TemporaryDirectory() as folder:
-        stem, eos = Path(folder) / "text", end_of_text_id(tokenizer_folder, tokenizer)
-        build_binidx(documents, tokenizer, stem, vocab_size=vocab_size, eos_token_id=eos)
-        yield BinIdxReader(stem)
-
-
-def _text_of(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: give a text file, or a .bin/.idx pair") from error
-    if not text:
-        raise ValueError(f"{path} is empty: give another --text")
-    return text

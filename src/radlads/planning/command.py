@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
 
-from radlads.config.schema import Stage
+from radlads.config.schema import ModelConfig, Stage
 from radlads.planning.machines import Machine
 from radlads.recipes.command import add_model_options, overrides_of
 from radlads.train.engines.table import ENGINES, engine_class, is_users
@@ -61,17 +61,22 @@ def plan_lines(arguments: argparse.Namespace) -> Iterator[str]:
     from radlads.planning.models import Models
     from radlads.planning.plan import plan_stage
 
-    models = Models.of(
-        open_shape(arguments.size, mixer=arguments.mixer, variant=arguments.variant, overrides=overrides_of(arguments))
+    overrides = overrides_of(arguments)
+    models, *aligned = (
+        Models.of(open_shape(arguments.size, mixer=arguments.mixer, variant=arguments.variant, overrides=each))
+        for each in (overrides, *_before_selection(overrides))
     )
     _check_aligned(models, requests)
     measured = Models.of(open_shape("7b"))
-    planned = [_Planned(request, plan_stage(models, measured, request)) for request in requests]
+    of_stage = {"align": aligned[0]} if aligned else {}
+    planned = [_Planned(each, plan_stage(of_stage.get(each.stage, models), measured, each)) for each in requests]
     yield (
         f"{arguments.size} ({models.student.total / 1e9:.2f}B parameters, teacher {models.teacher.total / 1e9:.2f}B) "
         f"on {machine}, {arguments.mixer}, precision {arguments.precision}; GB are 1e9 bytes"
     )
     yield from _stack_lines(models.shape.student)
+    if aligned:
+        yield f"{overrides['model.softmax_layers']}: align runs all layers; from distill on, as if those above were found"
     for each in planned:
         yield from _stage_lines(each, arguments.price)
     if len(planned) > 1:
@@ -105,6 +110,14 @@ def _requests(arguments: argparse.Namespace) -> "list[Request]":
         )
         for stage in (STAGES if arguments.stage == "all" else (arguments.stage,))
     ]
+
+
+def _before_selection(overrides: "dict[str, str]") -> "list[dict[str, str]]":
+    """The keys of the student that is aligned, if its softmax layers are selected only then."""
+    from radlads.config.layer_lists import num_selected
+
+    text = overrides.get("model.softmax_layers", "")
+    return [overrides | {"model.softmax_layers": ""}] if num_selected(ModelConfig(softmax_layers=text)) else []
 
 
 def _check_aligned(models: "Models", requests: "list[Request]") -> None:

@@ -32,6 +32,7 @@ from radlads.files import read_json, write_text
 from radlads.inference.generate import Sampling, decode_ms, stream_text
 from radlads.model.configuration import RadladsConfig, state_bytes
 from radlads.model.modeling import RadladsForCausalLM
+from radlads.recipes.auto_layers import select_in_conversion
 from radlads.recipes.conversion_folder import (
     SPLITS,
     SUMMARY,
@@ -123,6 +124,8 @@ def _convert(
     parent, kept = f"setup of {source.folder.name}", False
     for number, stage in enumerate(STAGES, start=1):
         folder = out / f"{number}-{stage}"
+        if stage == "distill":
+            configs, student = select_in_conversion(configs, student, teacher, out, console)
         student, was_kept = _run_or_reuse(configs[stage], student, teacher, folder, parent, console)
         kept |= was_kept
         manifest = read_manifest(folder)

@@ -53,7 +53,7 @@ def find_source(run: Path, teacher: str | None) -> Source:
     read_manifest(folder)
     (last,) = read_run(folder).stages
     stages = [*_ancestors(last), last]
-    name = teacher or next((name for name in map(_teacher_of, reversed(stages)) if name), None)
+    name = teacher or _teacher_named_by(stages)
     if name is None:
         raise ValueError(f"{run} does not say who its teacher was: name its folder with --teacher")
     measured = read_measurements(run)
@@ -70,6 +70,16 @@ def _last_stage(run: Path) -> Path:
     if (run / MARKER).is_file():
         raise ValueError(f"{run} is an unfinished conversion: start it again, or export one of its stages' folders")
     raise ValueError(f"{run} is no run: name the folder of a conversion, of a finished stage, or of a model")
+
+
+def teacher_named_in(folder: Path) -> str | None:
+    """The teacher that a stage's folder, or one of the stages before it, names. Raises ValueError as read_run."""
+    (last,) = read_run(folder).stages
+    return _teacher_named_by([*_ancestors(last), last])
+
+
+def _teacher_named_by(stages: list[Stage]) -> str | None:
+    return next((name for name in map(_teacher_of, reversed(stages)) if name), None)
 
 
 def _existing_teacher(name: str, *, named: bool) -> Path:

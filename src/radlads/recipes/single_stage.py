@@ -32,6 +32,7 @@ from radlads.convert.student import layer_mixers, student_blueprint, teacher_blu
 from radlads.model.configuration import RadladsConfig
 from radlads.model.mixer_settings import settings_by_mixer, settings_from
 from radlads.model.registry import mixer_class, name_mixers
+from radlads.recipes.auto_layers import before_layers, is_without_layers, named_where_kept, with_layers
 from radlads.train.corpora.samples import open_corpora
 from radlads.train.fit import StageResult, run_stage
 from radlads.train.hardware import check_hardware
@@ -61,17 +62,26 @@ def train_stage(config: Config, console: Console, processes: Processes = ALONE) 
     source = _teacher(config, teacher_path) if teacher_path else None
     teacher = None if source is None else teacher_blueprint(source)
     student, origin_of = _starting_student(config, teacher_path)
-    check_student(config, student.config, None if teacher is None else teacher.config)
+    config = named_where_kept(config, student.config)
+    gets_layers = is_without_layers(config, student.config)
+    as_loaded = before_layers(config) if gets_layers else config
+    check_student(as_loaded, student.config, None if teacher is None else teacher.config)
     folder = run_folder(config, student.config)
     processes.from_first(lambda: check_new(folder))
     check_hardware(train)
+    notes: Mapping[str, str] = {}
+    if gets_layers:
+        kept = with_layers(config, student, source, folder, console, processes)
+        config, student, notes = kept.config, kept.student, kept.notes
     models = build_models(config, student, teacher, processes)
     origin = origin_of()
     parent = f"{origin} ({_listed(models.ways)})" if models.ways else origin
     for note in () if source is None else source.notes:
         console.line(note)
     console.line(f"{stage_of(train)}: from {parent} to {folder}")
-    return run_stage(config, models.student, models.teacher, folder, console, parent=parent, processes=processes)
+    return run_stage(
+        config, models.student, models.teacher, folder, console, parent=parent, processes=processes, notes=notes
+    )
 
 
 def _with_teacher(config: Config) -> Config:

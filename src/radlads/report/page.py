@@ -11,6 +11,7 @@ from radlads.report.charts import Chart
 from radlads.report.plots import STEPS, conversion_charts, long_context_charts
 from radlads.report.run_facts import by_position, measured_models, mixers, run_versions, teacher_name
 from radlads.report.run_folder import Run, Stage, by_name, read_run
+from radlads.report.selection import selection_charts, softmax_layers
 from radlads.report.wording import NOT_MEASURED, NOT_RECORDED, number_text, ratio_text
 
 PAGE = "report.html"
@@ -26,7 +27,7 @@ def write_page(folder: Path) -> Path:
     after = long_context_charts(measured_models(run))
     plots = folder / PLOTS
     plots.mkdir(exist_ok=True)
-    for chart in [*before, *after]:
+    for chart in [*before, *after, *selection_charts(run.selection)]:
         chart.save_png(plots)
     style = (files("radlads.report") / "page.css").read_text(encoding="utf-8")
     write_text(folder / PAGE, html.page(_title(run), style, _body(run, before, after)))
@@ -48,6 +49,7 @@ def _body(run: Run, before: Sequence[Chart], after: Sequence[Chart]) -> list[str
     retrieval = [chart for chart in after if chart.name.startswith(("passkey", "needle"))]
     position = [chart for chart in after if chart.name == "loss-by-position"]
     costs = [chart for chart in after if chart.name.startswith("cost-")]
+    selected = softmax_layers(run)
     return [
         f"<header>\n<h1>{escape(_title(run))}</h1>",
         html.paragraph(_origin(run), "lead"),
@@ -55,6 +57,7 @@ def _body(run: Run, before: Sequence[Chart], after: Sequence[Chart]) -> list[str
         html.section("What was converted", html.facts(training_sections.conversion(run))),
         html.section("Recipe and budget", training_sections.recipe(run)),
         html.section("Training", *html.with_gaps(html.charts(losses), training_sections.gaps_in_training(run))),
+        *([html.section("Layers kept as softmax", *selected)] if selected else []),
         html.section("Teacher and student on held-out text", training_sections.heldout(run, before)),
         html.section("Tasks", evaluation_sections.tasks(run)),
         html.section(

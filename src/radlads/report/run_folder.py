@@ -19,6 +19,7 @@ from radlads.files import read_json
 SUMMARY = "summary.json"
 EVALUATION = "eval.json"
 LONG_CONTEXT = Path("longcontext") / "longcontext.json"
+SELECTION = "layers.json"
 EXPORT = "hf"
 _CELL = ("length_tokens", "depth", "num_right", "num_samples")
 _LONG_CONTEXT_COLUMNS = {
@@ -63,6 +64,7 @@ class Measurements:
     summary: Mapping[str, Any] | None
     evaluation: Mapping[str, Any] | None
     long_context: Mapping[str, Any] | None
+    selection: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +109,7 @@ def read_run(folder: Path) -> Run:
     stages = sorted((_read_stage(path) for path in _stage_folders(folder)), key=_place)
     if not stages:
         raise ValueError(f"{folder} holds no finished stage: name the folder of a conversion, or one of stage folders")
-    measured = read_measurements(folder)
+    measured, folders = read_measurements(folder), [stage.folder for stage in reversed(stages)]
     return Run(
         folder=folder,
         stages=stages,
@@ -115,6 +117,7 @@ def read_run(folder: Path) -> Run:
         summary=measured.summary,
         evaluation=measured.evaluation,
         long_context=measured.long_context,
+        selection=next((each for each in map(_selection_in, (folder, *folders)) if each), None),
     )
 
 
@@ -124,7 +127,13 @@ def read_measurements(folder: Path) -> Measurements:
         summary=_checked(folder / SUMMARY, _check_summary),
         evaluation=_checked(folder / EVALUATION, _check_evaluation),
         long_context=_checked(folder / LONG_CONTEXT, _check_long_context),
+        selection=_selection_in(folder),
     )
+
+
+def _selection_in(folder: Path) -> Mapping[str, Any] | None:
+    """What radlads select found, or the selection that a stage began with."""
+    return _checked(folder / SELECTION, _check_selection)
 
 
 def _checked(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[str, Any] | None:
@@ -133,7 +142,7 @@ def _checked(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[str, A
     try:
         if content is not None:
             check(content)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} lacks {error} or is of another version: measure again, or remove it") from error
     return content
 
@@ -156,6 +165,15 @@ def _check_long_context(results: dict[str, Any]) -> None:
         for part, columns in _LONG_CONTEXT_COLUMNS.items():
             for row in model.get(part, ()):
                 _need(row, *columns)
+
+
+def _check_selection(record: dict[str, Any]) -> None:
+    _need(record, "layers", "text")
+    by = record["by"]
+    for row in (*record["curve"], *record["uniform"]):
+        _need(row, "layers", by)
+    for values in record["rounds"][0]["values"].values():
+        _need(values, by)
 
 
 def _need(row: dict[str, Any], *columns: str) -> None:

@@ -1,10 +1,11 @@
 """Running one stage from a student in memory to a finished stage folder."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import lightning as L
@@ -20,6 +21,7 @@ from radlads.data.loader import MixedSamples, TokenSamples
 from radlads.distill.heldout import Heldout
 from radlads.distill.logits import build_stage
 from radlads.distill.stage import Stage
+from radlads.files import write_text
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.train.callbacks import HeldoutCallback, Progress
 from radlads.train.checkpointing import Checkpointing
@@ -91,17 +93,18 @@ def run_stage(
     parent: str,
     recipe: str = "",
     processes: Processes = ALONE,
+    notes: Mapping[str, str] = MappingProxyType({}),
 ) -> StageResult:
     """Train `student` in place by the stage `config` describes and write the finished stage to `folder`.
 
     `parent` says what the student started from, `recipe` fingerprints all that decides the result; both go into the
-    manifest. An unfinished run of the same stage is gone on with, exactly, at its newest checkpoint
-    (checkpoints/resume.py). Under bf16-true both models are in bf16 from then on, and so is the folder. Of several
-    `processes` all have to call this, with models that build_models made for them; the first writes, and under some
-    engines the teacher is of no further use. Raises ValueError if the folder exists, holds another unfinished run, or
-    is in use, the data does not fit, the stage lacks its teacher, the loss is not finite, or the GPU's memory is too
-    small; the folder then stays `NAME.partial`. Raises Stopped, a SystemExit, after a checkpoint if a signal asks for
-    it.
+    manifest. `notes` are texts to keep in the folder, by file name. An unfinished run of the same stage is gone on
+    with, exactly, at its newest checkpoint (checkpoints/resume.py). Under bf16-true both models are in bf16 from then
+    on, and so is the folder. Of several `processes` all have to call this, with models that build_models made for them;
+    the first writes, and under some engines the teacher is of no further use. Raises ValueError if the folder exists,
+    holds another unfinished run, or is in use, the data does not fit, the stage lacks its teacher, the loss is not
+    finite, or the GPU's memory is too small; the folder then stays `NAME.partial`. Raises Stopped, a SystemExit, after
+    a checkpoint if a signal asks for it.
     """
     work = _prepared(config, student, teacher, processes)
     with StopRequests(alone=processes.size == 1) as stop:
@@ -111,6 +114,9 @@ def run_stage(
         with ExitStack() as opened:
             partial = processes.from_first(lambda: opened.enter_context(unfinished_folder(folder, keep_earlier=True)))
             begin = processes.from_first(lambda: first_checkpoint(config.train.resume, partial, work.identity, console))
+            if processes.is_first:
+                for name, text in notes.items():
+                    write_text(partial / name, text)
             run = _Run(work, module, partial, console, begin, _begin(begin, module, partial, console))
             seconds, heldout = _fit(run)
             facts = {"stage": work.stage.name, "parent": parent, "recipe": recipe, "tokens": module.tokens_done}

@@ -52,8 +52,10 @@ _MAY_CHANGE = frozenset(
 """What may be another value than the checkpoint's where the user names it: neither data nor schedule shift by it."""
 
 
+SELECTION = "layers.json"
+"""What a stage that selects its softmax layers has found, in its folder."""
 STAGE_FILES = (
-    *("config.yaml", "config.json", "model*.safetensors", "model.safetensors.index.json", MANIFEST),
+    *("config.yaml", SELECTION, "config.json", "model*.safetensors", "model.safetensors.index.json", MANIFEST),
     *(
         METRICS,
         SPEED,

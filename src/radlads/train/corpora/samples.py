@@ -73,15 +73,29 @@ def open_heldout(train: TrainConfig) -> BinIdxReader | None:
 
 def heldout_batches(config: Config, vocab_size: int) -> Iterable[torch.Tensor] | None:
     """Batches of held-out windows, or None if the configuration names no held-out tokens."""
-    train, context = config.train, config.model.ctx_len
-    if not _holds_out(train):
+    if not _holds_out(config.train):
         return None
-    reader = open_heldout(train) or _one_corpus(train.data_file)
+    reader = open_heldout(config.train) or _one_corpus(config.train.data_file)
+    windows = _heldout_windows(config, reader, vocab_size)
+    return DataLoader(WatchedCorpora(windows, [reader]), batch_size=config.train.micro_bsz)
+
+
+def selection_windows(config: Config, vocab_size: int) -> tuple[HeldoutWindows, str]:
+    """The windows that layers are selected on, as many tokens as are held out, and what they are: the held-out ones, or
+    without such the first of the training text."""
+    train = config.train
+    if _holds_out(train):
+        reader = open_heldout(train) or _one_corpus(train.data_file)
+        return _heldout_windows(config, reader, vocab_size), f"held-out text of {reader.path_stem}.bin"
+    reader, _ = open_corpora(train)[0]
+    return _heldout_windows(config, reader, vocab_size), f"the start of the training text, {reader.path_stem}.bin"
+
+
+def _heldout_windows(config: Config, reader: BinIdxReader, vocab_size: int) -> HeldoutWindows:
+    train, context = config.train, config.model.ctx_len
     check_vocabulary(reader, vocab_size, f"{reader.path_stem}.bin")
     first = _tail_start(reader, train.heldout_tail_tokens) if train.heldout_tail_tokens else 0
-    heldout = TokenSpan(reader, first, reader.num_tokens)
-    windows = HeldoutWindows(heldout, context, max(train.heldout_tokens, context))
-    return DataLoader(WatchedCorpora(windows, [reader]), batch_size=train.micro_bsz)
+    return HeldoutWindows(TokenSpan(reader, first, reader.num_tokens), context, max(train.heldout_tokens, context))
 
 
 def runs_teacher(config: Config) -> bool:

@@ -1,0 +1,1 @@
+"""Which layers of a student are worth keeping as softmax attention: found by swapping, without training."""
