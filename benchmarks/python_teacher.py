@@ -27,8 +27,10 @@ _REPORT_EVERY_S = 10
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherPlan:
-    """Shape and training. tokens: the budget, or 0 to train for `seconds`, compiling included. key_value_heads: 0 = half
-    the heads."""
+    """Shape and training. tokens: the budget, or 0 to train for `seconds`, compiling included.
+
+    key_value_heads: 0 = half the heads.
+    """
 
     vocab_size: int
     hidden_size: int
