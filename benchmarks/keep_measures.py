@@ -81,7 +81,8 @@ def _named(means: torch.Tensor) -> dict[str, float]:
 def needle(
     model: RadladsForCausalLM, tokenizer: Tokenizer, text: BinIdxReader, *, lengths: Sequence[int], samples: int
 ) -> dict[str, Any]:
-    """The share of needles that greedy decoding finds, of all prompts and by length and depth. Nothing is generated."""
+    """The share of needles that greedy decoding finds, of all prompts and by length and depth, and the answers' loss in
+    nats per token. Nothing is generated."""
     writer, cells = PromptWriter("needle", tokenizer, text.tokens), []
     for length in lengths:
         for depth in DEPTHS:
@@ -91,16 +92,17 @@ def needle(
                 batch.sums(model.model(batch.tokens, use_cache=False).last_hidden_state)
                 for batch in probe.asked(model, model)
             ]
-            share = probe.values(torch.stack(sums).sum(0))["needle"]
-            cells.append({"length_tokens": length, "depth": depth, "share": share, "num_samples": samples})
-    return {"needle": statistics.mean(cell["share"] for cell in cells), "needle_cells": cells}
+            values = probe.values(torch.stack(sums).sum(0))
+            cells.append({"length_tokens": length, "depth": depth, "num_samples": samples} | dict(values))
+    means = {name: statistics.mean(cell[name] for cell in cells) for name in ("needle", "answer_loss")}
+    return means | {"needle_cells": cells}
 
 
 def mean_of(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The mean of several measurements of the same form: of seeds, or of kinds of text; None where one has none."""
     first = measured[0]
     means: dict[str, Any] = {}
-    for name in ("loss", "kl", "kl_recalled", "kl_rest", "recalled_share", "top1", "needle"):
+    for name in ("loss", "kl", "kl_recalled", "kl_rest", "recalled_share", "top1", "needle", "answer_loss"):
         if name in first:
             values = [each[name] for each in measured]
             means[name] = None if None in values else statistics.mean(values)

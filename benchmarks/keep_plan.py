@@ -1,7 +1,7 @@
 """Every number of benchmarks/keep_the_teacher.py, each an option of it, and the students that it compares."""
 
 import re
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from conversion_runs import knob
@@ -107,7 +107,7 @@ class Row:
 
     share: of the full budgets. kept_of: of so many layers one is kept as softmax, 0 = none; by: what they are selected
     by, kl or recalled; layers: which ones instead, as model.softmax_layers names them. mixer_lr: stage 2's, for the
-    mixers. warmup: the share of stage 2's steps. keys: configuration keys of both stages.
+    mixers. warmup: the share of stage 2's steps. keys: configuration keys of both stages, with values.
     """
 
     name: str
@@ -121,7 +121,7 @@ class Row:
     distill_lr: float = 3e-4
     mixer_lr: float = 3e-4
     warmup: float = 0.025
-    keys: dict[str, str] = field(default_factory=dict)
+    keys: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if self.by not in ("kl", "recalled"):
@@ -181,7 +181,7 @@ def parse_row(text: str, plan: Plan) -> Row:
             changed[name] = known[name](value)
         except ValueError:
             raise ValueError(f"row {text!r} has {part!r}, whose value is no {known[name].__name__}") from None
-    row = replace(rows[base], **changed, keys=keys)
+    row = replace(rows[base], **changed, keys=tuple(keys.items()))
     if rows[base].share and not 0 < row.share <= 1:
         raise ValueError(f"row {text!r} has share={row.share}: give a share above 0 and up to 1")
     return row

@@ -192,7 +192,7 @@ def stage_config(work: Work, row: Row, seed: int, stage: str, layers: list[int])
     }
     if row.window_tokens:
         keys |= {"model.mixer.window_tokens": row.window_tokens, "model.mixer.sink_tokens": row.sink_tokens}
-    return load_config([MIXER], keys | row.keys | dict(work.overrides))
+    return load_config([MIXER], keys | dict(row.keys) | dict(work.overrides))
 
 
 def kept_layers(work: Work, row: Row, aligned: RadladsForCausalLM) -> list[int]:
