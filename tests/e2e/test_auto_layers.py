@@ -190,6 +190,13 @@ def test_layers_that_are_named_otherwise_are_not_selected(teacher, corpus_folder
     assert set(values) == {"1", "2"}
 
 
+def test_layers_that_are_softmax_already_are_not_selected(teacher, corpus_folder, tmp_path):
+    keys = {"model.tmix2": "qwen3", "model.inv_other_layer_ratio": 3}
+    aligned = train_stage(stage(teacher, corpus_folder, tmp_path, "align", "auto:1", **keys), tiny.Silent()).folder
+    folder, _ = run(teacher, corpus_folder, tmp_path, "distill", "auto:1", aligned, **keys)
+    assert set(json.loads((folder / "layers.json").read_text())["rounds"][0]["values"]) == {"0", "1"}
+
+
 # Whole conversions and several processes
 
 SMALL = ["--set", "model.ctx_len=32", "--set", "train.my_exit_tokens=1280", "--set", "train.micro_bsz=4"]

@@ -181,7 +181,7 @@ def test_another_teacher_than_the_conversions_is_refused(run, teacher, tmp_path,
     capsys.readouterr()
     said = failing(capsys, run, "--teacher", copy)
     record = run.parent / "teacher.checksums.json"
-    assert said == f"{copy} is not the teacher that {record} describes: name that one with --teacher"
+    assert said == f"{copy} is not the teacher that {record} describes: give that one as --teacher"
 
 
 def test_a_teacher_of_other_sizes_is_refused(run, tmp_path, capsys):

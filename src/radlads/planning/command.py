@@ -76,7 +76,7 @@ def plan_lines(arguments: argparse.Namespace) -> Iterator[str]:
     )
     yield from _stack_lines(models.shape.student)
     if aligned:
-        yield f"{overrides['model.softmax_layers']}: align runs all layers; from distill on, as if those above were found"
+        yield f"{overrides['model.softmax_layers']}: align runs all layers; from distill on, as if these were found"
     for each in planned:
         yield from _stage_lines(each, arguments.price)
     if len(planned) > 1:

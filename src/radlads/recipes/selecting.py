@@ -233,7 +233,7 @@ def _check_recorded(source: TeacherSource, folder: Path) -> None:
             continue
         _, hashes, _ = read_checksums(record)
         if joint_hash(hashes) != joint_hash(teacher_checksums(source.folder)["sha256"]):
-            raise ValueError(f"{source.folder} is not the teacher that {record} describes: name that one with --teacher")
+            raise ValueError(f"{source.folder} is not the teacher that {record} describes: give that one as --teacher")
 
 
 def _check_embedding(
