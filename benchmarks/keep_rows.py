@@ -135,14 +135,8 @@ def align(work: Work, row: Row, seed: int) -> RadladsForCausalLM:
 
 
 def distill(work: Work, row: Row, seed: int, aligned: RadladsForCausalLM, layers: list[int]) -> RadladsForCausalLM:
-    """A row's student after stage 2, with the teacher's attention in these layers from its start on."""
-
-    def begin() -> RadladsForCausalLM:
-        if layers:
-            return kept_student(aligned, work.teacher, layers)
-        return load_model(work.row_folder(row, seed) / "align").to(work.device)  # type: ignore[arg-type]
-
-    return trained(work, row, seed, "distill", begin, layers, "align")
+    """A row's student after stage 2, with the teacher's attention in these layers; `aligned` stays as it is."""
+    return trained(work, row, seed, "distill", lambda: kept_student(aligned, work.teacher, layers), layers, "align")
 
 
 def trained(
@@ -156,11 +150,10 @@ def trained(
 ) -> RadladsForCausalLM:
     """The student of a finished stage; the stage is run, from `begin` or its last checkpoint, if it is not finished."""
     folder = work.row_folder(row, seed) / stage
-    if (folder / MANIFEST).is_file():
-        return load_model(folder).to(work.device)  # type: ignore[arg-type]
-    student = begin()
-    run_stage(stage_config(work, row, seed, stage, layers), student, work.teacher, folder, work.console, parent=parent)
-    return student.to(work.device)  # type: ignore[arg-type]
+    if not (folder / MANIFEST).is_file():
+        config = stage_config(work, row, seed, stage, layers)
+        run_stage(config, begin(), work.teacher, folder, work.console, parent=parent)
+    return load_model(folder).to(work.device)  # type: ignore[arg-type]
 
 
 def stage_config(work: Work, row: Row, seed: int, stage: str, layers: list[int]) -> Config:

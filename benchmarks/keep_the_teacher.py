@@ -26,6 +26,7 @@ its models. One that fails is told of, and the others go on. DIR/keep_the_teache
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -133,6 +134,8 @@ def run_jobs(work: Work, jobs: Sequence[Job], arguments: argparse.Namespace) -> 
     """Measure every student, several at a time, and write each row as it is finished; those that failed."""
     if not arguments.jobs:
         return [job for job in jobs if not _alone(work, job, arguments)]
+    # Else the students' processes would outlive this one; so they write a checkpoint and end
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     waiting, running, failed = list(jobs), dict[Job, subprocess.Popen[bytes]](), list[Job]()
     began = {}
     try:

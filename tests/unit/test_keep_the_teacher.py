@@ -1,7 +1,10 @@
 """keep_the_teacher.py in small: its rows, where it goes on, a row that fails; the ablations and the changed rows."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
 import sysconfig
 from itertools import product
@@ -114,6 +117,21 @@ def test_a_student_that_fails_is_told_of_and_the_others_go_on(finished, capsys):
     assert f"failed: {failing}, seed 1337" in told
     rows = rows_in(command)
     assert "window_untrained" in rows and failing not in rows
+
+
+@pytest.mark.slow
+def test_who_is_told_to_end_ends_the_students_processes(finished, monkeypatch):
+    command, _ = finished
+    process = subprocess.Popen(["sleep", "60"])
+    monkeypatch.setattr(keep_the_teacher, "_started", lambda *_: process)
+    monkeypatch.setattr(keep_the_teacher.time, "sleep", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            keep_the_teacher.main([*command, "--jobs", "1", "--rows", "kept_third"])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (stop.value.code, process.poll()) == (143, -signal.SIGTERM)
 
 
 @pytest.mark.slow
