@@ -93,10 +93,13 @@ def table(rows: Mapping[str, Any]) -> Iterator[str]:
             f"{_number(shares['needle_of_teacher'], 11)}  {kept}"
         )
     for goal in GOALS:
-        share, sign = share_of(rows.get(goal.row), rows.get(goal.other), goal.value), ">=" if goal.at_least else "<="
+        row, other, sign = rows.get(goal.row), rows.get(goal.other), ">=" if goal.at_least else "<="
+        share = share_of(row, other, goal.value)
         told = f"{goal.row} {goal.value} / {goal.other} {sign} {goal.bound}"
-        if share is None:
+        if row is None or other is None:
             yield f"{told}: not measured"
+        elif share is None:
+            yield f"{told}: undecided, as {goal.other}'s {goal.value} is {other[goal.value] or 0:.0f}"
         else:
             reached = share >= goal.bound if goal.at_least else share <= goal.bound
             yield f"{told}: {share:.3f}, {'reached' if reached else 'missed'}"

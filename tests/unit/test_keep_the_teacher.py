@@ -252,3 +252,5 @@ def test_goals_are_shares_of_the_paper_and_of_the_teacher():
     assert kl == "window_kept_third kl / paper <= 0.15: 0.100, reached"
     assert recalled == "window_kept_third kl_recalled / paper <= 0.12: 1.000, missed"
     assert needle == "window_kept_third needle / teacher >= 0.9: 0.890, missed"
+    *_, needle = keep_results.table(rows | {"teacher": row(kl=0, needle=0.0)})
+    assert needle == "window_kept_third needle / teacher >= 0.9: undecided, as teacher's needle is 0"
