@@ -108,6 +108,25 @@ def test_a_row_goes_on_after_its_last_finished_stage(finished, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_row_goes_on_after_its_last_measurement(finished, monkeypatch):
+    command, _ = finished
+    path = Path(command[-1]) / "python" / "window_third-seed-1337" / "result.json"
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps({name: found[name] for name in found if name not in ("seconds", "no_recurrence")}))
+    agreement, measured = keep_rows.agreement, []
+
+    def noted(model, *arguments, **keywords):
+        measured.append(model)
+        return agreement(model, *arguments, **keywords)
+
+    monkeypatch.setattr(keep_rows, "agreement", noted)
+    assert keep_the_teacher.main([*command, "--jobs", "0", "--rows", "window_third"]) == 0
+    (ablated,) = measured
+    assert not any(block.self_attn.recurrent_scale.any() for block in ablated.model.layers)
+    assert json.loads(path.read_text())["model"] == found["model"]
+
+
+@pytest.mark.slow
 def test_a_student_that_fails_is_told_of_and_the_others_go_on(finished, capsys):
     command, _ = finished
     failing = "paper:model.gate_rank_type=nothing"
