@@ -78,8 +78,9 @@ def share_of(row: Mapping[str, Any] | None, other: Mapping[str, Any] | None, val
 
 def table(rows: Mapping[str, Any]) -> Iterator[str]:
     """A line for each row, and one for each goal."""
+    width = max((len(name) for name in rows), default=0) + 1
     yield (
-        f"{'':44}{'tokens':>7}{'loss':>8}{'KL':>8}{'recalled':>10}{'rest':>8}{'top-1':>8}{'needle':>8}"
+        f"{'':{width}}{'tokens':>7}{'loss':>8}{'KL':>8}{'recalled':>10}{'rest':>8}{'top-1':>8}{'needle':>8}"
         f"{'KL/paper':>10}{'rec./paper':>12}{'needle/t.':>11}  kept"
     )
     for name in sorted(rows, key=_place):
@@ -87,7 +88,7 @@ def table(rows: Mapping[str, Any]) -> Iterator[str]:
         shares = row["ratios"]
         kept = "; ".join(dict.fromkeys(",".join(map(str, layers)) for layers in row.get("layers", {}).values()))
         yield (
-            f"{name:44}{row['tokens_share']:7.0%}{row['loss']:8.3f}{row['kl']:8.4f}{_number(row['kl_recalled'], 10, 4)}"
+            f"{name:{width}}{row['tokens_share']:7.0%}{row['loss']:8.3f}{row['kl']:8.4f}{_number(row['kl_recalled'], 10, 4)}"
             f"{_number(row['kl_rest'], 8, 4)}{row['top1']:8.1%}{row['needle']:8.1%}"
             f"{_number(shares['kl_of_paper'], 10)}{_number(shares['kl_recalled_of_paper'], 12)}"
             f"{_number(shares['needle_of_teacher'], 11)}  {kept}"
