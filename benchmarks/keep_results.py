@@ -88,8 +88,8 @@ def table(rows: Mapping[str, Any]) -> Iterator[str]:
         shares = row["ratios"]
         kept = "; ".join(dict.fromkeys(",".join(map(str, layers)) for layers in row.get("layers", {}).values()))
         yield (
-            f"{name:{width}}{row['tokens_share']:7.0%}{row['loss']:8.3f}{row['kl']:8.4f}{_number(row['kl_recalled'], 10, 4)}"
-            f"{_number(row['kl_rest'], 8, 4)}{row['top1']:8.1%}{row['needle']:8.1%}"
+            f"{name:{width}}{row['tokens_share']:7.0%}{row['loss']:8.3f}{row['kl']:8.4f}"
+            f"{_number(row['kl_recalled'], 10, 4)}{_number(row['kl_rest'], 8, 4)}{row['top1']:8.1%}{row['needle']:8.1%}"
             f"{_number(shares['kl_of_paper'], 10)}{_number(shares['kl_recalled_of_paper'], 12)}"
             f"{_number(shares['needle_of_teacher'], 11)}  {kept}"
         )
