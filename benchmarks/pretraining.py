@@ -28,8 +28,9 @@ def qwen2_config(
     head_size: int,
     rope_theta: float,
     end_of_text: int,
+    key_value_heads: int = 0,
 ) -> Qwen2Config:
-    """A Qwen2 with half as many key-value heads as heads and an untied head."""
+    """A Qwen2 with an untied head, and with half as many key-value heads as heads unless their number is given."""
     heads = hidden_size // head_size
     return Qwen2Config(
         vocab_size=vocab_size,
@@ -37,7 +38,7 @@ def qwen2_config(
         intermediate_size=intermediate_size,
         num_hidden_layers=num_layers,
         num_attention_heads=heads,
-        num_key_value_heads=heads // 2,
+        num_key_value_heads=key_value_heads or heads // 2,
         max_position_embeddings=32768,
         rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
         rms_norm_eps=1e-6,

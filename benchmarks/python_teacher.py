@@ -27,7 +27,10 @@ _REPORT_EVERY_S = 10
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherPlan:
-    """Shape and training. tokens: the budget, or 0 to train for `seconds`, compiling included."""
+    """Shape and training. tokens: the budget, or 0 to train for `seconds`, compiling included.
+
+    key_value_heads: 0 = half the heads.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -43,6 +46,7 @@ class TeacherPlan:
     lr: float
     seed: int
     compile: bool
+    key_value_heads: int = 0
 
 
 def train_teacher(
@@ -92,6 +96,7 @@ def _config(plan: TeacherPlan, end_of_text: int) -> Qwen2Config:
         head_size=plan.head_size,
         rope_theta=1e6,
         end_of_text=end_of_text,
+        key_value_heads=plan.key_value_heads,
     )
 
 

@@ -1,6 +1,7 @@
 """The committed configuration files, their sizes and order; and files as the released system has them."""
 
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,8 @@ from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from radlads.cli import main
 from radlads.config import Config, load_config, parse_config
-from radlads.config.schema import SIZE_KEYS, without_effect
+from radlads.config.layer_lists import num_selected
+from radlads.config.schema import SIZE_KEYS, stage_of, without_effect
 from radlads.config.sizes import check_sizes, sizes_from_hf
 from radlads.model.configuration import RadladsConfig
 from radlads.recipes.single_stage import run_folder
@@ -21,6 +23,7 @@ QWEN25 = ("0b5", "1b5", "3b", "7b", "14b", "32b", "72b")
 QWEN3 = ("8b", "14b", "32b")
 STAGES = ("1", "2", "3", "3-1024", "3-2048", "3-4096", "3-8192", "3-16384")
 PAPER_STAGES = ("1", "2", "2a", "3", "3a")
+KEEP_STAGES = ("align", "distill", "extend")
 NAMES = {
     *("qwen" + size + kind for size, kind in product(QWEN25, ("", "base", "teacher", "instructteacher"))),
     *("qwen3-" + size + kind for size, kind in product(QWEN3, ("", "teacher", "instructteacher"))),
@@ -29,6 +32,7 @@ NAMES = {
     *("qwerky6_ablation_" + what for what in ("groupnorm", "no_gate", "no_tokenshift", "reinit_att", "use_rope")),
     *("distill" + stage for stage in STAGES),
     *("paper_distill" + stage for stage in PAPER_STAGES),
+    *("keep_" + stage for stage in KEEP_STAGES),
 }
 # layers, hidden size, FFN, heads, kv heads, vocabulary, head size: the models' config.json
 SIZES = {
@@ -74,7 +78,7 @@ def test_every_committed_config_parses_and_none_has_an_idle_key():
         assert file.read_text().startswith("# ")
         assert without_effect(load_config([file], {})) == []
     assert {file.name for file in files} == {f"{name}.yaml" for name in NAMES}
-    assert len(files) == 65
+    assert len(files) == 68
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -123,6 +127,9 @@ def test_teacher_files_name_the_teacher_and_leave_the_student_alone(name, named,
         ("paper_distill2a", 32 * 4096),
         ("paper_distill3", 96 * 16384),
         ("paper_distill3a", 96 * 16384),
+        ("keep_align", 32 * 512),
+        ("keep_distill", 96 * 512),
+        ("keep_extend", 96 * 16384),
     ],
 )
 def test_the_papers_global_batches_on_one_device(name, tokens_per_step):
@@ -133,6 +140,30 @@ def test_the_papers_global_batches_on_one_device(name, tokens_per_step):
 @pytest.mark.parametrize("stage", PAPER_STAGES)
 def test_a_paper_file_names_its_run_folder_by_its_own_stage(stage):
     assert load(f"paper_distill{stage}").train.proj_suffix == stage
+
+
+def keep_recipe(stage, **keys):
+    return load_config([CONFIGS / "rad_rwkv7.yaml", CONFIGS / f"keep_{stage}.yaml"], keys)
+
+
+@pytest.mark.parametrize("stage", KEEP_STAGES)
+def test_all_stages_that_keep_the_teacher_have_the_same_window_and_name_their_stage(stage):
+    config = keep_recipe(stage)
+    assert stage_of(config.train) == stage
+    assert config.model.mixer == {"window_tokens": 64, "sink_tokens": 4}
+    assert config.model == replace(keep_recipe("align").model, ctx_len=config.model.ctx_len)
+    assert config.train.proj_suffix == f"keep{KEEP_STAGES.index(stage) + 1}"
+    assert num_selected(keep_recipe(stage, **{"model.softmax_layers": "auto:3"}).model) == 3
+
+
+def test_distilling_close_to_the_teacher_warms_up_for_a_tenth_and_decays_to_a_hundredth():
+    train = keep_recipe("distill").train
+    assert train.warmup_steps == pytest.approx(train.my_exit_tokens / (96 * 512) / 10, rel=0.01)
+    assert (train.lr_final, train.lr2_final) == pytest.approx((train.lr_init / 100, train.lr2_init / 100))
+    assert train.lr2_init < train.lr_init
+    papers = [load(name).train.my_exit_tokens for name in ("paper_distill1", "paper_distill2")]
+    thirds = [keep_recipe(stage).train.my_exit_tokens for stage in ("align", "distill")]
+    assert [3 * tokens for tokens in thirds] == pytest.approx(papers, rel=0.02)
 
 
 def test_released_and_paper_variants_of_rwkv7_differ():

@@ -31,7 +31,7 @@ def test_the_documented_stages_of_the_7b_example_follow_each_other(monkeypatch):
     assert [config.train.teacher.path for config in stages] == ["", *["out/Qwen2.5-7B-Instruct.pth"] * 2]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/paper_commands.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/paper_commands.md", "docs/which_student.md"])
 def test_configuration_files_that_a_page_names_are_there(page):
     named = re.findall(r"configs/([\w.-]+\.yaml)", (ROOT / page).read_text())
     assert named and {name for name in named if not (ROOT / "configs" / name).is_file()} == set()

@@ -123,6 +123,7 @@ def test_the_card_has_the_runs_figures_and_says_what_is_not_measured(run, tmp_pa
     assert export(run, tmp_path / "out") == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| align | 3.2500 | 0.1250 | 75.0% | 1,280 | 2 |" in card
+    assert "docs/which_student.md" in card.split("## What it is")[1].split("## ")[0]
     assert "3 x RAD-RWKV7" in card and "| weights | float32 |" in card
     assert card.count("\nnot measured\n") == 3  # tasks, long context, speed
     assert "unknown: ask" in card

@@ -75,6 +75,7 @@ def test_layers_yet_to_be_selected_are_planned_as_any_from_distill_on(capsys):
         stages = re.split(r"\n(?=align|distill|extend)", capsys.readouterr().out)
         said[layers] = {stage.partition(":")[0]: stage for stage in stages[1:]}
         assert ("align runs all layers" in stages[0]) == (layers == "auto:2")
+        assert "docs/which_student.md" in stages[0]
     assert said["auto:2"]["align"] == said[""]["align"] != said["every:12"]["align"]
     assert said["auto:2"]["distill"] == said["every:12"]["distill"] != said[""]["distill"]
 

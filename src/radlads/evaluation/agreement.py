@@ -4,13 +4,13 @@ Leaves devices and precision to the caller, as perplexity.py does. Shape letters
 window that are compared at a time, C hidden size, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from radlads.data.binidx import BinIdxReader
 from radlads.evaluation.perplexity import check_edges, spread_windows
@@ -55,20 +55,48 @@ def agreement_by_position(
     check_edges(edges, context_tokens)
     windows = spread_windows(corpus, context_tokens, max_tokens)
     totals = torch.zeros(3, context_tokens, dtype=torch.float64, device=model.device)
+    for _, values_3BT in compared_windows(model, teacher, windows, batch_windows=batch_windows):
+        totals += values_3BT.sum(1)
+    return [_mean(totals, first, end, len(windows)) for first, end in pairwise(edges)]
+
+
+@torch.no_grad()
+def compared_windows(
+    model: RadladsForCausalLM, teacher: RadladsForCausalLM, windows: Dataset[torch.Tensor], *, batch_windows: int = 1
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield tokens [B, T + 1] on the models' device, and loss, KL and agreement (0 or 1) of each prediction, as
+    Agreement has them: [3, B, T], fp64. Both models run in evaluation mode. windows: [T + 1] each.
+    """
     modes = [each.training for each in (model, teacher)]
     for each in (model, teacher):
         each.eval()
     for batch in DataLoader(windows, batch_size=batch_windows):
         tokens = batch.to(model.device)
         hidden_BTC, taught_BTC = _hidden(model, tokens), _hidden(teacher, tokens)
-        for row in range(len(tokens)):
-            for start in range(0, context_tokens, _BLOCK_TOKENS):
-                block = slice(start, start + _BLOCK_TOKENS)
-                logits_MV, taught_MV = model.lm_head(hidden_BTC[row, block]), teacher.lm_head(taught_BTC[row, block])
-                totals[:, block] += _compared(logits_MV.float(), taught_MV.float(), tokens[row, 1:][block])
+        yield (
+            tokens,
+            torch.stack(
+                [_row(model, teacher, *row) for row in zip(hidden_BTC, taught_BTC, tokens, strict=True)], dim=1
+            ),
+        )
     for each, mode in zip((model, teacher), modes, strict=True):
         each.train(mode)
-    return [_mean(totals, first, end, len(windows)) for first, end in pairwise(edges)]
+
+
+def _row(
+    model: RadladsForCausalLM,
+    teacher: RadladsForCausalLM,
+    hidden_TC: torch.Tensor,
+    taught_TC: torch.Tensor,
+    tokens: torch.Tensor,
+) -> torch.Tensor:
+    """Loss, KL and agreement of one window, [3, T]; logits exist for _BLOCK_TOKENS at a time."""
+    blocks = zip(*(x.split(_BLOCK_TOKENS) for x in (hidden_TC, taught_TC, tokens[1:])), strict=True)
+    compared = [
+        _compared(model.lm_head(hidden_MC).float(), teacher.lm_head(taught_MC).float(), labels_M)
+        for hidden_MC, taught_MC, labels_M in blocks
+    ]
+    return torch.cat(compared, dim=1)
 
 
 def _hidden(model: RadladsForCausalLM, tokens: torch.Tensor) -> torch.Tensor:

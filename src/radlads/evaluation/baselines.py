@@ -1,7 +1,9 @@
-"""Models that a converted one has to beat: its teacher with a short window, and itself before any training."""
+"""Models that a converted one has to beat: its teacher with a short window, itself before any training, and itself
+without one of its parts."""
 
 import copy
 from dataclasses import replace
+from typing import Literal
 
 import torch
 
@@ -11,6 +13,7 @@ from radlads.convert.weight_map import transfer
 from radlads.model.configuration import RadladsConfig
 from radlads.model.contracts import SharedInputs
 from radlads.model.modeling import RadladsForCausalLM
+from radlads.model.recurrent_mixer import RecurrentMixer
 from radlads.model.softmax_attention import KeyValueState, SoftmaxAttention
 
 WINDOW_TOKENS, SINK_TOKENS = 64, 4
@@ -28,6 +31,36 @@ def setup_student(
         model = RadladsForCausalLM(config)
         transfer(source.weights, model, source.folder, tied=source.config.tie_word_embeddings)
     return model.to(dtype).eval()  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def without(model: RadladsForCausalLM, part: Literal["window", "recurrence"]) -> RadladsForCausalLM:
+    """A copy of the model whose layers with a window (docs/windows.md) do without it, or without their recurrence.
+
+    The other part is as it was trained. Raises ValueError if no layer has a window.
+    """
+    copied = copy.deepcopy(model)
+    windowed = [each for each in copied.modules() if isinstance(each, RecurrentMixer) and each.window is not None]
+    if not windowed:
+        raise ValueError(f"there is nothing to compare without its {part}: no layer of the model has a softmax window")
+    for mixer in windowed:
+        (mixer.window_scale if part == "window" else mixer.recurrent_scale).zero_()
+    return copied
+
+
+@torch.no_grad()
+def without_kept_layers(model: RadladsForCausalLM, aligned: RadladsForCausalLM) -> RadladsForCausalLM:
+    """A copy of the model that has `aligned`'s time mixer again wherever it keeps softmax and `aligned` does not.
+
+    aligned: the student of align, from which the model was trained on. What only `aligned` has comes from there too.
+    """
+    pairs = zip(model.config.time_mixers, aligned.config.time_mixers, strict=True)
+    changed = tuple(f"model.layers.{layer}.self_attn." for layer, (own, before) in enumerate(pairs) if own != before)
+    copied, trained = copy.deepcopy(aligned), dict(model.named_parameters())
+    for name, parameter in copied.named_parameters():
+        if name in trained and not name.startswith(changed):
+            parameter.copy_(trained[name])
+    return copied
 
 
 def windowed_teacher(source: TeacherSource, dtype: torch.dtype = torch.float32) -> RadladsForCausalLM:

@@ -169,6 +169,7 @@ def _stack_lines(student: "RadladsConfig") -> Iterator[str]:
         yield f"state of one sequence: {', '.join(sizes)}"
     else:
         yield f"state of one sequence: {state_bytes(student, 1) / 1e6:,.1f} MB, however long"
+    yield "what other students recall, hold and need: docs/which_student.md"
 
 
 def _stage_lines(planned: _Planned, price: float | None) -> Iterator[str]:

@@ -203,7 +203,8 @@ def _description(facts: CardFacts) -> list[str]:
         ["state of a sequence after 1k, 8k, 64k tokens", f"{sizes} MB"],
         ["logits after reloading, largest difference", f"{facts.difference:.1e}"],
     ]
-    return _table(["", ""], rows)
+    told = "What such a student recalls and holds, and which others there are: docs/which_student.md of radlads."
+    return [*_table(["", ""], rows), "", told]
 
 
 def _heldout(facts: CardFacts) -> list[str]:
