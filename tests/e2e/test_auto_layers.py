@@ -242,7 +242,8 @@ def test_a_conversion_selects_once(teacher, corpus_folder, tmp_path, monkeypatch
         *[record["layers"]] * 3,
     ]
     assert recorded(out / "3-extend") == str(record["layers"][0])
-    assert "Layers kept as softmax" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "Which layers to keep as softmax" in page and f"student: {record['layers'][0]}." in page
     assert json.loads((out / "summary.json").read_text())["reload_max_abs_diff"] == 0
 
 
