@@ -59,8 +59,9 @@ def softmax_layers(run: Run) -> list[str]:
     right = html.heading("One layer at a time") + html.table(["layer", *head], singles)
     kept_layers = [layer for layer, kind in enumerate(run.student.get("layer_types", ())) if kind == "full_attention"]
     note = (
-        f"Softmax layers of this run's student: {_listed(kept_layers)}. The teacher's attention was put back into the student, layer by layer, and nothing was trained: what training "
-        f"makes of it is told elsewhere. Chosen by: {TITLES[by]}. Measured on {record['text']}."
+        f"Softmax layers of this run's student: {_listed(kept_layers)}. The teacher's attention was put back into the "
+        "student that was measured, layer by layer, and nothing was trained: what training makes of it is told "
+        f"elsewhere. Chosen by: {TITLES[by]}. Measured on {record['text']}."
     )
     return [html.charts(selection_charts(record)), left, right, html.paragraph(note, "note")]
 
