@@ -159,11 +159,13 @@ def test_layers_that_are_named_after_align_become_the_teachers(teacher, corpus_f
             "model.softmax_layers is auto:2, but only 2 of the 3",
         ),
         (
-            "extend",
+            "distill",
             "auto:1",
             {"train.teacher.hf_path": "", "train.validation_data_file": ""},
-            "the extend stage names no teacher whose attention the layers of",
+            "the distill stage names no teacher whose attention the layers of",
         ),
+        ("extend", "auto:1", {}, "model.softmax_layers is auto:1, but "),
+        ("extend", "0,2", {}, "model.softmax_layers is 0,2, but "),
     ],
 )
 def test_what_cannot_be_selected_is_refused(teacher, corpus_folder, aligned, tmp_path, name, layers, keys, message):
@@ -172,6 +174,21 @@ def test_what_cannot_be_selected_is_refused(teacher, corpus_folder, aligned, tmp
         run(teacher, corpus_folder, tmp_path, name, layers, start, **keys)
     assert str(caught.value).startswith(message)
     assert not any(tmp_path.iterdir())
+
+
+def test_layers_beside_those_a_student_has_are_added_by_distill_alone(teacher, corpus_folder, aligned, tmp_path):
+    folder, lines = run(teacher, corpus_folder, tmp_path, "distill", "2", aligned)
+    assert not any("have learnt without" in line for line in lines)
+    with pytest.raises(ValueError, match="and the extend stage adds none: give the layers of the model itself, or"):
+        run(teacher, corpus_folder, tmp_path, "extend", "0,2", folder)
+    more, lines = run(teacher, corpus_folder, tmp_path / "more", "distill", "0,2", folder)
+    assert layers_of(more) == [0, 2]
+    assert f"distill: layers 0 of {folder} get the teacher's attention, as named" in lines
+    assert (
+        f"distill: {folder} is from the distill stage, so its other layers have learnt without softmax there" in lines
+    )
+    with pytest.raises(ValueError, match="has rad_rwkv7 in layer 1, but the configuration names qwen2 there"):
+        run(teacher, corpus_folder, tmp_path / "typo", "distill", "1,2", more)
 
 
 def test_a_student_that_keeps_another_number_is_refused(teacher, corpus_folder, aligned, tmp_path):
@@ -225,7 +242,8 @@ def test_a_conversion_selects_once(teacher, corpus_folder, tmp_path, monkeypatch
         *[record["layers"]] * 3,
     ]
     assert recorded(out / "3-extend") == str(record["layers"][0])
-    assert "Layers kept as softmax" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "Which layers to keep as softmax" in page and f"student: {record['layers'][0]}." in page
     assert json.loads((out / "summary.json").read_text())["reload_max_abs_diff"] == 0
 
 

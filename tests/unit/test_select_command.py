@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import tiny
+import torch
 from safetensors.torch import load_file, save_file
 
 from radlads.checkpoint.hf_export import export
@@ -13,6 +14,7 @@ from radlads.cli import main
 from radlads.convert.hf_source import open_teacher
 from radlads.convert.kept_layers import kept_student
 from radlads.convert.student import build_teacher
+from radlads.recipes import selecting
 from radlads.recipes.single_stage import train_stage
 from radlads.recipes.teacher_record import record_teacher, teacher_checksums
 from radlads.report.page import write_page
@@ -85,7 +87,10 @@ def test_needles(run, capsys):
     record = json.loads((run / "layers.json").read_text())
     assert (record["num_prompts"], record["needle_tokens"]) == (6, 150)
     assert set(record["curve"][0]) == {"layers", "needle", "answer_loss"}
-    assert "6 prompts of 150 tokens, facts within " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "6 prompts of 150 tokens, facts within " in said
+    assert not any(row["needle"] for row in record["curve"])
+    assert "no needle was found, so the loss of the answers alone decided: give a shorter --needle-tokens" in said
 
 
 def test_text_without_a_run_is_this_pythons(run, teacher, tmp_path, capsys):
@@ -111,13 +116,13 @@ def test_the_report_shows_what_was_found(run):
     assert select(run, keep=2) == 0
     page = write_page(run).read_text()
     record = json.loads((run / "layers.json").read_text())
-    assert "Layers kept as softmax" in page and "640 tokens of" in page
+    assert "Which layers to keep as softmax" in page and "student: none." in page and "640 tokens of" in page
     assert f"<td>{record['curve'][2]['kl']:.4f}</td>" in page and "uniform spacing" in page
     assert (run / "plots" / "softmax-layers.png").is_file()
 
 
 def test_a_report_without_a_selection_has_no_such_section(run):
-    assert "kept as softmax" not in write_page(run).read_text()
+    assert "keep as softmax" not in write_page(run).read_text()
 
 
 def test_a_damaged_file_is_named_by_the_report(run):
@@ -138,6 +143,11 @@ def test_a_damaged_file_is_named_by_the_report(run):
         (["--by", "needle", "--needle-tokens", 40000], 1, "--needle-tokens is 40000, but the teacher knows 32768"),
         (["--by", "needle", "--needle-tokens", 20], 1, "20 tokens are too few for a needle prompt, which takes"),
         (["--ctx-len", 30000], 1, "{heldout}.bin holds 20000 tokens, less than one held-out window of 30001"),
+        (
+            ["--out", "layers.png"],
+            1,
+            "layers.png is the name of the plot, which is written beside the file: give --out",
+        ),
         (["--out", "nowhere/layers.json"], 1, "nowhere is not a folder: make it first, or choose another --out"),
         (["--tokens", 0], 1, "--tokens must be 1 or more, not 0"),
         (["--text", "no.txt"], 1, "no.txt: No such file or directory"),
@@ -155,6 +165,37 @@ def test_a_file_that_is_there_is_not_written_over(run, capsys):
     assert select(run) == 2
     assert f"{run / 'layers.json'} exists already: remove it, or choose another --out" in capsys.readouterr().err
     assert (run / "layers.json").read_bytes() == before
+
+
+def test_a_file_that_a_stage_was_made_with_is_not_to_be_removed(run, capsys):
+    assert select(run) == 0
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["sha256"]["layers.json"] = ""
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    assert select(run) == 2
+    said = f"{run / 'layers.json'} belongs to the stage, which selected its layers by it: choose another --out"
+    assert said in capsys.readouterr().err
+
+
+def test_what_was_found_is_printed_before_it_is_written(run, capsys, monkeypatch):
+    def full(path, _):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(selecting, "write_text", full)
+    assert select(run) == 2
+    said = capsys.readouterr()
+    assert "rank  layer" in said.out and "No space left on device" in said.err
+
+
+def test_a_full_gpu_is_told_what_takes_less(run, capsys, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(selecting, "search", full)
+    assert failing(capsys, run).endswith("is kept of a batch: give a shorter --ctx-len, or --device cpu")
+    assert failing(capsys, run, "--by", "needle", "--needle-tokens", "150").endswith(
+        "is kept of a batch: give a shorter --needle-tokens, or --device cpu"
+    )
 
 
 def test_another_teacher_than_the_aligned_ones_is_refused(run, tmp_path, capsys):

@@ -1,5 +1,7 @@
 """The search for layers to keep: what it measures, in what order it chooses, and what it costs."""
 
+import itertools
+
 import pytest
 import tiny
 import torch
@@ -142,6 +144,21 @@ class _Any(dict):
 def test_a_number_that_cannot_be_kept_is_refused(student, softmax, keep):
     with pytest.raises(ValueError, match=f"^{keep} layers cannot be kept: the student has 3 that are not softmax yet$"):
         found_by(student, softmax, TextProbe(windows(), "kl"), keep=keep)
+
+
+def test_values_that_are_not_numbers_choose_nothing(student, softmax, monkeypatch):
+    probe = TextProbe(windows(), "kl")
+    monkeypatch.setattr(probe, "values", lambda sums: {"kl": float("nan")})
+    with pytest.raises(ValueError, match=r"^kl nan was measured of the student, so that nothing can be chosen: check"):
+        found_by(student, softmax, probe)
+
+
+def test_recalled_pairs_of_random_rows():
+    rows = torch.randint(5, (4, 129), generator=torch.Generator().manual_seed(0))
+    pairs = [list(itertools.pairwise(row)) for row in rows.tolist()]
+    for distance in (1, 3, 64):
+        expected = [[pair in row[: max(0, t + 1 - distance)] for t, pair in enumerate(row)] for row in pairs]
+        assert recalled(rows, distance).tolist() == expected
 
 
 def test_text_without_recalled_pairs():

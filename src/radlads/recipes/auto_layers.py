@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from radlads.checkpoint.atomic import partial_name
-from radlads.config.layer_lists import num_selected, selectable_layers, with_softmax_layers
-from radlads.config.schema import Config, stage_of
+from radlads.checkpoint.manifest import MANIFEST
+from radlads.config.layer_lists import layers_of, num_selected, selectable_layers, with_softmax_layers
+from radlads.config.schema import Config, ModelConfig, stage_of
 from radlads.console import Console
 from radlads.convert.blueprint import Blueprint
 from radlads.convert.hf_source import TeacherSource
@@ -24,8 +25,8 @@ from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.registry import SOFTMAX
 from radlads.selection.probes import TextProbe
-from radlads.selection.record import listed, model_facts, read_layers, record_of, text_of
-from radlads.selection.search import search
+from radlads.selection.record import model_facts, read_layers, record_of, text_of
+from radlads.selection.search import listed, search
 from radlads.train.checkpoints.resume import SELECTION
 from radlads.train.checkpoints.snapshots import checkpoints_in
 from radlads.train.corpora.samples import selection_windows
@@ -63,20 +64,34 @@ def named_where_kept(config: Config, student: RadladsConfig) -> Config:
 
 
 def is_without_layers(config: Config, student: RadladsConfig) -> bool:
-    """Whether the stage comes after align, and its student has yet to get the softmax layers that it is to have.
+    """Whether the stage comes after align, and its student has yet to get softmax layers that it is to have.
 
     Raises ValueError as layer_lists.mixers_by_layer.
     """
     model, found = config.model, student.time_mixers
-    named = layer_mixers(model, len(found))
-    if stage_of(config.train) == "align" or found != layer_mixers(with_softmax_layers(model, ()), len(found)):
+    if stage_of(config.train) == "align":
         return False
-    return num_selected(model) > 0 or found != named
+    if num_selected(model):
+        return found == layer_mixers(with_softmax_layers(model, ()), len(found))
+    return bool(_named_anew(model, student))
 
 
-def before_layers(config: Config) -> Config:
-    """The configuration of the student before it gets its softmax layers."""
-    return replace(config, model=with_softmax_layers(config.model, ()))
+def before_layers(config: Config, student: RadladsConfig) -> Config:
+    """The configuration of a student that is_without_layers, as it is before it gets them."""
+    model, layers = config.model, []
+    if not num_selected(model):
+        named = layers_of(model.softmax_layers, student.num_hidden_layers, "model.softmax_layers")
+        layers = sorted({*named} - {*_named_anew(model, student)})
+    return replace(config, model=with_softmax_layers(model, layers))
+
+
+def _named_anew(model: ModelConfig, student: RadladsConfig) -> list[int]:
+    """The layers that softmax_layers names and that the student runs as it would without; none if the student differs
+    in any other layer too."""
+    found = student.time_mixers
+    named, without = (layer_mixers(each, len(found)) for each in (model, with_softmax_layers(model, ())))
+    layers = [layer for layer, name in enumerate(named) if name != found[layer]]
+    return layers if all(named[layer] == SOFTMAX and found[layer] == without[layer] for layer in layers) else []
 
 
 def with_layers(
@@ -90,9 +105,15 @@ def with_layers(
     """The stage of a student that is_without_layers, with the layers that are named, or else selected now.
 
     A run that goes on at a checkpoint in `folder`'s unfinished one takes the layers that it began with. All processes
-    have to call this. Raises ValueError if the stage has no teacher, and where a GPU's memory is too small.
+    have to call this. Raises ValueError for the extend stage, if the stage has no teacher, and where a GPU's memory is
+    too small.
     """
     stage, start = stage_of(config.train), config.train.load_model
+    if stage == "extend":
+        raise ValueError(
+            f"model.softmax_layers is {config.model.softmax_layers}, but {start} has other softmax layers or none, and "
+            "the extend stage adds none: give the layers of the model itself, or add them in a distill stage"
+        )
     if source is None:
         raise ValueError(
             f"the {stage} stage names no teacher whose attention the layers of {start} could get: set "
@@ -108,12 +129,19 @@ def with_layers(
         layers, notes[SELECTION] = found
         config = replace(config, model=with_softmax_layers(config.model, layers))
     else:
-        pairs = zip(
-            layer_mixers(config.model, student.config.num_hidden_layers), student.config.time_mixers, strict=True
-        )
-        layers = [layer for layer, (name, before) in enumerate(pairs) if name != before]
+        layers = _named_anew(config.model, student.config)
         console.line(f"{stage}: layers {listed(layers)} of {start} get the teacher's attention, as named")
+    if (made_by := _stage_that_made(Path(start))) not in ("", "align"):
+        console.line(
+            f"{stage}: {start} is from the {made_by} stage, so its other layers have learnt without softmax there"
+        )
     return Kept(config, kept_blueprint(student, source.weights, layers, Path(start)), notes)
+
+
+def _stage_that_made(folder: Path) -> str:
+    """The stage of a stage's folder; empty for another folder or file."""
+    manifest = folder / MANIFEST
+    return str(read_json(manifest).get("stage", "")) if manifest.is_file() else ""
 
 
 def _begun_with(config: Config, wanted: int, folder: Path) -> tuple[list[int], str] | None:

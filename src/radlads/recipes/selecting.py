@@ -20,7 +20,7 @@ from radlads.evaluation.models import model_config, open_model
 from radlads.evaluation.perplexity import spread_windows
 from radlads.evaluation.retrieval import PromptWriter
 from radlads.evaluation.text_corpus import HELDOUT_SOURCES, is_corpus, text_corpus
-from radlads.files import write_text
+from radlads.files import read_json, write_text
 from radlads.inference.generate import choose_device
 from radlads.model.configuration import RadladsConfig
 from radlads.model.modeling import RadladsForCausalLM
@@ -30,11 +30,12 @@ from radlads.report.run_folder import SELECTION, Stage, read_run
 from radlads.report.selection import selection_charts
 from radlads.selection.command import Select
 from radlads.selection.probes import NeedleProbe, Probe, TextProbe
-from radlads.selection.record import listed, model_facts, record_of, table_lines, text_of
-from radlads.selection.search import Selection, search
+from radlads.selection.record import model_facts, record_of, table_lines, text_of
+from radlads.selection.search import Selection, listed, search
 from radlads.train.processes.group import ALONE, Processes
 from radlads.train.processes.joining import joined
 
+_PLOT = ".png"
 _DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _SEED = 0
 
@@ -71,6 +72,7 @@ def select_layers(request: Select, console: Console, processes: Processes = ALON
     device, dtype = choose_device(request.device)
     device = processes.device or device
     with ExitStack() as opened:
+        opened.enter_context(_enough_memory(request))
         probe, facts = _probe(request, config, source, folder, stage, opened)
         student = open_model(folder, dtype).to(device)  # type: ignore[arg-type]
         teacher = build_teacher(source, dtype=dtype).to(device)  # type: ignore[arg-type]
@@ -91,13 +93,28 @@ def select_layers(request: Select, console: Console, processes: Processes = ALON
         yield from _written(selection, facts | folders | model_facts(student, teacher), config, out)
 
 
+@contextmanager
+def _enough_memory(request: Select) -> Iterator[None]:
+    """Say what takes less memory where a GPU's is full."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        option = "--needle-tokens" if request.by == "needle" else "--ctx-len"
+        raise ValueError(
+            "the GPU's memory is too small for student, teacher and what is kept of a batch: give a shorter "
+            f"{option}, or --device cpu"
+        ) from error
+
+
 def _written(selection: Selection, facts: dict[str, Any], config: RadladsConfig, out: Path) -> Iterator[str]:
+    yield from table_lines(selection)  # before anything can fail to be written
     record = record_of(selection, facts)
     write_text(out, text_of(record))
     (chart,) = selection_charts(record)
     plot = replace(chart, name=out.stem).save_png(out.parent)
-    yield from table_lines(selection)
     yield ""
+    if selection.by == "needle" and not any(measured.values["needle"] for measured in selection.curve):
+        yield "no needle was found, so the loss of the answers alone decided: give a shorter --needle-tokens"
     depth = config.num_hidden_layers
     before = [layer for layer in range(depth) if layer not in config.recurrent_layers]
     passes = selection.block_runs / depth / facts["num_batches"]
@@ -194,7 +211,12 @@ def _check_student(request: Select, config: RadladsConfig, folder: Path) -> None
 def _check_out(out: Path) -> None:
     if not out.parent.is_dir():
         raise ValueError(f"{out.parent} is not a folder: make it first, or choose another --out")
+    if out.suffix == _PLOT:
+        raise ValueError(f"{out} is the name of the plot, which is written beside the file: give --out another ending")
     if out.exists():
+        manifest = out.parent / MANIFEST
+        if manifest.is_file() and out.name in read_json(manifest).get("sha256", {}):
+            raise ValueError(f"{out} belongs to the stage, which selected its layers by it: choose another --out")
         raise ValueError(f"{out} exists already: remove it, or choose another --out")
 
 

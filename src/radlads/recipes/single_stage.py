@@ -64,7 +64,7 @@ def train_stage(config: Config, console: Console, processes: Processes = ALONE) 
     student, origin_of = _starting_student(config, teacher_path)
     config = named_where_kept(config, student.config)
     gets_layers = is_without_layers(config, student.config)
-    as_loaded = before_layers(config) if gets_layers else config
+    as_loaded = before_layers(config, student.config) if gets_layers else config
     check_student(as_loaded, student.config, None if teacher is None else teacher.config)
     folder = run_folder(config, student.config)
     processes.from_first(lambda: check_new(folder))

@@ -57,7 +57,7 @@ def _body(run: Run, before: Sequence[Chart], after: Sequence[Chart]) -> list[str
         html.section("What was converted", html.facts(training_sections.conversion(run))),
         html.section("Recipe and budget", training_sections.recipe(run)),
         html.section("Training", *html.with_gaps(html.charts(losses), training_sections.gaps_in_training(run))),
-        *([html.section("Layers kept as softmax", *selected)] if selected else []),
+        *([html.section("Which layers to keep as softmax", *selected)] if selected else []),
         html.section("Teacher and student on held-out text", training_sections.heldout(run, before)),
         html.section("Tasks", evaluation_sections.tasks(run)),
         html.section(

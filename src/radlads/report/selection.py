@@ -1,4 +1,4 @@
-"""Which layers were kept as softmax and why: the page's section and chart of what radlads select found."""
+"""Which layers are worth keeping as softmax: the page's section and chart of what radlads select found."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -57,16 +57,22 @@ def softmax_layers(run: Run) -> list[str]:
     head = [TITLES[name] for name in names]
     left = html.heading("Layers kept together") + html.table(["layers", "found by", "kept", *head], kept)
     right = html.heading("One layer at a time") + html.table(["layer", *head], singles)
+    kept_layers = [layer for layer, kind in enumerate(run.student.get("layer_types", ())) if kind == "full_attention"]
     note = (
-        "The teacher's attention was put back into the student, layer by layer, and nothing was trained: what training "
-        f"makes of it is told elsewhere. Chosen by: {TITLES[by]}. Measured on {record['text']}."
+        f"Softmax layers of this run's student: {_listed(kept_layers)}. The teacher's attention was put back into the "
+        "student that was measured, layer by layer, and nothing was trained: what training makes of it is told "
+        f"elsewhere. Chosen by: {TITLES[by]}. Measured on {record['text']}."
     )
     return [html.charts(selection_charts(record)), left, right, html.paragraph(note, "note")]
 
 
 def _row(measured: Mapping[str, Any], found_by: str, names: Sequence[str]) -> list[str]:
     layers = measured["layers"]
-    return [", ".join(map(str, layers)) or "none", found_by, str(len(layers)), *_cells(measured, names)]
+    return [_listed(layers), found_by, str(len(layers)), *_cells(measured, names)]
+
+
+def _listed(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers)) or "none"
 
 
 def _cells(values: Mapping[str, float], names: Sequence[str]) -> list[str]:

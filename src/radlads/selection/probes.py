@@ -148,9 +148,14 @@ def rank(values: Values, by: Criterion) -> tuple[float, ...]:
 def recalled(rows: torch.Tensor, distance: int = RECALL_DISTANCE) -> torch.Tensor:
     """Of rows [B, T + 1], where the pair (input, label) stood in its row at least `distance` tokens earlier: boolean
     [B, T]."""
-    pairs = rows[:, :-1] * (rows.max() + 1) + rows[:, 1:]
-    found: torch.Tensor = (pairs[:, :, None] == pairs[:, None, :]).tril(-distance).any(-1)
-    return found
+    inputs, labels = rows[:, :-1], rows[:, 1:]
+    B, T = inputs.shape
+    size = rows.max() + 1
+    row = torch.arange(B, device=rows.device)[:, None]
+    place = torch.arange(T, device=rows.device).expand(B, T)
+    _, kind = torch.unique((row * size + inputs) * size + labels, return_inverse=True)
+    first = torch.full((B * T,), T, device=rows.device).scatter_reduce(0, kind.flatten(), place.flatten(), "amin")
+    return place - first[kind] >= distance
 
 
 def _kl_sums(

@@ -12,7 +12,7 @@ from radlads.files import read_json
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.report.selection import TITLES
 from radlads.selection.probes import Values, rank
-from radlads.selection.search import Measured, Selection
+from radlads.selection.search import Measured, Selection, listed
 from radlads.train.checkpoints.resume import fingerprint
 
 
@@ -98,8 +98,3 @@ _WIDTH = 22
 
 def _cells(values: Values, names: Sequence[str]) -> str:
     return "".join(f"{values[name]:{_WIDTH}.4f}" for name in names)
-
-
-def listed(layers: Sequence[int]) -> str:
-    """Layers as model.softmax_layers names them."""
-    return ",".join(map(str, layers))

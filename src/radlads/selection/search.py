@@ -3,6 +3,7 @@
 Several processes share the students of a round; each runs the common part itself. Leaves files to record.py.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,7 +79,8 @@ def search(
     """Choose `keep` of the candidates, layers of the student that are not softmax. Neither model is changed.
 
     Both are whole, in evaluation mode, on one device and of one type. Of several processes all have to call this with
-    the same. Of candidates that are equally good the first is taken. Raises ValueError unless 1 <= keep <= candidates.
+    the same. Of candidates that are equally good the first is taken. Raises ValueError unless 1 <= keep <= candidates,
+    and if a value is not finite.
     """
     if not 1 <= keep <= len(candidates):
         raise ValueError(f"{keep} layers cannot be kept: the student has {len(candidates)} that are not softmax yet")
@@ -127,7 +129,19 @@ def _measure(
         console.progress(f"{told}: {len(sets)} students, batch {number} of {len(probe)} ({seconds:.0f} s)")
     measured = {layers: probe.values(sums) for layers, sums in totals.items()}
     everyone = {layers: values for each in processes.gather(measured) for layers, values in each.items()}
+    for layers, values in everyone.items():
+        if not all(map(math.isfinite, values.values())):
+            who = f"the student with softmax in layers {listed(layers)}" if layers else "the student"
+            raise ValueError(
+                f"{in_words(values)} was measured of {who}, so that nothing can be chosen: check that student and "
+                "teacher are sound, with radlads eval, or measure with --device cpu, in fp32"
+            )
     return everyone, len(probe) * swapped.num_runs(kept, own)
+
+
+def listed(layers: Sequence[int]) -> str:
+    """Layers as model.softmax_layers names them."""
+    return ",".join(map(str, layers))
 
 
 def in_words(values: Values) -> str:
