@@ -9,10 +9,7 @@ from typing import Any
 
 import torch
 
-from radlads.model.rwkv7_triton import jit, triton
-
-if triton is not None:
-    import triton.language as tl
+from radlads.model.chunked_kernels import jit, tl, triton
 
 BLOCK = 4096
 # Smaller tensors are more quickly updated many at a time, as torch does
