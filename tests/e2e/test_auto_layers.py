@@ -191,6 +191,16 @@ def test_layers_beside_those_a_student_has_are_added_by_distill_alone(teacher, c
         run(teacher, corpus_folder, tmp_path / "typo", "distill", "1,2", more)
 
 
+def test_a_stage_that_leaves_out_the_layers_is_told_where_they_are_named(teacher, corpus_folder, aligned, tmp_path):
+    folder, _ = run(teacher, corpus_folder, tmp_path, "distill", "0,2", aligned)
+    with pytest.raises(ValueError) as caught:
+        run(teacher, corpus_folder, tmp_path, "extend", "2", folder)
+    assert str(caught.value) == (
+        f"{folder} keeps softmax in layers 0, where the configuration names another mixer: give model.softmax_layers "
+        "as the stage before ran with it, in its config.yaml"
+    )
+
+
 def test_a_student_that_keeps_another_number_is_refused(teacher, corpus_folder, aligned, tmp_path):
     folder, _ = run(teacher, corpus_folder, tmp_path, "distill", "0,2", aligned)
     with pytest.raises(ValueError) as caught:

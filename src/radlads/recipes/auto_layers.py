@@ -69,6 +69,7 @@ def is_without_layers(config: Config, student: RadladsConfig) -> bool:
     Raises ValueError as layer_lists.mixers_by_layer.
     """
     model, found = config.model, student.time_mixers
+    layer_mixers(model, len(found))  # raises for a K that leaves no layer
     if stage_of(config.train) == "align":
         return False
     if num_selected(model):
