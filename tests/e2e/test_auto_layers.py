@@ -164,12 +164,17 @@ def test_layers_that_are_named_after_align_become_the_teachers(teacher, corpus_f
             {"train.teacher.hf_path": "", "train.validation_data_file": ""},
             "the distill stage names no teacher whose attention the layers of",
         ),
+        ("distill", "0-2", {}, "model.softmax_layers is 0-2, which leaves no recurrent layer: name fewer"),
+        ("distill", "auto:1", {"train.resume": "nowhere"}, "train.resume nowhere is not a checkpoint's folder: name"),
         ("extend", "auto:1", {}, "model.softmax_layers is auto:1, but "),
         ("extend", "0,2", {}, "model.softmax_layers is 0,2, but "),
     ],
 )
-def test_what_cannot_be_selected_is_refused(teacher, corpus_folder, aligned, tmp_path, name, layers, keys, message):
+def test_what_cannot_be_selected_is_refused(
+    teacher, corpus_folder, aligned, tmp_path, monkeypatch, name, layers, keys, message
+):
     start = "" if name == "align" else aligned
+    monkeypatch.setattr(auto_layers, "search", lambda *_, **__: pytest.fail("selected before it was refused"))
     with pytest.raises(ValueError) as caught:
         run(teacher, corpus_folder, tmp_path, name, layers, start, **keys)
     assert str(caught.value).startswith(message)
@@ -187,8 +192,18 @@ def test_layers_beside_those_a_student_has_are_added_by_distill_alone(teacher, c
     assert (
         f"distill: {folder} is from the distill stage, so its other layers have learnt without softmax there" in lines
     )
-    with pytest.raises(ValueError, match="has rad_rwkv7 in layer 1, but the configuration names qwen2 there"):
+    with pytest.raises(ValueError, match="has qwen2 in layer 0, but the configuration names rad_rwkv7 there"):
         run(teacher, corpus_folder, tmp_path / "typo", "distill", "1,2", more)
+
+
+def test_a_stage_that_leaves_out_the_layers_is_told_where_they_are_named(teacher, corpus_folder, aligned, tmp_path):
+    folder, _ = run(teacher, corpus_folder, tmp_path, "distill", "0,2", aligned)
+    with pytest.raises(ValueError) as caught:
+        run(teacher, corpus_folder, tmp_path, "extend", "2", folder)
+    assert str(caught.value) == (
+        f"{folder} keeps softmax in layers 0, where the configuration names another mixer: give model.softmax_layers "
+        "as the stage before ran with it, in its config.yaml"
+    )
 
 
 def test_a_student_that_keeps_another_number_is_refused(teacher, corpus_folder, aligned, tmp_path):

@@ -102,6 +102,10 @@ PAIRS = "write LAYERS:MIXER, as in 0-3:rad_rwkv6,every:4:qwen2"
             {"softmax_layers": "5,auto:1"},
             "model.softmax_layers has 'auto:1': it stands alone, without other layers, in model.softmax_layers",
         ),
+        (
+            {"softmax_layers": "auto:x"},
+            "model.softmax_layers has 'auto:x': write auto:2 for two layers that are found after stage 1",
+        ),
         ({"softmax_layers": "all"}, f"model.softmax_layers has 'all': {FORMS}"),
         ({"softmax_layers": "6-3"}, f"model.softmax_layers has '6-3', which ends before it begins: {FORMS}"),
         (

@@ -120,7 +120,10 @@ def test_all_stages_of_a_conversion_have_its_layers(tmp_path):
     ("layers", "message"),
     [
         ("last:1", "has qwen2 in layer 1, but the configuration names rad_rwkv7 there: give the layers of the model"),
-        ("", "holds the mixers 2 x rad_rwkv7, 1 x qwen2, but the configuration names 3 x rad_rwkv7: pass the model's"),
+        (
+            "",
+            "keeps softmax in layers 1, where the configuration names another mixer: give model.softmax_layers as the",
+        ),
     ],
 )
 def test_a_later_stage_with_other_layers_is_refused(tmp_path, layers, message):

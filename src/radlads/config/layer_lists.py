@@ -142,6 +142,8 @@ def _named_layers(text: str, num_layers: int) -> dict[int, str]:
 def _layers_of_item(item: str, num_layers: int, key: str) -> range:
     if match := re.fullmatch(r"(every|last):(\d+)", item):
         return _counted(match[1], int(match[2]), num_layers, key)
+    if item.partition(":")[0] == "auto" and not _AUTO.fullmatch(item):
+        raise ValueError(f"{key} has {item!r}: write auto:2 for two layers that are found after stage 1")
     if _AUTO.fullmatch(item):
         raise ValueError(f"{key} has {item!r}: it stands alone, without other layers, in {_SOFTMAX_LAYERS}")
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", item)

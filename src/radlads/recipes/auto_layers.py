@@ -27,7 +27,7 @@ from radlads.model.registry import SOFTMAX
 from radlads.selection.probes import TextProbe
 from radlads.selection.record import model_facts, read_layers, record_of, text_of
 from radlads.selection.search import listed, search
-from radlads.train.checkpoints.resume import SELECTION
+from radlads.train.checkpoints.resume import SELECTION, check_named
 from radlads.train.checkpoints.snapshots import checkpoints_in
 from radlads.train.corpora.samples import selection_windows
 from radlads.train.hardware import check_hardware, only_device
@@ -69,6 +69,7 @@ def is_without_layers(config: Config, student: RadladsConfig) -> bool:
     Raises ValueError as layer_lists.mixers_by_layer.
     """
     model, found = config.model, student.time_mixers
+    layer_mixers(model, len(found))  # raises for a K that leaves no layer
     if stage_of(config.train) == "align":
         return False
     if num_selected(model):
@@ -105,8 +106,8 @@ def with_layers(
     """The stage of a student that is_without_layers, with the layers that are named, or else selected now.
 
     A run that goes on at a checkpoint in `folder`'s unfinished one takes the layers that it began with. All processes
-    have to call this. Raises ValueError for the extend stage, if the stage has no teacher, and where a GPU's memory is
-    too small.
+    have to call this. Raises ValueError for the extend stage, for layers that leave no recurrent one, if the stage has
+    no teacher, and where a GPU's memory is too small.
     """
     stage, start = stage_of(config.train), config.train.load_model
     if stage == "extend":
@@ -130,6 +131,10 @@ def with_layers(
         config = replace(config, model=with_softmax_layers(config.model, layers))
     else:
         layers = _named_anew(config.model, student.config)
+        if set(layers) >= set(student.config.recurrent_layers):
+            raise ValueError(
+                f"model.softmax_layers is {config.model.softmax_layers}, which leaves no recurrent layer: name fewer"
+            )
         console.line(f"{stage}: layers {listed(layers)} of {start} get the teacher's attention, as named")
     if (made_by := _stage_that_made(Path(start))) not in ("", "align"):
         console.line(
@@ -151,7 +156,9 @@ def _begun_with(config: Config, wanted: int, folder: Path) -> tuple[list[int], s
     """
     resume, partial = config.train.resume, partial_name(folder)
     homes = [partial] if resume != "never" and checkpoints_in(partial) else []
-    homes += [] if resume in ("auto", "never") else [Path(resume).parent.parent]
+    if resume not in ("auto", "never"):
+        check_named(Path(resume))
+        homes.append(Path(resume).parent.parent)
     for path in (home / SELECTION for home in homes):
         if (layers := read_layers(path, {"keep": wanted})) is not None:
             return layers, path.read_text(encoding="utf-8")

@@ -47,6 +47,7 @@ from radlads.recipes.report import write_report
 from radlads.recipes.stage_configs import STAGES, Conversion, check_aligns, recipe_of, stage_configs
 from radlads.recipes.teacher_record import check_teacher, record_teacher, teacher_checksums
 from radlads.report.page import write_page
+from radlads.train.checkpoints.resume import check_named
 from radlads.train.fit import recipe_hash, run_stage
 from radlads.train.hardware import check_hardware, only_device
 from radlads.train.processes.group import ALONE, check_processes
@@ -212,8 +213,7 @@ def with_own_checkpoint(config: Config, folder: Path) -> Config:
     named = config.train.resume
     if named in ("auto", "never") or Path(named).resolve().is_relative_to(partial_name(folder).resolve()):
         return config
-    if not Path(named).is_dir():
-        raise ValueError(f"train.resume {named} is not a checkpoint's folder: name one, or auto, or never")
+    check_named(Path(named))
     return replace(config, train=replace(config.train, resume="auto"))
 
 

@@ -158,6 +158,11 @@ def _probe(
         needles = NeedleProbe(prompts, num_ids(tokenizer))
         what = f"{num} prompts of {request.needle_tokens:,} tokens, facts within {text.name}"
         return needles, {"text": what, "num_prompts": num, "needle_tokens": request.needle_tokens} | _size(needles)
+    if corpus.num_tokens <= request.context_tokens:
+        raise ValueError(
+            f"{text.name} holds {corpus.num_tokens:,} tokens, less than one window of {request.context_tokens + 1:,}: "
+            "give more text, or a shorter --ctx-len"
+        )
     spread = spread_windows(corpus, request.context_tokens, request.num_tokens)
     windows = [spread[i] for i in range(len(spread))]
     texts = TextProbe(windows, request.by)
@@ -202,9 +207,10 @@ def _check_student(request: Select, config: RadladsConfig, folder: Path) -> None
     there = len(config.recurrent_layers)
     if not there:
         raise ValueError(f"every layer of {folder} is softmax already: name a student's folder")
-    if request.keep > there:
+    if request.keep >= there:
         raise ValueError(
-            f"--keep is {request.keep}, but {folder} has {there} layers that are not softmax already: give fewer"
+            f"--keep is {request.keep}, but {folder} has {there} layers that are not softmax already, and one of them "
+            "must stay so: give fewer"
         )
 
 
@@ -213,6 +219,8 @@ def _check_out(out: Path) -> None:
         raise ValueError(f"{out.parent} is not a folder: make it first, or choose another --out")
     if out.suffix == _PLOT:
         raise ValueError(f"{out} is the name of the plot, which is written beside the file: give --out another ending")
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder: give --out a file's name")
     if out.exists():
         manifest = out.parent / MANIFEST
         if manifest.is_file() and out.name in read_json(manifest).get("sha256", {}):

@@ -31,8 +31,9 @@ from radlads.convert.hf_source import (
 from radlads.convert.student import layer_mixers, student_blueprint, teacher_blueprint
 from radlads.model.configuration import RadladsConfig
 from radlads.model.mixer_settings import settings_by_mixer, settings_from
-from radlads.model.registry import mixer_class, name_mixers
+from radlads.model.registry import SOFTMAX, mixer_class, name_mixers
 from radlads.recipes.auto_layers import before_layers, is_without_layers, named_where_kept, with_layers
+from radlads.selection.search import listed
 from radlads.train.corpora.samples import open_corpora
 from radlads.train.fit import StageResult, run_stage
 from radlads.train.hardware import check_hardware
@@ -134,6 +135,12 @@ def _check_mixers(config: Config, student: RadladsConfig) -> None:
         raise ValueError(
             f"{config.train.load_model} has {found[layer]} in layer {layer}, but the configuration names "
             f"{wanted[layer]} there: give the layers of the model itself"
+        )
+    softmax = [layer for layer, name in enumerate(found) if name == SOFTMAX and wanted[layer] != SOFTMAX]
+    if len(softmax) < len(found) and all(found[layer] == wanted[layer] for layer in {*range(len(found))} - {*softmax}):
+        raise ValueError(
+            f"{config.train.load_model} keeps softmax in layers {listed(softmax)}, where the configuration names "
+            "another mixer: give model.softmax_layers as the stage before ran with it, in its config.yaml"
         )
     raise ValueError(
         f"{config.train.load_model} holds the mixers {_counted(found)}, but the configuration "

@@ -173,10 +173,15 @@ def _empty(stage_folder: Path, held: list[Path], console: Console) -> None:
         remove_each(written)
 
 
-def _named(path: Path, stage_folder: Path, held: list[Path]) -> Path:
-    """The checkpoint at `path`, by its name in `held` if it is one of the stage's own."""
+def check_named(path: Path) -> None:
+    """Raise ValueError if train.resume names no folder."""
     if not path.is_dir():
         raise ValueError(f"train.resume {path} is not a checkpoint's folder: name one, or auto, or never")
+
+
+def _named(path: Path, stage_folder: Path, held: list[Path]) -> Path:
+    """The checkpoint at `path`, by its name in `held` if it is one of the stage's own."""
+    check_named(path)
     for own in held:
         if own.samefile(path):
             return own
