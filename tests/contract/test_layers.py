@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from transformers.dynamic_module_utils import get_imports
 
 SOURCE = Path(__file__).parents[2] / "src"
 # A package imports only from packages before it
@@ -104,6 +105,12 @@ def test_every_package_has_its_place():
 
 def test_imports_follow_the_layers():
     assert violations(IMPORTS) == []
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.glob("radlads/model/*.py")), ids=lambda path: path.stem)
+def test_an_export_on_the_hub_needs_torch_and_transformers_alone(path):
+    """transformers refuses remote code if a package is missing that one of its files imports outside of a try."""
+    assert set(get_imports(path)) <= {"torch", "transformers", *sys.stdlib_module_names}
 
 
 def test_only_the_command_line_prints():

@@ -5,6 +5,8 @@ Shape letters: B batch, T tokens, H heads, N head size (keys and values), G chun
 
 from __future__ import annotations
 
+# The kernels take `tl` from here: transformers refuses a hub model if a package is missing that its code imports
+# outside of a try
 try:
     import triton
     import triton.language as tl

@@ -11,12 +11,9 @@ Scratch tensors are [B H, G, L, N], [B H, G, L, L] and [B H, G, N, N]; states ar
 
 from __future__ import annotations
 
-from .chunked_kernels import chunk_start, decays, jit_for_all_sizes, last_row, load_fp32, triton
+from .chunked_kernels import chunk_start, decays, jit_for_all_sizes, last_row, load_fp32, tl
 from .chunked_operators import operator
 from .chunked_passes import VALUES, Chunks, Kernels, Launch, Launches
-
-if triton is not None:
-    import triton.language as tl
 
 
 @jit_for_all_sizes

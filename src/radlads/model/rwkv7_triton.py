@@ -15,12 +15,9 @@ Scratch tensors are [B H, G, L, N]; where they have rows for removals and for ou
 
 from __future__ import annotations
 
-from .chunked_kernels import chunk_start, decays, jit, jit_for_all_sizes, last_row, load_fp32, sums_of_rows, triton
+from .chunked_kernels import chunk_start, decays, jit, jit_for_all_sizes, last_row, load_fp32, sums_of_rows, tl
 from .chunked_operators import operator
 from .chunked_passes import VALUES, Chunks, Kernels, Launch, Launches
-
-if triton is not None:
-    import triton.language as tl
 
 
 @jit

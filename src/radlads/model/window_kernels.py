@@ -14,10 +14,7 @@ of queries.
 
 from __future__ import annotations
 
-from .chunked_kernels import jit, jit_for_all_sizes, triton
-
-if triton is not None:
-    import triton.language as tl
+from .chunked_kernels import jit, jit_for_all_sizes, tl
 
 SINK_TILE = 16
 """Sinks that are read at a time: the least that a product takes."""

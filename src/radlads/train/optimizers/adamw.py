@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from radlads.model.rwkv7_triton import jit, triton
+from radlads.model.chunked_kernels import jit, triton
 
 if triton is not None:
     import triton.language as tl
