@@ -107,7 +107,7 @@ def _backward(d_out, q, k, v, keys, values, seen, out, log_sums, window: int, si
 
 def _zeros_held(k: torch.Tensor, held: torch.Tensor | None) -> torch.Tensor:
     """Memory for the gradient of what is held; nothing without."""
-    return k.new_empty(0) if held is None else torch.zeros_like(held)
+    return k.new_empty(0) if held is None else torch.zeros_like(held, memory_format=torch.contiguous_format)
 
 
 _GIVEN = "Tensor q, Tensor k, Tensor v, Tensor? keys, Tensor? values, Tensor? seen"
