@@ -12,7 +12,7 @@ from gpu_comparison import DEVICE, DRY_RUN, Comparison, Rounding, assert_within_
 from test_training import Graphed, Training, assert_same_curve
 from tolerances import relative_error
 
-from radlads.model import window_attention
+from radlads.model import window_attention, window_triton
 from radlads.model.packed_rows import texts_that_start_at
 from radlads.model.recurrence_reference import window_reference
 from radlads.model.window import WindowSettings
@@ -40,13 +40,16 @@ needs_gpu = pytest.mark.skipif(DRY_RUN, reason="says nothing without a GPU")
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
-    """The window runs on its kernels, in a dry run too; a list that grows with every call."""
+    """The window runs on its kernels, in a dry run too; a list that grows with every launch.
+
+    Counted inside the operator: torch.compile would make another graph whenever a list that it traces has grown.
+    """
     require("triton")
-    calls, attend = [], window_attention.attend_by_kernels
-    monkeypatch.setattr(window_attention, "attend_by_kernels", lambda *a, **k: calls.append(1) or attend(*a, **k))
+    launches, of_queries = [], window_triton.Call.of_queries
+    monkeypatch.setattr(window_triton.Call, "of_queries", lambda *a, **k: launches.append(1) or of_queries(*a, **k))
     if DRY_RUN and os.environ.get("TRITON_INTERPRET") == "1":
         monkeypatch.setattr(window_attention, "has_kernels", lambda v: True)
-    return calls
+    return launches
 
 
 def inputs(T, heads, N, precision, rows=2):

@@ -10,6 +10,7 @@ from interpreted_kernels import launches as small_launches
 from interpreter import runtime_loops  # noqa: F401
 from test_decoder import VOCAB, full_logits, logits_after, perturbed
 from tolerances import SPLIT, relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from radlads.inference.decode_steps import can_be_fused
 from radlads.inference.fused_step import FusedStep
@@ -97,6 +98,22 @@ def test_a_windowed_step_begins_anew_and_keeps_its_window_in_place():
         assert step.seen.tolist() == [13, 7]
     assert torch.equal(*found) and places[0] == places[1]
     assert all(map(torch.equal, before, (x for x in cache.layers[0].state if x is not None)))
+
+
+@torch.inference_mode()
+def test_ordinary_kernels_lie_between_the_count_and_the_first_fused_one(monkeypatch):
+    """The count is read early, before which a programmatic launch promises nothing of the kernel right before it."""
+    step, order = FusedStep(windowed(3, 2), 1, launches(1)), []
+    monkeypatch.setattr(step, "_time_mixer", lambda *a: order.append("fused"))
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            order.append(function.overloadpacket.__name__)
+            return function(*args, **kwargs or {})
+
+    with Recorded():
+        step(torch.zeros(1, dtype=torch.int64))
+    assert set(order[order.index("add_") + 1 : order.index("fused")]) >= {"cos", "sin"}
 
 
 def test_what_a_step_holds_is_the_models_own_state():

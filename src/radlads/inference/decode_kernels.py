@@ -6,7 +6,7 @@ model/rad_rwkv7.py. All sums are fp32.
 
 Shape letters: B rows, P rows padded for the tensor cores, N output rows, K input columns, D = heads * head size.
 PDL: the kernel is started while those before it still run (programmatic dependent launch). Until gdc_wait() it reads
-weights and the states of the step before only, which ordinary kernels lie between.
+only weights, the states and slots of the step before, and the tokens counted: ordinary kernels lie between.
 """
 
 # mypy: disallow-untyped-defs=False

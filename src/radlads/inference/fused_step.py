@@ -81,8 +81,9 @@ class FusedStep:
         """Logits after `tokens`, in a buffer that the next call overwrites."""
         torch.index_select(self.model.model.embed_tokens.weight, 0, tokens, out=self.hidden)
         angles = self.positions[:, None].float() * self.frequencies
-        cos, sin = angles.cos(), angles.sin()
         self.counters.add_(1)
+        # Ordinary kernels after it, since a programmatic one reads `seen` before it waits (decode_kernels.py)
+        cos, sin = angles.cos(), angles.sin()
         for number, layer in enumerate(self.layers):
             self._time_mixer(layer, number, cos, sin)
             self._channel_mixer(layer)

@@ -34,8 +34,8 @@ class Launch(NamedTuple):
 # By what ptxas says of registers and shared memory for compute capability 9.0: two programs of queries fit into a
 # multiprocessor, and nothing spills at a text's start. Not measured
 HALF = Launch(block=64, precision="tf32", query_warps=4, key_warps=8, stages=2)
-# fp32's products are exact rather than fast
-FLOAT32 = Launch(block=32, precision="ieee", query_warps=4, key_warps=8, stages=1)
+# fp32's products are exact rather than fast; in 4 warps queries would spill ten times as much
+FLOAT32 = Launch(block=32, precision="ieee", query_warps=8, key_warps=8, stages=1)
 
 
 class Call:
@@ -107,7 +107,7 @@ def _backward(d_out, q, k, v, keys, values, seen, out, log_sums, window: int, si
 
 def _zeros_held(k: torch.Tensor, held: torch.Tensor | None) -> torch.Tensor:
     """Memory for the gradient of what is held; nothing without."""
-    return k.new_empty(0) if held is None else torch.zeros_like(held)
+    return k.new_empty(0) if held is None else torch.zeros_like(held, memory_format=torch.contiguous_format)
 
 
 _GIVEN = "Tensor q, Tensor k, Tensor v, Tensor? keys, Tensor? values, Tensor? seen"

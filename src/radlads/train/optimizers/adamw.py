@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 
-from radlads.model.chunked_kernels import jit, tl, triton
+from radlads.model.chunked_kernels import jit, triton
+
+if triton is not None:
+    import triton.language as tl
 
 BLOCK = 4096
 # Smaller tensors are more quickly updated many at a time, as torch does
