@@ -94,7 +94,7 @@ def test_a_windowed_step_begins_anew_and_keeps_its_window_in_place():
         step.load(cache)
         found.append(torch.stack([step(token).clone() for token in torch.arange(10).view(5, 2)]))
         places.append([x.data_ptr() for x in step.windows[0]])
-        assert step.seen.tolist() == [13, 7]
+        assert step.held.counters[1].tolist() == [13, 7]
     assert torch.equal(*found) and places[0] == places[1]
     assert all(map(torch.equal, before, (x for x in cache.layers[0].state if x is not None)))
 

@@ -90,20 +90,15 @@ class RecurrentStep:
     def put(self, row: int, cache: RadladsCache, index: int = 0) -> None:
         """See RowStep. A row's memory is taken by reserve or load."""
         assert self.positions is not None and cache.next_positions is not None
+        for held, given in zip(self._tensors(self.cache), self._tensors(cache), strict=True):
+            held[row].copy_(given[index])
         self.positions[row].copy_(cache.next_positions[index])
-        for held, given in zip(self._layers(self.cache), self._layers(cache), strict=True):
-            for target, source in zip(held.state, given.state, strict=True):
-                if target is not None:
-                    target[row].copy_(source[index])
 
     def move(self, source: int, target: int) -> None:
         """See RowStep."""
         assert self.positions is not None
-        for layer in self._layers(self.cache):
-            for x in layer.state:
-                if x is not None:
-                    x[target].copy_(x[source])
-        self.positions[target].copy_(self.positions[source])
+        for x in (*self._tensors(self.cache), self.positions):
+            x[target].copy_(x[source])
 
     def narrowed(self, rows: int) -> "RecurrentStep":
         """See RowStep."""
@@ -133,6 +128,9 @@ class RecurrentStep:
     @staticmethod
     def _layers(cache: RadladsCache) -> list[RecurrentCacheLayer]:
         return [layer for layer in cache.layers if isinstance(layer, RecurrentCacheLayer)]
+
+    def _tensors(self, cache: RadladsCache) -> list[torch.Tensor]:
+        return [x for layer in self._layers(cache) for x in layer.state or () if x is not None]
 
 
 def _mapped(change: Callable[[torch.Tensor], torch.Tensor], state: Any) -> Any:

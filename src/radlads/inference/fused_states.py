@@ -63,7 +63,9 @@ class FusedStates:
     def narrowed(self, rows: int) -> "FusedStates":
         """The first rows, at the same place."""
         counters = self.counters[:, :rows]
-        windows = [window and HeldWindow(window.keys[:rows], window.values[:rows], counters[1]) for window in self.windows]
+        windows = [
+            window and HeldWindow(window.keys[:rows], window.values[:rows], counters[1]) for window in self.windows
+        ]
         return FusedStates(self.matrices[:, :rows], counters, windows)
 
 

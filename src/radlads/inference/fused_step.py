@@ -20,7 +20,6 @@ from radlads.model.layers import RMSNorm
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.rope import rope_inverse_frequencies
 from radlads.model.swiglu import SwiGLU
-from radlads.model.window import HeldWindow
 
 # One row's kernels start while their predecessor still runs (programmatic dependent launch, Hopper and later); several
 # rows' steps looked slower with it (docs/log.md)
@@ -46,7 +45,7 @@ class FusedStep:
         wide: "FusedStep | None" = None,
     ):
         config, self.model, self.rows = model.config, model, rows
-        self.layers = pack(model) if wide is None else wide.layers
+        self.layers: list[PackedLayer] = pack(model) if wide is None else wide.layers
         self.starts_early = PROGRAMMATIC_LAUNCH and rows == 1 and _can_start_early(model.device)
         self.launches = launches or (ONE_ROW if rows == 1 else SEVERAL_ROWS)
         self.padded_rows = 1 if rows == 1 else max(16, triton.next_power_of_2(rows))
@@ -62,7 +61,9 @@ class FusedStep:
         self.partial = torch.zeros(splits, rows, C, **fp32)
         self.low, self.raw = torch.zeros(4, rows, H * N, **fp32), torch.zeros(rows, H * N, **fp32)
         self.logits = torch.zeros(rows, config.vocab_size, **fp32)
-        self.held = FusedStates.empty(self.layers, rows, weight) if wide is None else wide.held.narrowed(rows)
+        self.held: FusedStates = (
+            FusedStates.empty(self.layers, rows, weight) if wide is None else wide.held.narrowed(rows)
+        )
         self.states, self.windows = self.held.matrices, self.held.windows
         self.frequencies = torch.tensor(rope_inverse_frequencies(config), device=weight.device)
 
