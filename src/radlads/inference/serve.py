@@ -51,7 +51,7 @@ def serve(arguments: argparse.Namespace, notice: Callable[[str], None]) -> None:
         with _naming_address(host, port):  # another process may have bound the port too, and listen by now
             listener.listen()  # a client that reads the next line may connect at once
         notice(f"serving {server_name(arguments)} at http://{host}:{port}/v1 (Ctrl-C ends)")
-        with _quick_switching():
+        with quick_switching():
             server.run(sockets=[listener])
 
 
@@ -111,7 +111,7 @@ def build_server(arguments: argparse.Namespace, notice: Callable[[str], None] = 
 
 
 @contextmanager
-def _quick_switching() -> Iterator[None]:
+def quick_switching() -> Iterator[None]:
     """Have Python change threads often: the engine's gives way to the event loop at each operation of torch, and would
     then wait for 5 ms, which is as long as a step."""
     before = sys.getswitchinterval()
