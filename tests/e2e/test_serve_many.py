@@ -1,5 +1,6 @@
 """The server under many clients: how fast, how fair, what it counts, and how it ends."""
 
+import argparse
 import asyncio
 import json
 import os
@@ -19,10 +20,16 @@ import pytest
 import tiny
 from local_server import serving
 
+from radlads.checkpoint.hf_export import export
+from radlads.convert.hf_source import open_teacher
+from radlads.convert.student import build_student
+
 openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
 
+from radlads.inference import serve  # noqa: E402
 from radlads.inference.graceful_server import GracefulServer  # noqa: E402
+from radlads.inference.options import add_serve_options  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}{% endfor %}"
@@ -69,8 +76,23 @@ def metrics(url, key=None):
     return {name: float(value) for name, value in (line.split(" ") for line in lines if not line.startswith("#"))}
 
 
+def is_healthy(url):
+    try:
+        opened(url, "/health").close()
+    except urllib.error.HTTPError as error:
+        return error.code != 503
+    return True
+
+
+def wait_until(is_so):
+    deadline = time.monotonic() + ENOUGH_S
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_sixteen_clients_get_what_one_gets_and_more_than_four_times_as_fast(url):
-    prompts, num_tokens = [f"prompt {number} " * (1 + number % 5) for number in range(16)], 96
+    prompts, num_tokens = [f"prompt {number} " * (1 + number % 5) for number in range(16)], 48
 
     def timed(ask):
         began = time.perf_counter()
@@ -85,9 +107,12 @@ def test_sixteen_clients_get_what_one_gets_and_more_than_four_times_as_fast(url)
         return [complete(url, prompt, num_tokens) for prompt in prompts]
 
     together()
-    rounds = [(timed(one_by_one), timed(together)) for _ in range(2)]
-    assert all(alone == found for (_, alone), (_, found) in rounds) and len(set(rounds[0][0][1])) == 16
-    assert max(alone_s / together_s for (alone_s, _), (together_s, _) in rounds) > 4
+    ratios = []
+    while not ratios or (ratios[-1] <= 4 and len(ratios) < 3):  # other processes may take this machine's time
+        (alone_s, alone), (together_s, found) = timed(one_by_one), timed(together)
+        assert alone == found and len(set(alone)) == 16
+        ratios.append(alone_s / together_s)
+    assert max(ratios) > 4
 
 
 def test_a_short_request_begins_within_a_second_while_a_long_prompt_is_read(folder):
@@ -120,9 +145,8 @@ def test_requests_beyond_the_queue_are_told_to_come_back_and_clients_that_leave_
             answer = client.completions.create(model="tiny", prompt="x", max_tokens=5)
         assert answer.usage.completion_tokens == 5
         streams[0].close()
-        deadline = time.monotonic() + ENOUGH_S
-        while (found := metrics(url))["radlads_requests_running"]:
-            assert time.monotonic() < deadline
+        wait_until(lambda: not metrics(url)["radlads_requests_running"])
+        found = metrics(url)
         assert found['radlads_requests_total{outcome="cancelled"}'] == 3
         assert found['radlads_requests_total{outcome="refused"}'] >= 1
 
@@ -142,10 +166,8 @@ def test_metrics_count_what_was_asked_and_answered(folder):
 
 def test_a_wrong_key_is_a_401_in_openais_form_and_health_needs_none(folder):
     with serving(folder, *OPTIONS, "--api-key", "secret") as url:
-        for key in (None, "secrets", "sécret"):
+        for key in (None, "secrets"):
             for path, body in (("/v1/completions", {"prompt": "x"}), ("/v1/models", {}), ("/metrics", {})):
-                if key == "sécret":
-                    continue
                 code, _, content = refused(url, path, key=key, **body)
                 assert code == 401 and content["error"].keys() == {"message", "type", "param", "code"}
                 assert content["error"]["code"] == "invalid_api_key"
@@ -160,33 +182,41 @@ def test_sigterm_lets_what_runs_be_answered_and_refuses_the_rest(folder):
     command = [sys.executable, "-m", "radlads", "serve", str(folder), "--port", "0", "--device", "cpu"]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     server = subprocess.Popen(
-        [*command, "--grace-seconds", "60"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        [*command, "--grace-seconds", "60"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
     )
     try:
         assert server.stdout is not None
         line = server.stdout.readline()
         url = re.search(r"http://[\d.:]+", line).group()
-        with opened(url, prompt="a long story", max_tokens=1200, stream=True) as stream:
+        with opened(url, prompt="a long story", max_tokens=500, stream=True) as stream:
             stream.readline()
             server.send_signal(signal.SIGTERM)
-            deadline = time.monotonic() + ENOUGH_S
-            while True:
-                try:
-                    opened(url, "/health").close()
-                except urllib.error.HTTPError as error:
-                    assert error.code == 503
-                    break
-                assert time.monotonic() < deadline
+            wait_until(lambda: not is_healthy(url))
             code, headers, content = refused(url, prompt="x")
             assert code == 503 and headers["Retry-After"] and content["error"]["code"] == "shutting_down"
             events = stream.read().decode().split("\n\n")
         assert events[-2] == "data: [DONE]"
-        assert json.loads(events[-3].removeprefix("data: "))["usage"]["completion_tokens"] == 1200
+        assert json.loads(events[-3].removeprefix("data: "))["usage"]["completion_tokens"] == 500
         assert server.wait(ENOUGH_S) == 0
         assert server.stdout.read() == ""
     finally:
         server.kill()
         server.wait()
+
+
+def test_a_state_that_never_fits_is_a_400_with_a_remedy_and_others_are_answered(teacher, tmp_path):
+    config = tiny.stage_config(tmp_path, "align", **{"model.softmax_layers": "last:1"})
+    export(build_student(open_teacher(teacher), config.model)[0], teacher, tmp_path / "hf")
+    with serving(tmp_path / "hf", *OPTIONS, "--state-memory", "1e-4") as url:
+        code, _, content = refused(url, prompt="x" * 3000, max_tokens=5)
+        assert code == 400 and "GB of state" in content["error"]["message"]
+        assert "--state-memory" in content["error"]["message"]
+        with opened(url, prompt="x", max_tokens=5) as response:
+            assert json.load(response)["usage"]["completion_tokens"] >= 1
 
 
 @pytest.mark.parametrize(
@@ -202,8 +232,6 @@ def test_the_server_ends_once_it_is_idle_or_its_time_is_up_or_told_twice(is_idle
 
 
 def test_a_model_whose_settings_are_not_applied_is_told_of(folder, tmp_path, monkeypatch):
-    from radlads.inference import serve
-
     model = tmp_path / "hf"
     model.mkdir()
     for path in folder.iterdir():
@@ -212,10 +240,6 @@ def test_a_model_whose_settings_are_not_applied_is_told_of(folder, tmp_path, mon
     (model / "generation_config.json").write_text(json.dumps(config))
     said, server = [], threading.Event()
     monkeypatch.setattr(GracefulServer, "run", lambda self, sockets: server.set())
-    import argparse
-
-    from radlads.inference.options import add_serve_options
-
     parser = argparse.ArgumentParser()
     add_serve_options(parser)
     serve.serve(parser.parse_args([str(model), "--port", "0", "--device", "cpu"]), said.append)

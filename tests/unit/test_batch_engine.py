@@ -207,9 +207,9 @@ def test_softmax_states_wait_for_memory_and_are_refused_if_they_never_fit(teache
 
 
 def test_states_that_do_not_fit_are_refused_with_a_remedy_and_the_default_is_what_fits(recurrent):
-    with pytest.raises(ValueError, match="one request needs .* GB of state.*give a larger --state-memory"):
+    with pytest.raises(ValueError, match=r"one request needs .* GB of state.*give a larger --state-memory"):
         Engine(*recurrent, state_bytes=10)
-    with pytest.raises(ValueError, match="40 requests need .* or a smaller --max-concurrent"):
+    with pytest.raises(ValueError, match=r"40 requests need .* or a smaller --max-concurrent"):
         Engine(*recurrent, state_bytes=2 * 10**5, max_concurrent=40)
     assert 1 <= Engine(*recurrent, state_bytes=2 * 10**5).scheduler.max_rows < 16
 

@@ -36,7 +36,7 @@ def test_a_large_request_waits_for_memory_and_is_not_overtaken():
 
 def test_a_request_larger_than_all_memory_is_refused_with_a_remedy():
     made = Scheduler(8, 10**9)
-    with pytest.raises(TooLarge, match="needs 2 GB of state, but the server has 1 GB for all: .*--state-memory"):
+    with pytest.raises(TooLarge, match=r"needs 2 GB of state, but the server has 1 GB for all: .*--state-memory"):
         made.submit("a", 5, 2 * 10**9)
     assert made.names() == []
 
@@ -61,7 +61,7 @@ def test_short_prompts_share_a_turn_within_the_budget():
 
 def test_every_prompt_is_read_once_and_in_order():
     lengths = [17, 1, 64, 5, 33]
-    made, seen = scheduler_of(*lengths), {name: 0 for name in range(5)}
+    made, seen = scheduler_of(*lengths), dict.fromkeys(range(5), 0)
     made.admit()
     while pieces := made.pieces(7):
         assert 0 < sum(piece.stop - piece.start for piece in pieces) <= 7

@@ -34,7 +34,9 @@ def known_mixers(tmp_path_factory):
 def test_rows_that_come_and_go_are_each_what_they_are_alone(stack):
     model = perturbed(**STACKS[stack])
     torch.manual_seed(3)
-    texts = {name: torch.randint(VOCAB, (length,)).tolist() for name, length in zip("abcd", (4, 19, 12, 30), strict=True)}
+    texts = {
+        name: torch.randint(VOCAB, (length,)).tolist() for name, length in zip("abcd", (4, 19, 12, 30), strict=True)
+    }
     slots, rows, fed = build_slots(model, 3), [], dict.fromkeys("abcd", 2)
 
     def join(name):

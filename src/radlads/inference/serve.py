@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 PACKAGES = ("fastapi", "openai", "uvicorn")
 SHUTDOWN_S = 3
 SWITCH_S = 2e-4
+WARM_TOKENS = 64
 MAX_PORT = 65535
 WILDCARDS = {"", "0.0.0.0", "::"}
 KEY_VARIABLE = "RADLADS_API_KEY"
@@ -89,7 +90,8 @@ def build_server(arguments: argparse.Namespace, notice: Callable[[str], None] = 
     tokenizer = open_tokenizer(arguments.folder, model.config.vocab_size)
     model.generation_config = generation_config(arguments.folder, model, tokenizer)
     model = model.to(device)  # type: ignore[arg-type]
-    prefill(model, torch.zeros(1, 1, dtype=torch.int64, device=device))  # broken weights are told now, not to clients
+    # Broken weights are told now, not to clients; and kernels are compiled before the first one waits for them
+    prefill(model, torch.zeros(1, WARM_TOKENS, dtype=torch.int64, device=device))
     if ignored := not_applied(model.generation_config):
         notice(f"warning: {GENERATION_FILE} sets {', '.join(ignored)}, which serve does not apply")
     limits = Limits(
