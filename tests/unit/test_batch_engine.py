@@ -125,6 +125,21 @@ def test_a_row_that_is_not_finite_ends_alone(stack, bad):
     assert found == [greedy(stack, prompt, 20) for prompt in PROMPTS[4:7]]
 
 
+def test_logits_that_are_not_finite_within_a_prompt_are_not_forgotten_at_its_end(recurrent, monkeypatch):
+    model, forward = recurrent[0], recurrent[0].forward
+
+    def overflowing(tokens, *arguments, **keys):
+        outputs = forward(tokens, *arguments, **keys)
+        if 77 in tokens:
+            outputs.logits.fill_(math.inf)
+        return outputs
+
+    monkeypatch.setattr(model, "forward", overflowing)
+    with engine_of(recurrent, piece_tokens=8) as engine:
+        (error,) = answers(engine, [job([3] * 5 + [77] + [3] * 30, 10)])
+    assert isinstance(error, NotFinite)
+
+
 def test_an_error_while_a_prompt_is_read_is_that_request_s_alone(recurrent, monkeypatch):
     model, forward = recurrent[0], recurrent[0].forward
 
