@@ -85,7 +85,7 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=20,
         metavar="S",
-        help="after Ctrl-C or SIGTERM, for requests to be answered (default 20); a second signal ends at once",
+        help="after Ctrl-C or SIGTERM, for requests to be answered (default 20); a second signal ends it within 3",
     )
     parser.add_argument(
         "--allowed-host",
