@@ -104,7 +104,7 @@ def sweep_recurrence(model: RadladsForCausalLM, rows: int) -> Iterator[str]:
 def full_step(model: RadladsForCausalLM, rows: int) -> FusedStep:
     """A step far into its text, so that windows are full."""
     step = FusedStep(model, rows)
-    step.counters.fill_(FAR)
+    step.held.counters.fill_(FAR)
     return step
 
 

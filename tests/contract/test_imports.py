@@ -48,6 +48,7 @@ LATE = {
     "radlads.inference.decode_kernels",
     "radlads.inference.decode_window",
     "radlads.inference.fused_step",
+    "radlads.inference.graceful_server",
     "radlads.inference.openai_answers",
     "radlads.inference.openai_api",
     "radlads.inference.openai_requests",

@@ -1,12 +1,21 @@
 """Decoding on a GPU: fused kernels, CUDA graphs and ragged batches give the model's own logits; memory stays put."""
 
+import asyncio
+from types import SimpleNamespace
+
 import pytest
 import torch
 from gpu_comparison import DEVICE, DRY_RUN
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from tolerances import BFLOAT16, relative_error
+from transformers import GenerationConfig
 
 from radlads.bench.measure import release_memory
 from radlads.evaluation.costs import cost_of_context
+from radlads.inference.batching.answers import Job
+from radlads.inference.batching.engine import Engine
+from radlads.inference.batching.slots import RecurrentSlots
 from radlads.inference.decode_steps import RecurrentStep, build_step
 from radlads.inference.decoder import Decoder
 from radlads.inference.finite import NotFinite
@@ -246,3 +255,59 @@ def test_the_peak_of_a_context_holds_its_state_and_not_the_weights(mixer, monkey
         assert cost.state_bytes == state_bytes(model.config, cost.context_tokens, bytes_per_value=2)
         assert cost.state_bytes <= cost.peak_bytes < weights
     assert (long.state_bytes > short.state_bytes) == (mixer == "qwen2")
+
+
+@pytest.mark.parametrize("changes", [{}, window_keys(16, 4)], ids=["plain", "windowed"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_rows_of_a_server_join_and_leave_under_graphs(fused, changes):
+    """Five texts in graphs of 1, 2, 4 and 5 rows; every one is what it is alone, to the end."""
+    if fused:
+        pytest.importorskip("triton")
+    model, texts = build(**changes), [torch.randint(4099, (50,), device=DEVICE) for _ in range(5)]
+    with torch.inference_mode():
+        slots = RecurrentSlots(model, 5, fused=fused)
+        rows, fed, found = [], [20] * 5, {}
+        for number, text in enumerate(texts):
+            slots.put(number, prefill(model, text[None, :20])[1])
+            rows.append(number)
+            for _ in range(4):
+                advance(slots, rows, texts, fed, found)
+        while rows:
+            slots.move(len(rows) - 1, 0)
+            rows = [rows[-1], *rows[1:-1]] if len(rows) > 1 else []
+            for _ in range(2 if rows else 0):
+                advance(slots, rows, texts, fed, found)
+    for number, text in enumerate(texts):
+        with torch.inference_mode():
+            expected = model(text[None, : fed[number]], use_cache=False).logits[0, -1]
+        assert relative_error(found[number], expected) < FP32
+
+
+def advance(slots, rows, texts, fed, found):
+    """A step of all rows, each given its own text's next token."""
+    logits = slots.step(torch.stack([texts[number][fed[number]] for number in rows]))
+    for row, number in enumerate(rows):
+        fed[number] += 1
+        found[number] = logits[row].clone()
+
+
+@pytest.mark.parametrize("stack", [["rad_rwkv7"] * 2, ["rad_rwkv7", "qwen2"]], ids=["recurrent", "softmax"])
+def test_an_engine_answers_many_at_a_time_what_generate_does(stack):
+    model = build(time_mixers=stack)
+    model.generation_config = GenerationConfig()
+    prompts = [torch.randint(4099, (length,)).tolist() for length in (3, 70, 9, 9, 31, 200)]
+    words = Tokenizer(WordLevel({f"w{number}": number for number in range(4099)}, unk_token="w0"))
+    engine = Engine(model, SimpleNamespace(_tokenizer=words), max_concurrent=4, piece_tokens=64)
+
+    async def text_of(generation):
+        return "".join([text async for text in generation.texts()])
+
+    async def go():
+        jobs = [Job(prompt, GenerationConfig(max_new_tokens=20 + 3 * n)) for n, prompt in enumerate(prompts)]
+        return await asyncio.gather(*(text_of(engine.submit(job)) for job in jobs))
+
+    found = asyncio.run(go())
+    engine.close()
+    for number, prompt in enumerate(prompts):
+        (tokens,) = generate_tokens(model, [prompt], Sampling(temperature=0, max_tokens=20 + 3 * number))
+        assert found[number] == words.decode(tokens)

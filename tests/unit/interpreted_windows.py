@@ -95,7 +95,7 @@ def test_a_windowed_step_begins_anew_and_keeps_its_window_in_place():
         step.load(cache)
         found.append(torch.stack([step(token).clone() for token in torch.arange(10).view(5, 2)]))
         places.append([x.data_ptr() for x in step.windows[0]])
-        assert step.seen.tolist() == [13, 7]
+        assert step.held.counters[1].tolist() == [13, 7]
     assert torch.equal(*found) and places[0] == places[1]
     assert all(map(torch.equal, before, (x for x in cache.layers[0].state if x is not None)))
 
@@ -128,3 +128,21 @@ def test_what_a_step_holds_is_the_models_own_state():
         assert torch.equal(window.seen, layer.state.seen)
         assert relative_error(window.keys, layer.state.keys) < SPLIT
         assert relative_error(window.values, layer.state.values) < SPLIT
+
+
+def test_rows_that_join_move_and_narrow_are_the_models_forward():
+    """Two texts in the first two rows of three, then one in the place of the other, as a server has them."""
+    model, prompts = windowed(3, 2, layers=2), prompts_of(8, 2)
+    continuation = torch.randint(VOCAB, (4, 2))
+    expected = full_logits(model, prompts, torch.cat([continuation, continuation]))
+    with torch.inference_mode():
+        wide = FusedStep(model, 3, launches(3))
+        for row, prompt in enumerate(prompts):
+            wide.put(row, prefill(model, torch.tensor([prompt]))[1])
+        both, one = (FusedStep(model, rows, launches(rows), wide=wide) for rows in (2, 1))
+        found = torch.stack([both(tokens).clone() for tokens in continuation])
+        wide.move(1, 0)
+        alone = torch.stack([one(tokens[1:]).clone() for tokens in continuation])
+    assert relative_error(found, expected[:4]) < SPLIT
+    assert relative_error(alone, expected[4:, 1:]) < SPLIT
+    assert wide.layers is one.layers and wide.held.counters[:, 0].tolist() == [10, 10]

@@ -18,12 +18,15 @@ httpx = pytest.importorskip("httpx")
 pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 
-from radlads.inference import engine, openai_api, serve  # noqa: E402
-from radlads.inference.openai_api import Limits, ServedModel, build_app  # noqa: E402
+from radlads.inference import openai_api, serve  # noqa: E402
+from radlads.inference.batching import answers  # noqa: E402
+from radlads.inference.batching.answers import Job, Stopped  # noqa: E402
+from radlads.inference.batching.engine import Engine  # noqa: E402
+from radlads.inference.openai_api import Desk, Limits, ServedModel, build_app  # noqa: E402
 
 CHATS, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 TEMPLATE = "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}{% endfor %}{{ tools }}"
-LIMITS = Limits(prompt_tokens=3000, answer_tokens=400, requests=4)
+LIMITS = Limits(prompt_tokens=3000, answer_tokens=400, waiting=2, max_concurrent=2, state_bytes=10**9)
 BAD_TOKEN = ord("~") - 33  # of the byte-level alphabet
 ENOUGH_S = 30
 
@@ -54,7 +57,7 @@ def config_of(served):
 
 @pytest.fixture(scope="module")
 def app(served):
-    return build_app(served)
+    return build_app(Desk(served))
 
 
 def asked(app, *requests):
@@ -233,7 +236,7 @@ def test_what_is_our_fault_is_a_500_of_openais_form(app, served, monkeypatch):
     def breaks(**keys):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(served.model, "generate", breaks)
+    monkeypatch.setattr(served.model, "forward", breaks)
     response = posted(app, COMPLETIONS, body())
     assert response.status_code == 500 and error_of(response)["type"] == "server_error"
 
@@ -259,13 +262,13 @@ def test_more_requests_than_allowed_are_told_to_wait_and_places_come_back(app, s
         request = ("POST", COMPLETIONS, body(max_tokens=20, stream=stream), {})
         responses = asked(app, *[request] * 9)
         codes = sorted(response.status_code for response in responses)
-        assert codes == [200] * 4 + [429] * 5
-        refused = next(response for response in responses if response.status_code == 429)
-        assert "try again later" in error_of(refused)["message"]
+        assert codes == [200] * 4 + [503] * 5
+        refused = next(response for response in responses if response.status_code == 503)
+        assert "try again later" in error_of(refused)["message"] and refused.headers["Retry-After"] == "1"
 
 
 def test_a_client_that_leaves_within_its_request_is_no_error_of_the_server(served):
-    app, sent = build_app(replace(served, limits=replace(LIMITS, requests=1))), []
+    app, sent = build_app(Desk(replace(served, limits=replace(LIMITS, waiting=0, max_concurrent=1)))), []
     parts = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
     scope = {"type": "http", "method": "POST", "path": COMPLETIONS, "headers": [], "query_string": b""}
 
@@ -302,7 +305,7 @@ def test_an_answer_that_is_there_while_its_client_leaves_is_handed_on(monkeypatc
 
 
 def test_an_answer_that_is_being_generated_takes_one_place(served):
-    app = build_app(replace(served, limits=Limits(answer_tokens=400, requests=2)))
+    app = build_app(Desk(replace(served, limits=replace(LIMITS, waiting=1, max_concurrent=1))))
     is_generating = threading.Event()
 
     async def go():
@@ -371,9 +374,9 @@ class Watched:
 
 
 def test_closing_ends_a_long_prompt_before_its_next_layer_and_what_waits(served, config_of):
-    runner = engine.Engine(served.model, served.tokenizer)
+    runner = Engine(served.model, served.tokenizer)
     closing = threading.Thread(target=runner.close)
-    job = engine.Job([5] * 100_000, config_of())
+    job = Job([5] * 100_000, config_of())
 
     async def go():
         generations = [runner.submit(job), runner.submit(job)]
@@ -386,14 +389,14 @@ def test_closing_ends_a_long_prompt_before_its_next_layer_and_what_waits(served,
 
     with Watched(served.model, close) as watched:
         errors = asyncio.run(asyncio.wait_for(go(), ENOUGH_S))
-    assert [type(error) for error in errors] == [engine.Stopped] * 2
+    assert [type(error) for error in errors] == [Stopped] * 2
     closing.join(ENOUGH_S)
     assert watched.calls == 1 and not closing.is_alive() and runner.num_unfinished == 0
 
 
 def test_a_reader_that_takes_nothing_is_dropped_and_the_next_one_answered(served, monkeypatch):
-    monkeypatch.setattr(engine, "MAX_BUFFERED_CHARACTERS", 50)
-    app, sent = build_app(served), []
+    monkeypatch.setattr(answers, "MAX_BUFFERED_CHARACTERS", 50)
+    app, sent = build_app(Desk(served)), []
     scope = {"type": "http", "method": "POST", "path": COMPLETIONS, "query_string": b"", "headers": []}
     messages = iter([{"type": "http.request", "body": body(max_tokens=400, temperature=0, stream=True)}])
 
@@ -413,10 +416,10 @@ def test_a_reader_that_takes_nothing_is_dropped_and_the_next_one_answered(served
 
 
 def test_a_slow_reader_within_the_bound_gets_all(served, config_of):
-    runner = engine.Engine(served.model, served.tokenizer)
+    runner = Engine(served.model, served.tokenizer)
 
     async def go():
-        generation = runner.submit(engine.Job([5, 6], config_of(max_tokens=60, temperature=0)))
+        generation = runner.submit(Job([5, 6], config_of(max_tokens=60, temperature=0)))
         while runner.num_unfinished:
             await asyncio.sleep(0)
         return [text async for text in generation.texts()], generation.num_tokens
@@ -435,7 +438,7 @@ def test_a_text_that_is_being_tokenised_does_not_hold_the_others(served, monkeyp
         return [5]
 
     monkeypatch.setattr(openai_api.read_completion.__globals__["CompletionBody"], "token_ids", slow)
-    app = build_app(served)
+    app = build_app(Desk(served))
 
     async def go():
         transport = httpx.ASGITransport(app)
@@ -450,7 +453,7 @@ def test_a_text_that_is_being_tokenised_does_not_hold_the_others(served, monkeyp
 
 
 def test_a_text_of_a_megabyte_holds_health_for_less_than_a_second(served):
-    app = build_app(replace(served, limits=Limits(prompt_tokens=10**5)))
+    app = build_app(Desk(replace(served, limits=replace(LIMITS, prompt_tokens=10**5))))
     times = []
 
     async def go():

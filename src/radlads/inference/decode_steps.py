@@ -3,6 +3,7 @@
 Leaves the kernels to fused_step.py. Shape letters: B rows, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +29,19 @@ class Step(Protocol):
     def load(self, cache: RadladsCache) -> None: ...
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor: ...
+
+
+class RowStep(Step, Protocol):
+    """A step whose rows join and leave one by one, each with a state at a fixed place in memory."""
+
+    def put(self, row: int, cache: RadladsCache, index: int = 0) -> None:
+        """Have a row go on from the text `index` of a prefilled cache, which stays as it is."""
+
+    def move(self, source: int, target: int) -> None:
+        """Copy a row's state over another row's."""
+
+    def narrowed(self, rows: int) -> "RowStep":
+        """A step of the first `rows` rows alone, with the same states in memory."""
 
 
 class CachedStep:
@@ -60,12 +74,40 @@ class RecurrentStep:
         """Copy the cache's states; the memory they go to is taken at the first call."""
         assert cache.next_positions is not None
         if self.positions is None:
-            self.positions = torch.empty_like(cache.next_positions)
-            for held, given in zip(self._layers(self.cache), self._layers(cache), strict=True):
-                held.state = _state_like(given.state)
+            self.reserve(cache, len(cache.next_positions))
+        assert self.positions is not None
         self.positions.copy_(cache.next_positions)
         for held, given in zip(self._layers(self.cache), self._layers(cache), strict=True):
             _copy_state(held.state, given.state)
+
+    def reserve(self, cache: RadladsCache, rows: int) -> None:
+        """Take memory for `rows` states of the kind that a prefilled cache holds; they are zeros."""
+        assert cache.next_positions is not None
+        self.positions = cache.next_positions.new_zeros(rows)
+        for held, given in zip(self._layers(self.cache), self._layers(cache), strict=True):
+            held.state = _mapped(lambda x: x.new_zeros((rows, *x.shape[1:])), given.state)
+
+    def put(self, row: int, cache: RadladsCache, index: int = 0) -> None:
+        """See RowStep. A row's memory is taken by reserve or load."""
+        assert self.positions is not None and cache.next_positions is not None
+        for held, given in zip(self._tensors(self.cache), self._tensors(cache), strict=True):
+            held[row].copy_(given[index])
+        self.positions[row].copy_(cache.next_positions[index])
+
+    def move(self, source: int, target: int) -> None:
+        """See RowStep."""
+        assert self.positions is not None
+        for x in (*self._tensors(self.cache), self.positions):
+            x[target].copy_(x[source])
+
+    def narrowed(self, rows: int) -> "RecurrentStep":
+        """See RowStep."""
+        assert self.positions is not None
+        step = RecurrentStep(self.model)
+        step.positions = self.positions[:rows]
+        for part, whole in zip(self._layers(step.cache), self._layers(self.cache), strict=True):
+            part.state = _mapped(lambda x: x[:rows], whole.state)
+        return step
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         assert self.positions is not None
@@ -87,9 +129,12 @@ class RecurrentStep:
     def _layers(cache: RadladsCache) -> list[RecurrentCacheLayer]:
         return [layer for layer in cache.layers if isinstance(layer, RecurrentCacheLayer)]
 
+    def _tensors(self, cache: RadladsCache) -> list[torch.Tensor]:
+        return [x for layer in self._layers(cache) for x in layer.state or () if x is not None]
 
-def _state_like(state: Any) -> Any:
-    return type(state)(*(None if x is None else torch.empty_like(x) for x in state))
+
+def _mapped(change: Callable[[torch.Tensor], torch.Tensor], state: Any) -> Any:
+    return type(state)(*(None if x is None else change(x) for x in state))
 
 
 def _copy_state(into: Any, state: Any) -> None:
@@ -107,6 +152,15 @@ def build_step(model: RadladsForCausalLM, rows: int, *, fused: bool = True) -> S
 
         return FusedStep(model, rows)
     return RecurrentStep(model)
+
+
+def build_row_step(model: RadladsForCausalLM, rows: int, cache: RadladsCache, *, fused: bool = True) -> RowStep:
+    """As build_step, of a stack without softmax layers, for rows that join and leave. cache: any prefilled one."""
+    step = build_step(model, rows, fused=fused)
+    assert not isinstance(step, CachedStep)
+    if isinstance(step, RecurrentStep):
+        step.reserve(cache, rows)
+    return step  # type: ignore[return-value]
 
 
 def can_be_fused(model: RadladsForCausalLM, rows: int) -> bool:

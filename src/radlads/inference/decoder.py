@@ -106,13 +106,13 @@ class Decoder:
 
         Raises NotFinite in place of the first token that logits which are not finite would choose.
         """
-        pending: deque[_Sent] = deque()
+        pending: deque[Sent] = deque()
         ahead = STEPS_AHEAD if self.tokens.is_cuda else 0
         for index in range(num_tokens + ahead):
             if index < num_tokens:
                 if index:
                     self.step()
-                pending.append(_Sent(self.emitted))
+                pending.append(Sent(self.emitted))
             if index < ahead:
                 continue
             if not pending:
@@ -164,7 +164,7 @@ class Decoder:
         self.num_chosen += 1
 
 
-class _Sent:
+class Sent:
     """A step's tokens on their way to the host."""
 
     def __init__(self, tokens: torch.Tensor):

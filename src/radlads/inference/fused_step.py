@@ -13,13 +13,13 @@ import triton
 
 from radlads.inference import decode_kernels as kernels
 from radlads.inference.fused_launches import ONE_ROW, SEVERAL_ROWS, Launch, Launches
+from radlads.inference.fused_states import FusedStates
 from radlads.inference.packed_weights import PackedLayer, pack
-from radlads.model.cache import RadladsCache, RecurrentCacheLayer
+from radlads.model.cache import RadladsCache
 from radlads.model.layers import RMSNorm
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.rope import rope_inverse_frequencies
 from radlads.model.swiglu import SwiGLU
-from radlads.model.window import HeldWindow
 
 # One row's kernels start while their predecessor still runs (programmatic dependent launch, Hopper and later); several
 # rows' steps looked slower with it (docs/log.md)
@@ -29,15 +29,23 @@ PROGRAMMATIC_LAUNCH = True
 class FusedStep:
     """Advances `rows` sequences by a token: tokens [rows] in, next logits [rows, V] fp32 out, states in place.
 
-    Parameters may change between steps only in place, and not the low ranks' first factors or the biases: make another
-    FusedStep after training.
+    wide: a step of as many rows or more, whose packed weights and first rows this one shares. Parameters may change
+    between steps only in place, and not the low ranks' first factors or the biases: make another FusedStep after
+    training.
     """
 
     is_graphable = True
 
-    def __init__(self, model: RadladsForCausalLM, rows: int, launches: Launches | None = None):
+    def __init__(
+        self,
+        model: RadladsForCausalLM,
+        rows: int,
+        launches: Launches | None = None,
+        *,
+        wide: "FusedStep | None" = None,
+    ):
         config, self.model, self.rows = model.config, model, rows
-        self.layers = pack(model)
+        self.layers: list[PackedLayer] = pack(model) if wide is None else wide.layers
         self.starts_early = PROGRAMMATIC_LAUNCH and rows == 1 and _can_start_early(model.device)
         self.launches = launches or (ONE_ROW if rows == 1 else SEVERAL_ROWS)
         self.padded_rows = 1 if rows == 1 else max(16, triton.next_power_of_2(rows))
@@ -52,36 +60,34 @@ class FusedStep:
         splits = max(self.launches.output.splits, self.launches.down.splits)
         self.partial = torch.zeros(splits, rows, C, **fp32)
         self.low, self.raw = torch.zeros(4, rows, H * N, **fp32), torch.zeros(rows, H * N, **fp32)
-        self.states = torch.zeros(len(self.layers), rows, H, N, N, **fp32)
         self.logits = torch.zeros(rows, config.vocab_size, **fp32)
-        # Both count on by one with each step; `seen` is what every layer's window says of the text
-        self.counters = torch.zeros(2, rows, dtype=torch.int64, device=weight.device)
-        self.positions, self.seen = self.counters
-        self.windows = [self._empty_window(layer) for layer in self.layers]
+        self.held: FusedStates = (
+            FusedStates.empty(self.layers, rows, weight) if wide is None else wide.held.narrowed(rows)
+        )
+        self.states, self.windows = self.held.matrices, self.held.windows
         self.frequencies = torch.tensor(rope_inverse_frequencies(config), device=weight.device)
-
-    def _empty_window(self, layer: PackedLayer) -> HeldWindow | None:
-        mixer, settings = layer.mixer, layer.mixer.window
-        if settings is None:
-            return None
-        shape = self.rows, mixer.num_heads // mixer.groups, settings.held_tokens, mixer.head_dim
-        return HeldWindow(self.hidden.new_zeros(shape), self.hidden.new_zeros(shape), self.seen)
 
     def load(self, cache: RadladsCache) -> None:
         """Continue from a cache of as many rows."""
-        assert cache.next_positions is not None
-        self.positions.copy_(cache.next_positions)
-        for state, window, layer in zip(self.states, self.windows, cache.layers, strict=True):
-            assert isinstance(layer, RecurrentCacheLayer) and layer.state is not None
-            state.copy_(layer.state.wkv)
-            for name, held in () if window is None else window._asdict().items():
-                held.copy_(getattr(layer.state, name))
+        self.held.load(cache)
+
+    def put(self, row: int, cache: RadladsCache, index: int = 0) -> None:
+        """See RowStep."""
+        self.held.put(row, cache, index)
+
+    def move(self, source: int, target: int) -> None:
+        """See RowStep."""
+        self.held.move(source, target)
+
+    def narrowed(self, rows: int) -> "FusedStep":
+        """See RowStep."""
+        return FusedStep(self.model, rows, wide=self)
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits after `tokens`, in a buffer that the next call overwrites."""
         torch.index_select(self.model.model.embed_tokens.weight, 0, tokens, out=self.hidden)
-        angles = self.positions[:, None].float() * self.frequencies
-        self.counters.add_(1)
+        angles = self.held.positions[:, None].float() * self.frequencies
+        self.held.counters.add_(1)
         # Ordinary kernels after it, since a programmatic one reads `seen` before it waits (decode_kernels.py)
         cos, sin = angles.cos(), angles.sin()
         for number, layer in enumerate(self.layers):

@@ -18,18 +18,27 @@ Item = str | ReasoningText | ToolCall
 
 
 class ApiError(Exception):
-    """An answer that is an error. param: the field of the request that is to blame. kind: what OpenAI calls type."""
+    """An answer that is an error. param: the field of the request that is to blame. kind: what OpenAI calls type.
+    retry_after_s: when to ask again, in seconds."""
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None, kind: str | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        kind: str | None = None,
+        retry_after_s: int | None = None,
     ):
         super().__init__(message)
         self.status = status
+        self.headers = None if retry_after_s is None else {"Retry-After": str(retry_after_s)}
         kind = kind or ("invalid_request_error" if status < 500 else "server_error")
         self.content = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
     def response(self) -> JSONResponse:
-        return JSONResponse(self.content, self.status)
+        return JSONResponse(self.content, self.status, self.headers)
 
     def event(self) -> str:
         """As the last event of a stream, whose status is sent long since."""

@@ -15,22 +15,24 @@ from typing import Any
 
 import torch
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
-from radlads.inference.engine import Engine, Generation, Job, Stopped
+from radlads.inference.batching.answers import Generation, Job, Stopped
+from radlads.inference.batching.engine import Engine
+from radlads.inference.batching.metrics import CONTENT_TYPE
 from radlads.inference.finite import NotFinite
-from radlads.inference.generate import check_memory
 from radlads.inference.openai_answers import ApiError, ChatForm, CompletionForm, Form, Reply, collect, events
 from radlads.inference.openai_requests import SamplingBody, read_chat, read_completion
 from radlads.model.modeling import RadladsForCausalLM
 
 DISCONNECT_POLL_S = 0.2
 BODY_S = 60
-SHUTTING_DOWN = "the server is shutting down"
+SHUTTING_DOWN = "the server is shutting down: try again later"
+RETRY_S = 1
 CLIENT_CLOSED_REQUEST = 499
 # A body may have as many bytes as this for each token of the longest prompt, and some more for all else
 BYTES_PER_TOKEN, BYTES_BESIDE = 16, 2**20
@@ -38,11 +40,14 @@ BYTES_PER_TOKEN, BYTES_BESIDE = 16, 2**20
 
 @dataclass(frozen=True)
 class Limits:
-    """prompt_tokens, answer_tokens: of one request. requests: that are read, wait or run at the same time."""
+    """prompt_tokens, answer_tokens: of one request. waiting: requests beyond those that run. The others: Engine's."""
 
     prompt_tokens: int = 1_000_000
     answer_tokens: int = 32_768
-    requests: int = 64
+    waiting: int = 256
+    max_concurrent: int | None = None
+    piece_tokens: int | None = None
+    state_bytes: int | None = None
 
     def body_bytes(self) -> int:
         return BYTES_BESIDE + BYTES_PER_TOKEN * self.prompt_tokens
@@ -61,9 +66,9 @@ class ServedModel:
         return {"id": self.name, "object": "model", "created": int(time.time()), "owned_by": "radlads"}
 
 
-def build_app(served: ServedModel) -> FastAPI:
-    """The routes: /v1/chat/completions, /v1/completions, /v1/models and /health."""
-    desk = Desk(served)
+def build_app(desk: "Desk") -> FastAPI:
+    """The routes: /v1/chat/completions, /v1/completions, /v1/models, /health and /metrics."""
+    served = desk.served
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -92,21 +97,43 @@ def build_app(served: ServedModel) -> FastAPI:
         return served.description()
 
     @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
+    async def health() -> Response:
+        if desk.is_ending:
+            return JSONResponse({"status": "shutting down"}, 503)
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return PlainTextResponse(desk.metrics_text(), media_type=CONTENT_TYPE)
 
     return app
 
 
 class Desk:
-    """Takes requests to their answers."""
+    """Takes requests to their answers. is_ending: takes no more. Raises as Engine."""
 
     def __init__(self, served: ServedModel):
         self.served, self.limits = served, served.limits
-        self.engine = Engine(served.model, served.tokenizer)
+        self.engine = Engine(
+            served.model,
+            served.tokenizer,
+            max_concurrent=self.limits.max_concurrent,
+            piece_tokens=self.limits.piece_tokens,
+            state_bytes=self.limits.state_bytes,
+        )
+        self.is_ending = False
         self.num_read = 0  # requests whose body or text is being read
         # One thread: a tokenizer of transformers is not to be used by several
         self._reader = ThreadPoolExecutor(1, "tokenising")
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is read, waits or runs."""
+        return self.num_read == 0 and self.engine.num_unfinished == 0
+
+    def metrics_text(self) -> str:
+        scheduler = self.engine.scheduler
+        return self.engine.metrics.text(running=scheduler.num_running, waiting=scheduler.num_waiting)
 
     def close(self) -> None:
         """Stop what is generated, and wait for the threads to end."""
@@ -145,7 +172,7 @@ class Desk:
         with _as_api_errors():
             tokens = body.token_ids(served.tokenizer)
             self._check_length(len(tokens))
-            check_memory(model.config, len(tokens) + config.max_new_tokens, model.device)
+            self.engine.check_fits(len(tokens) + config.max_new_tokens)
         parser = body.parser(served.tokenizer, model, tokens)
         reply = Reply(f"radlads-{uuid.uuid4().hex}", served.name, len(tokens), config.max_new_tokens, parser)
         return body, Job(tokens, config, body.seed, keeps_special=parser is not None), reply
@@ -160,10 +187,15 @@ class Desk:
     @contextmanager
     def _place(self) -> Iterator[None]:
         """A place among the requests that are read, wait or run, for one to be read. ApiError if all are taken."""
-        if self.num_read + self.engine.num_unfinished >= self.limits.requests:
-            raise ApiError(
-                429, f"{self.limits.requests} requests are being answered: try again later", code="queue_full"
-            )
+        most = self.engine.scheduler.max_rows + self.limits.waiting
+        is_full = self.num_read + self.engine.num_unfinished >= most
+        if self.is_ending or is_full:
+            self.engine.metrics.requests["refused"] += 1
+        if self.is_ending:
+            raise ApiError(503, SHUTTING_DOWN, code="shutting_down", retry_after_s=RETRY_S)
+        if is_full:
+            sentence = f"{most} requests are being answered or wait: try again later"
+            raise ApiError(503, sentence, code="queue_full", retry_after_s=RETRY_S)
         self.num_read += 1
         try:
             yield

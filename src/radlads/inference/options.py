@@ -56,10 +56,36 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-tokens", type=int, default=32768, help="refuse longer answers (default 32768 tokens)")
     parser.add_argument(
-        "--max-requests",
+        "--max-concurrent",
         type=int,
-        default=64,
-        help="refuse more at the same time (default 64; one is answered at a time)",
+        metavar="N",
+        help="answer as many requests at the same time (default 16 on a CPU, 32 on a GPU, fewer if memory is short)",
+    )
+    parser.add_argument(
+        "--max-queue",
+        type=int,
+        default=256,
+        metavar="N",
+        help="have as many more wait, and answer 503 beyond them (default 256)",
+    )
+    parser.add_argument(
+        "--prefill-piece",
+        type=int,
+        metavar="TOKENS",
+        help="of prompts, to read between two steps of the other answers (default 128 on a CPU, 512 on a GPU)",
+    )
+    parser.add_argument(
+        "--state-memory",
+        type=float,
+        metavar="GB",
+        help="for the states of all requests (default: half of the memory that is free at the start)",
+    )
+    parser.add_argument(
+        "--grace-seconds",
+        type=float,
+        default=20,
+        metavar="S",
+        help="after Ctrl-C or SIGTERM, for requests to be answered (default 20); a second signal ends it within 3",
     )
     parser.add_argument(
         "--allowed-host",
@@ -68,7 +94,9 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="a name that clients may call this server by, beside localhost and --host; * is any; may be repeated",
     )
-    parser.add_argument("--api-key", metavar="KEY", help="have clients send it (or set RADLADS_API_KEY)")
+    parser.add_argument(
+        "--api-key", metavar="KEY", help="have clients send it (or set RADLADS_API_KEY); /health needs none"
+    )
     _add_loading_options(parser)
 
 

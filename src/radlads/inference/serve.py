@@ -5,10 +5,12 @@ import asyncio
 import errno
 import importlib.util
 import logging
+import math
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,9 +21,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from radlads.checkpoint.model_folder import load_model
 from radlads.checkpoint.tokenizer_files import GENERATION_FILE, num_ids
 from radlads.convert.hf_source import open_tokenizer
+from radlads.inference.batching.row_sampling import not_applied
 from radlads.inference.chat_template import ChatTemplate, stop_ids
 from radlads.inference.generate import choose_device
-from radlads.inference.prefill import PREFILL_TOKENS, prefill
+from radlads.inference.prefill import prefill
 from radlads.model.modeling import RadladsForCausalLM
 
 if TYPE_CHECKING:
@@ -29,44 +32,56 @@ if TYPE_CHECKING:
 
 PACKAGES = ("fastapi", "openai", "uvicorn")
 SHUTDOWN_S = 3
+SWITCH_S = 2e-4
+WARM_TOKENS = 64
 MAX_PORT = 65535
 WILDCARDS = {"", "0.0.0.0", "::"}
 KEY_VARIABLE = "RADLADS_API_KEY"
 
 
 def serve(arguments: argparse.Namespace, notice: Callable[[str], None]) -> None:
-    """Serve the folder that add_serve_options' arguments name until Ctrl-C.
+    """Serve the folder that add_serve_options' arguments name until Ctrl-C or SIGTERM.
 
     Raises ValueError for a missing package, a port that cannot be had, bounds below 1, and as load_model
     and prefill do.
     """
     _check(arguments)
     with listening(arguments.host, arguments.port) as listener:
-        server = build_server(arguments)
+        server = build_server(arguments, notice)
         host, port = listener.getsockname()[:2]
         with _naming_address(host, port):  # another process may have bound the port too, and listen by now
             listener.listen()  # a client that reads the next line may connect at once
         notice(f"serving {server_name(arguments)} at http://{host}:{port}/v1 (Ctrl-C ends)")
-        with suppress(KeyboardInterrupt):  # uvicorn has shut down and passes the signal on
+        with quick_switching():
             server.run(sockets=[listener])
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    for option in ("max_prompt_tokens", "max_tokens", "max_requests"):
-        if (value := getattr(arguments, option)) < 1:
+    for option in ("max_prompt_tokens", "max_tokens", "max_concurrent", "prefill_piece"):
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
             raise ValueError(f"--{option.replace('_', '-')} must be 1 or more, not {value}")
+    for option in ("max_queue", "grace_seconds"):
+        if not 0 <= (value := getattr(arguments, option)) < math.inf:
+            raise ValueError(f"--{option.replace('_', '-')} must be 0 or more, not {value}")
+    if arguments.state_memory is not None and not 0 < arguments.state_memory < math.inf:
+        raise ValueError(f"--state-memory must be above 0 GB, not {arguments.state_memory}")
     if arguments.api_key == "":
         raise ValueError("--api-key is empty: give a key, or leave it out")
 
 
-def build_server(arguments: argparse.Namespace) -> "uvicorn.Server":
-    """A server that has its model and waits for a socket. Errors as serve."""
+def build_server(arguments: argparse.Namespace, notice: Callable[[str], None] = lambda text: None) -> "uvicorn.Server":
+    """A server that has its model and waits for a socket. Errors as serve.
+
+    notice: takes a sentence about settings of the model that are not applied.
+    """
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise ValueError(f"serving needs {', '.join(missing)}: pip install 'radlads[serve]'")
     import uvicorn
 
     from radlads.inference.access import Guard
-    from radlads.inference.openai_api import Limits, ServedModel, build_app
+    from radlads.inference.graceful_server import GracefulServer
+    from radlads.inference.openai_api import Desk, Limits, ServedModel, build_app
 
     transformers.logging.set_verbosity_error()  # it warns of every request
     logging.getLogger("uvicorn.error").addFilter(_is_worth_a_line)
@@ -75,20 +90,38 @@ def build_server(arguments: argparse.Namespace) -> "uvicorn.Server":
     tokenizer = open_tokenizer(arguments.folder, model.config.vocab_size)
     model.generation_config = generation_config(arguments.folder, model, tokenizer)
     model = model.to(device)  # type: ignore[arg-type]
-    prefill(model, torch.zeros(1, 1, dtype=torch.int64, device=device))  # broken weights are told now, not to clients
-    served = ServedModel(
-        server_name(arguments),
-        model,
-        tokenizer,
-        Limits(arguments.max_prompt_tokens, arguments.max_tokens, arguments.max_requests),
+    # Broken weights are told now, not to clients; and kernels are compiled before the first one waits for them
+    prefill(model, torch.zeros(1, WARM_TOKENS, dtype=torch.int64, device=device))
+    if ignored := not_applied(model.generation_config):
+        notice(f"warning: {GENERATION_FILE} sets {', '.join(ignored)}, which serve does not apply")
+    limits = Limits(
+        prompt_tokens=arguments.max_prompt_tokens,
+        answer_tokens=arguments.max_tokens,
+        waiting=arguments.max_queue,
+        max_concurrent=arguments.max_concurrent,
+        piece_tokens=arguments.prefill_piece,
+        state_bytes=None if arguments.state_memory is None else int(arguments.state_memory * 1e9),
     )
+    desk = Desk(ServedModel(server_name(arguments), model, tokenizer, limits))
     app = Guard(
-        build_app(served),
+        build_app(desk),
         hosts=[*arguments.allowed_host, *({arguments.host} - WILDCARDS)],
         api_key=arguments.api_key or os.environ.get(KEY_VARIABLE) or None,
     )
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SHUTDOWN_S)
-    return uvicorn.Server(config)
+    return GracefulServer(config, desk, grace_s=arguments.grace_seconds)
+
+
+@contextmanager
+def quick_switching() -> Iterator[None]:
+    """Have Python change threads often: the engine's gives way to the event loop at each operation of torch, and would
+    then wait for 5 ms, which is as long as a step."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_S)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def _is_worth_a_line(record: logging.LogRecord) -> bool:
@@ -104,7 +137,7 @@ def server_name(arguments: argparse.Namespace) -> str:
 
 
 def generation_config(folder: Path, model: RadladsForCausalLM, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """The folder's generation_config.json, with every id that ends a text or a reply, and long prompts read in pieces.
+    """The folder's generation_config.json, with every id that ends a text or a reply.
 
     Ids that the tokenizer has no token for are never drawn.
     """
@@ -114,7 +147,6 @@ def generation_config(folder: Path, model: RadladsForCausalLM, tokenizer: PreTra
     config.eos_token_id = sorted(stops)
     if config.pad_token_id is None:
         config.pad_token_id = config.eos_token_id[0]
-    config.prefill_chunk_size = PREFILL_TOKENS
     padding = range(num_ids(tokenizer._tokenizer), model.config.vocab_size)
     config.suppress_tokens = sorted({*(config.suppress_tokens or ()), *padding}) or None
     return config
