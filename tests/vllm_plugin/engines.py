@@ -1,11 +1,13 @@
 """Tiny random models, what radlads itself makes of prompts, and vLLM engines that are asked for the same."""
 
 import gc
+import json
 from contextlib import contextmanager
 from pathlib import Path
 
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 
 from radlads.checkpoint.hf_export import export
 from radlads.model.configuration import RadladsConfig
@@ -85,10 +87,46 @@ def engine(folder: Path, **options):
         gc.collect()
 
 
-def generate(llm, asked: list[list[int]] | None = None) -> list[list[int]]:
-    """An engine's greedy tokens, of all prompts at once."""
+def answers(llm, asked: list[list[int]] | None = None) -> list:
+    """An engine's greedy answers, to all prompts at once."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
-    asked = [{"prompt_token_ids": ids} for ids in asked or prompts()]
-    return [list(answer.outputs[0].token_ids) for answer in llm.generate(asked, sampling, use_tqdm=False)]
+    return llm.generate([{"prompt_token_ids": ids} for ids in asked or prompts()], sampling, use_tqdm=False)
+
+
+def tokens(found: list) -> list[list[int]]:
+    """The tokens of an engine's answers."""
+    return [list(answer.outputs[0].token_ids) for answer in found]
+
+
+def generate(llm, asked: list[list[int]] | None = None) -> list[list[int]]:
+    """An engine's greedy tokens, of all prompts at once."""
+    return tokens(answers(llm, asked))
+
+
+def quantise_to_int8(folder: Path) -> int:
+    """Round all linear layers of a model's folder to eight bits, as compressed-tensors stores them; their number."""
+    path, config = folder / "model.safetensors", folder / "config.json"
+    weights, rounded = load_file(path), {}
+    for name, weight in weights.items():
+        if name.endswith(("_proj.weight", ".gate.weight")):
+            scale = weight.abs().amax(1, keepdim=True) / 127
+            weights[name] = (weight / scale).round().to(torch.int8)
+            rounded[f"{name}_scale"] = scale
+    save_file(weights | rounded, path, metadata={"format": "pt"})
+    of_int8 = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": of_int8 | {"strategy": "channel", "dynamic": False},
+        "input_activations": of_int8 | {"strategy": "token", "dynamic": True},
+    }
+    scheme = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": scheme}))
+    return len(rounded)
