@@ -7,7 +7,7 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from radlads.model.configuration import RadladsConfig
-from radlads.model.registry import CHANNEL_MIXERS, find_mixer_class
+from radlads.model.registry import obstacles
 
 
 class Checks(VerifyAndUpdateConfig):
@@ -16,8 +16,8 @@ class Checks(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
         """Raise ValueError for a model that has a layer the plugin does not serve."""
-        for problem in unserved_layers(own_config(model_config)):
-            raise ValueError(f"vLLM cannot serve this model: {problem}: use radlads serve")
+        if problems := obstacles(own_config(model_config), "vLLM"):
+            raise ValueError(f"vLLM cannot serve this model: {'; '.join(problems)}: use radlads serve")
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
@@ -29,17 +29,6 @@ class Checks(VerifyAndUpdateConfig):
 def own_config(model_config: ModelConfig) -> RadladsConfig:
     """The model's configuration as this radlads reads it: vLLM may have taken the class from the model's folder."""
     return RadladsConfig.from_dict(model_config.hf_config.to_dict())
-
-
-def unserved_layers(config: RadladsConfig) -> Iterator[str]:
-    """Why layers of a model cannot be served, one sentence each."""
-    for layer, name in enumerate(config.time_mixers):
-        kind = find_mixer_class(name)
-        why = f"there is no mixer {name}" if kind is None else kind.obstacle_in(config, layer, "vLLM")
-        if why is not None:
-            yield f"layer {layer}: {why}"
-    for name in sorted(set(config.channel_mixers) - set(CHANNEL_MIXERS)):
-        yield f"{name} is a channel mixer of your own"
 
 
 def refused_options(vllm_config: VllmConfig) -> Iterator[str]:
