@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[2] / "src"
-OPTIONAL = ("fla", "triton", "wandb", "deepspeed", "lm_eval", "fastapi", "openai", "uvicorn")
+OPTIONAL = ("fla", "triton", "wandb", "deepspeed", "lm_eval", "fastapi", "openai", "uvicorn", "vllm")
 PROBE = '''
 import importlib, sys
 
@@ -41,7 +41,8 @@ print("\\n".join(failed) or "ok")
 '''
 
 
-# Triton kernels and their launches, and the server's routes: what uses them imports them where they can run
+# Triton kernels and their launches, the server's routes, and what vLLM alone imports: what uses them imports them where
+# they can run
 LATE = {
     "radlads.distill.loss_kernels",
     "radlads.inference.access",
@@ -52,6 +53,10 @@ LATE = {
     "radlads.inference.openai_answers",
     "radlads.inference.openai_api",
     "radlads.inference.openai_requests",
+    "radlads.vllm_plugin.checks",
+    "radlads.vllm_plugin.model",
+    "radlads.vllm_plugin.parameters",
+    "radlads.vllm_plugin.states",
 }
 
 

@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[2] / "src"
 # A package imports only from packages before it
 ORDER = [
     *("console", "files", "checksums", "config", "data", "model", "checkpoint", "convert", "distill", "train"),
-    *("inference", "report", "evaluation", "selection", "recipes", "bench", "planning", "cli"),
+    *("inference", "report", "evaluation", "selection", "recipes", "bench", "planning", "cli", "vllm_plugin"),
 ]
 MODEL_MAY_IMPORT = {"torch", "transformers", "triton", *sys.stdlib_module_names}
 ONE_DOOR = {
@@ -87,6 +87,10 @@ def problems(x: Import) -> Iterator[str]:
         yield "model is flat: `from .x import y`"
     if own == "model" and other is None and top not in MODEL_MAY_IMPORT | {"fla"}:
         yield "model imports torch, transformers, fla and the standard library only"
+    if own == "vllm_plugin" and other not in (None, "model", "vllm_plugin"):
+        yield "vllm_plugin imports radlads.model and nothing else of radlads"
+    if top == "vllm" and own != "vllm_plugin":
+        yield "only vllm_plugin imports vllm"
     if top in ONE_DOOR and not f"{x.module}.".startswith(f"{ONE_DOOR[top]}."):
         yield f"only {ONE_DOOR[top]} imports {top}"
     if top in FEW_DOORS and x.module not in FEW_DOORS[top]:
@@ -141,6 +145,9 @@ def test_only_the_command_line_prints():
         ("distill/align.py", "from lightning.pytorch import Trainer", "import lightning"),
         ("train/engines/ddp.py", "def f():\n    import lightning", "import lightning"),
         ("train/fit.py", "import deepspeed", "import deepspeed"),
+        ("vllm_plugin/model.py", "from radlads.checkpoint import weights", "radlads.model and nothing else"),
+        ("inference/serve.py", "from radlads.vllm_plugin import checks", "inference comes before vllm_plugin"),
+        ("inference/serve.py", "import vllm", "only vllm_plugin imports vllm"),
         ("__init__.py", "from radlads.model import cache", "the version and nothing else"),
     ],
 )
@@ -155,6 +162,7 @@ def test_a_violation_is_seen(file, line, problem):
         ("model/cache.py", "from .layers import RMSNorm"),
         ("model/recurrence.py", "import fla.ops.gla"),
         ("train/fit.py", "from lightning.pytorch import Trainer"),
+        ("vllm_plugin/model.py", "from vllm.config import VllmConfig\nfrom radlads.model.layers import RMSNorm"),
         ("train/fit.py", "from radlads import __version__"),
         ("cli/commands.py", "from radlads.recipes import demo"),
         ("data/__init__.py", "from .loader import TokenSamples"),

@@ -338,6 +338,16 @@ def test_options_that_do_not_go_together(run, tmp_path, capsys):
     assert "a shard's size is given as" in refused(capsys, run, tmp_path / "out", "--shard-size", "many")
 
 
+# vLLM
+
+
+def test_vllm_serves_our_mixers_by_heads(run, run6, capsys):
+    assert export(run, "--check", "vllm") == export(run6, "--check", "vllm") == 0
+    said = capsys.readouterr().out
+    assert said.count("vLLM can serve this model") == 2
+    assert "--tensor-parallel-size may be 1, 2\n" in said
+
+
 # llama.cpp
 
 

@@ -80,6 +80,7 @@ variant balanced (default): balance_state 1, groupnorm_att 0
     How much of it counts.
 made for: CUDA graph
 not for llama.cpp: it has no windows
+not for vLLM: a window beside RAD-RWKV6 is not made for it
 not for published format: a window beside RAD-RWKV6 is not made for it
 not for fused decode: a window beside RAD-RWKV6 is not made for it
 not for packed rows: a window beside RAD-RWKV6 is not made for it

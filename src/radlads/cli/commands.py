@@ -156,7 +156,7 @@ def report(arguments: argparse.Namespace) -> int:
 
 
 def export(arguments: argparse.Namespace) -> int:
-    """Write a run's model to publish, or say what llama.cpp makes of it; 1 if llama.cpp cannot run it."""
+    """Write a run's model to publish, or say what llama.cpp or vLLM makes of it; 1 if that cannot run it."""
     from radlads.recipes.command import check_lines, export_of
     from radlads.recipes.export import export_run
 

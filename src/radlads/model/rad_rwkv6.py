@@ -31,7 +31,7 @@ class RadRwkv6(RecurrentMixer):
     variants: ClassVar = {"balanced": {"balance_state": 1, "groupnorm_att": 0}}
     decay_and_shift = ("time_decay*", "time_maa_*")
     state_flops = 5  # decay 1, write 2, read 2
-    made_for: ClassVar = frozenset({"llama.cpp", "published format", "CUDA graph", "packed rows"})
+    made_for: ClassVar = frozenset({"llama.cpp", "vLLM", "published format", "CUDA graph", "packed rows"})
     obstacles: ClassVar = {"fused decode": "there are no fused kernels for RAD-RWKV6"}
 
     def __init__(self, config: "RadladsConfig", layer_idx: int):

@@ -38,7 +38,7 @@ class RadRwkv7(RecurrentMixer):
     shares_first_values = True
     decay_and_shift = ("w[012]",)
     state_flops = 9  # decay 1, write 2, read 2; the removal: find 2, take away 2
-    made_for: ClassVar = frozenset({"published format", "CUDA graph", "fused decode", "packed rows"})
+    made_for: ClassVar = frozenset({"vLLM", "published format", "CUDA graph", "fused decode", "packed rows"})
     obstacles: ClassVar = {
         "llama.cpp": "it has no RAD-RWKV7 (its ARWKV7 lacks the biases of q, k and v, RoPE and the balanced state)"
     }

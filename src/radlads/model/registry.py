@@ -141,8 +141,14 @@ def class_name(kind: Kind, name: str) -> str:
 
 def all_can(config: "RadladsConfig", use: Use) -> bool:
     """True if every layer's mixers are made for a use. A channel mixer of one's own is made for none."""
-    obstacles = [mixer_class(name).obstacle_in(config, layer, use) for layer, name in enumerate(config.time_mixers)]
-    return set(config.channel_mixers) <= set(CHANNEL_MIXERS) and all(why is None for why in obstacles)
+    return not obstacles(config, use)
+
+
+def obstacles(config: "RadladsConfig", use: Use) -> list[str]:
+    """Why a model's mixers cannot be used so, each reason once; none if they can. Raises ValueError as mixer_class."""
+    found = [mixer_class(name).obstacle_in(config, layer, use) for layer, name in enumerate(config.time_mixers)]
+    own = sorted(set(config.channel_mixers) - set(CHANNEL_MIXERS))
+    return [*dict.fromkeys(why for why in found if why is not None), *(f"{name} is not made for it" for name in own)]
 
 
 @functools.cache

@@ -27,7 +27,7 @@ class SoftmaxAttention(TimeMixer):
 
     title = "softmax attention"
     state_grows = True
-    made_for: ClassVar = frozenset({"published format", "CUDA graph", "packed rows"})
+    made_for: ClassVar = frozenset({"vLLM", "published format", "CUDA graph", "packed rows"})
     obstacles: ClassVar = {
         "llama.cpp": "it has no softmax layers beside recurrent ones",
         "fused decode": "its state grows with the text",
@@ -47,12 +47,7 @@ class SoftmaxAttention(TimeMixer):
     def forward(self, x: torch.Tensor, state: KeyValueState | None, v_first, shared: SharedInputs):
         """See TimeMixer.forward; `state` is a KeyValueState, or None when nothing needs to be kept."""
         B, T, _ = x.shape
-        q, k = self.q_proj(x).view(B, T, -1, self.head_dim), self.k_proj(x).view(B, T, -1, self.head_dim)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q = apply_rope(q, shared.cos, shared.sin, self.rope_factor).transpose(1, 2)
-        k = apply_rope(k, shared.cos, shared.sin, self.rope_factor).transpose(1, 2)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k, v = (each.transpose(1, 2) for each in self.queries_keys_values(x, shared))
         if state is not None:
             k, v = state.append(k, v)
         y = F.scaled_dot_product_attention(
@@ -64,6 +59,16 @@ class SoftmaxAttention(TimeMixer):
             enable_gqa=k.shape[1] != q.shape[1],
         )
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1)), state, v_first
+
+    def queries_keys_values(self, x: torch.Tensor, shared: SharedInputs):
+        """Of x [B, T, C]: queries [B, T, H, N], keys and values [B, T, key/value heads, N], as attention reads them."""
+        B, T, _ = x.shape
+        q, k = self.q_proj(x).view(B, T, -1, self.head_dim), self.k_proj(x).view(B, T, -1, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = apply_rope(q, shared.cos, shared.sin, self.rope_factor)
+        k = apply_rope(k, shared.cos, shared.sin, self.rope_factor)
+        return q, k, self.v_proj(x).view(B, T, -1, self.head_dim)
 
     def reset_fresh_parameters(self) -> None:
         """See TimeMixer. Nothing is fresh."""

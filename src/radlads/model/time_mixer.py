@@ -17,9 +17,9 @@ from .mixer_settings import NoSettings
 if TYPE_CHECKING:
     from .configuration import RadladsConfig
 
-Use = Literal["llama.cpp", "published format", "CUDA graph", "fused decode", "packed rows"]
-"""What a mixer may be made for. CUDA graph: its code never waits for the device and draws no random numbers.
-packed rows: it reads SharedInputs.texts itself; others are run text by text."""
+Use = Literal["llama.cpp", "vLLM", "published format", "CUDA graph", "fused decode", "packed rows"]
+"""What a mixer may be made for. vLLM: radlads' plugin serves it (docs/vllm.md). CUDA graph: its code never waits for
+the device and draws no random numbers. packed rows: it reads SharedInputs.texts itself; others are run text by text."""
 
 
 @dataclass(frozen=True)

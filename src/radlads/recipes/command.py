@@ -56,7 +56,9 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher", metavar="DIR", help="whose tokenizer the model gets, where RUN does not say")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: RUN's)")
     parser.add_argument("--shard-size", default="5GB", help="largest file of weights, such as 5GB (default) or 500MB")
-    parser.add_argument("--check", choices=["gguf"], help="write nothing; say whether llama.cpp can run the model")
+    parser.add_argument(
+        "--check", choices=["gguf", "vllm"], help="write nothing; say whether llama.cpp or vLLM can run the model"
+    )
     parser.add_argument("--for-llama-cpp", action="store_true", help="write what llama.cpp's converter reads")
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload to the Hugging Face hub")
     parser.add_argument("--private", action="store_true", help="make the repository a private one, if it is new")
@@ -108,12 +110,13 @@ def export_of(arguments: argparse.Namespace) -> "Export":
 
 
 def check_lines(arguments: argparse.Namespace) -> tuple[bool, list[str]]:
-    """For --check: whether llama.cpp can run the model, and why. Raises ValueError beside options that write."""
-    from radlads.recipes.export import check_gguf
+    """For --check: whether llama.cpp or vLLM can run it, and why. Raises ValueError beside options that write."""
+    from radlads.recipes.export import check_gguf, check_vllm
 
     if arguments.out is not None or arguments.push_to_hub is not None:
         raise ValueError("--check writes nothing: leave out OUT and --push-to-hub, or --check")
-    return check_gguf(arguments.run_folder, arguments.teacher)
+    check = {"gguf": check_gguf, "vllm": check_vllm}[arguments.check]
+    return check(arguments.run_folder, arguments.teacher)
 
 
 def summary_lines(summary: Mapping[str, Any], out: Path) -> Iterator[str]:

@@ -37,6 +37,7 @@ from radlads.recipes.hub_upload import check_repo, listing, upload
 from radlads.recipes.llama_cpp import CONVERT, check_runs, verdict, write_for_llama_cpp
 from radlads.recipes.model_card import CARD, CardFacts, model_card, read_licence
 from radlads.recipes.reload_check import logits_of, reloaded_logits
+from radlads.recipes.vllm_check import vllm_verdict
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CHECKED_TOKENS = 64
@@ -93,6 +94,11 @@ def export_run(export: Export, console: Console) -> None:
     elif export.repo is not None:
         check_every_file(folder)
         console.line(f"uploaded to {upload(folder, export.repo, private=export.private)}")
+
+
+def check_vllm(run: Path, teacher: str | None) -> tuple[bool, list[str]]:
+    """Whether vLLM can serve the model of a run, and the sentences that say so."""
+    return vllm_verdict(open_model(find_source(run, teacher).folder).config, run)
 
 
 def check_gguf(run: Path, teacher: str | None) -> tuple[bool, list[str]]:
