@@ -58,6 +58,19 @@ def test_one_by_one_and_with_too_few_slots(tmp_path):
         assert [engines.generate(llm, [ids])[0] for ids in engines.prompts()] == expected
 
 
+def test_tokens_of_sequences_that_lost_their_slots(tmp_path, monkeypatch):
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    lost, preempt = [], Scheduler._preempt_request
+    monkeypatch.setattr(Scheduler, "_preempt_request", lambda *a, **b: lost.append(1) or preempt(*a, **b))
+    folder = engines.write_model(tmp_path, **MIXED)
+    # Each fills a block of 128 tokens, and needs another one for its answer
+    asked = [(ids * 128)[: 116 + row] for row, ids in enumerate(engines.prompts())]
+    with engines.engine(folder, enable_prefix_caching=True, num_gpu_blocks_override=12) as llm:
+        assert engines.generate(llm, asked) == engines.expected(folder, asked)
+    assert lost
+
+
 def test_tokens_of_a_graph_of_torch_compile(tmp_path):
     folder = engines.write_model(tmp_path, **MIXED)
     with engines.engine(folder, enforce_eager=False, compilation_config={"backend": "eager"}) as llm:
