@@ -1,6 +1,7 @@
 """`radlads select`: what it writes and says, and what it refuses before any search."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -199,17 +200,32 @@ def test_a_full_gpu_is_told_what_takes_less(run, capsys, monkeypatch):
     )
 
 
-def test_another_teacher_than_the_aligned_ones_is_refused(run, tmp_path, capsys):
-    other = tiny.teacher_folder(tmp_path / "other")
-    weights = build_teacher(open_teacher(other))
+@pytest.fixture
+def other(tmp_path):
+    """A teacher of the same sizes, with another embedding."""
+    folder = tiny.teacher_folder(tmp_path / "other")
+    weights = build_teacher(open_teacher(folder))
     weights.model.embed_tokens.weight.data.add_(0.1)
-    save_file(dict(weights.state_dict()), other / "model.safetensors")
+    save_file(dict(weights.state_dict()), folder / "model.safetensors")
+    return folder
+
+
+def test_another_teacher_than_the_aligned_ones_is_refused(run, other, capsys):
     capsys.readouterr()
     said = failing(capsys, run, "--teacher", other)
     assert said == (
         f"{other} is not the teacher that {run} was aligned with, as its embedding is another: name that one with "
         "--teacher"
     )
+
+
+@pytest.mark.parametrize("layers", ["auto:1", "2"])
+def test_distill_takes_no_attention_of_another_teacher(run, other, corpus_folder, tmp_path, layers):
+    keys = {"train.teacher.hf_path": str(other), "train.load_model": str(run), "model.softmax_layers": layers}
+    config = tiny.stage_config(corpus_folder, "distill", **keys, **{"train.proj_dir": str(tmp_path)})
+    said = f"{other} is not the teacher that {run} was aligned with, as its embedding is another: name that one in "
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}train.teacher.hf_path$"):
+        train_stage(config, tiny.Silent())
 
 
 def test_another_teacher_than_the_conversions_is_refused(run, teacher, tmp_path, capsys):

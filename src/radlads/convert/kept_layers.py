@@ -47,6 +47,12 @@ def kept_student(student: RadladsForCausalLM, teacher: RadladsForCausalLM, layer
     return model.eval()
 
 
+def share_embedding(student: StoredWeights, teacher: StoredWeights) -> bool:
+    """True if the embeddings are equal in bf16: those of an aligned student and its teacher are."""
+    own, others = (weights["model.embed_tokens.weight"].bfloat16() for weights in (student, teacher))
+    return torch.equal(own, others)
+
+
 class KeptWeights(StoredWeights):
     """The weights of a kept_config: the teacher's attention in these layers, and else the student's.
 

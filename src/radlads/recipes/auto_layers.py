@@ -17,7 +17,7 @@ from radlads.config.schema import Config, ModelConfig, stage_of
 from radlads.console import Console
 from radlads.convert.blueprint import Blueprint
 from radlads.convert.hf_source import TeacherSource
-from radlads.convert.kept_layers import kept_blueprint, kept_student
+from radlads.convert.kept_layers import kept_blueprint, kept_student, share_embedding
 from radlads.convert.student import layer_mixers, teacher_blueprint
 from radlads.data.loader import HeldoutWindows
 from radlads.files import read_json, write_text
@@ -107,7 +107,7 @@ def with_layers(
 
     A run that goes on at a checkpoint in `folder`'s unfinished one takes the layers that it began with. All processes
     have to call this. Raises ValueError for the extend stage, for layers that leave no recurrent one, if the stage has
-    no teacher, and where a GPU's memory is too small.
+    no teacher or another than align had, and where a GPU's memory is too small.
     """
     stage, start = stage_of(config.train), config.train.load_model
     if stage == "extend":
@@ -119,6 +119,13 @@ def with_layers(
         raise ValueError(
             f"the {stage} stage names no teacher whose attention the layers of {start} could get: set "
             "train.teacher.hf_path, or leave model.softmax_layers out"
+        )
+    made_by = _stage_that_made(Path(start))
+    assert student.stored is not None
+    if made_by == "align" and not share_embedding(student.stored, source.weights):
+        raise ValueError(
+            f"{source.folder} is not the teacher that {start} was aligned with, as its embedding is another: name that "
+            "one in train.teacher.hf_path"
         )
     notes: dict[str, str] = {}
     if wanted := num_selected(config.model):
@@ -136,7 +143,7 @@ def with_layers(
                 f"model.softmax_layers is {config.model.softmax_layers}, which leaves no recurrent layer: name fewer"
             )
         console.line(f"{stage}: layers {listed(layers)} of {start} get the teacher's attention, as named")
-    if (made_by := _stage_that_made(Path(start))) not in ("", "align"):
+    if made_by not in ("", "align"):
         console.line(
             f"{stage}: {start} is from the {made_by} stage, so its other layers have learnt without softmax there"
         )

@@ -10,10 +10,12 @@ import torch
 
 from radlads.checkpoint.manifest import MANIFEST, joint_hash
 from radlads.checkpoint.tokenizer_files import choose_tokenizer, num_ids
+from radlads.checkpoint.weights import ModelWeights
 from radlads.checksums import read_checksums
 from radlads.config.schema import TrainConfig
 from radlads.console import Console
 from radlads.convert.hf_source import TeacherSource, open_teacher, open_tokenizer
+from radlads.convert.kept_layers import share_embedding
 from radlads.convert.student import build_teacher
 from radlads.data.binidx import corpus_files, corpus_stem
 from radlads.evaluation.models import model_config, open_model
@@ -270,8 +272,7 @@ def _check_embedding(
     student: RadladsForCausalLM, teacher: RadladsForCausalLM, source: TeacherSource, folder: Path
 ) -> None:
     """Raise ValueError if the embedding, which aligning leaves as it is, is not the teacher's."""
-    own, others = (model.model.embed_tokens.weight.bfloat16() for model in (student, teacher))
-    if not torch.equal(own, others):
+    if not share_embedding(ModelWeights(student), ModelWeights(teacher)):
         raise ValueError(
             f"{source.folder} is not the teacher that {folder} was aligned with, as its embedding is another: name "
             "that one with --teacher"
