@@ -167,7 +167,11 @@ def test_compiling_changes_nothing(device):
         *tensors, d_out = inputs(T, (7, 1), 128, "bf16")
         expected = results(on_kernels((64, 4), 100), tensors, d_out, torch.bfloat16)
         found = results(compiled, tensors, d_out, torch.bfloat16)
-        assert all(torch.equal(found[name], expected[name]) for name in found)
+        assert torch.equal(found["out"], expected["out"])
+        for (
+            name
+        ) in found:  # keys and values of both pieces have two gradients, which the compiler adds before it rounds
+            assert relative_error(found[name], expected[name], 1.0) < 2**-8, name
 
 
 @needs_gpu

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import weakref
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -16,6 +17,7 @@ from radlads.bench.kernels import StillTuning, tuning_limit
 from radlads.bench.measure import Timing, timed
 from radlads.bench.models import random_model, weight_bytes
 from radlads.bench.record import LATEST, Row, checkout_commit, merge_results
+from radlads.bench.run import Bench, _prepare_outputs
 from radlads.cli import main
 from radlads.convert.shapes import open_shape
 from radlads.distill.arithmetic import mixer_weights, train_flops
@@ -260,6 +262,20 @@ def test_a_step_that_is_not_finite_is_no_measurement(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_train_module, "optimizer_step", lambda *_, **__: norms)
     assert bench("train", "--cases", "extend_1x16", "--json", tmp_path / "record.json") == 1
     assert "norm is nan" in json.loads((tmp_path / "record.json").read_text())["cases"][0]["problem"]
+
+
+def test_results_of_a_student_with_a_window_stand_beside_the_usual_ones(tmp_path):
+    path = tmp_path / "results.json"
+    row = Row(case="decode_b32", of="student", work={}, tokens=2048, timing=TIMING, share=0.5, peak_bytes=10**10)
+    merge_results(path, [row], "first")
+    window = Bench(kind="decode", overrides={"model.mixer.window_tokens": "64"}, results=path)
+    merge_results(path, [row], "second", _prepare_outputs(window, "cuda", "7b"))
+    assert {name: entry["commit"] for name, entry in json.loads(path.read_text()).items()} == {
+        "decode_b32": "first",
+        "decode_b32_window64": "second",
+    }
+    with pytest.raises(ValueError, match=r"of its keys only model\.mixer\.window_tokens"):
+        _prepare_outputs(replace(window, overrides={"model.gate_rank_type": "1"}), "cuda", "7b")
 
 
 def test_results_hold_the_latest_of_the_students_usual_cases(tmp_path):

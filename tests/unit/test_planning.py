@@ -93,7 +93,7 @@ def test_what_is_called_measured_is_what_was():
         assert f"| {row.tokens_per_s:,} | {row.peak_gb} |" in table, row
     latest = json.loads((BENCHMARKS / "results" / "h200.json").read_text(encoding="utf-8"))
     for name, values in latest.items():
-        if name.startswith(("align", "distill", "extend")):
+        if name.startswith(("align", "distill", "extend")) and "window" not in name:
             rows = [row for row in MEASURED if f"{row.stage}_{row.sequences}x{row.sequence_tokens}" == name]
             assert (round(values["peak_gb"], 1), round(values["tokens_per_s"])) in [
                 (row.peak_gb, pytest.approx(row.tokens_per_s, abs=1)) for row in rows

@@ -96,6 +96,7 @@ class Record:
     commit: str | None
     json_path: Path | None = None
     results_path: Path | None = None
+    results_suffix: str = ""
     rows: list[Row] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
 
@@ -116,7 +117,7 @@ class Record:
         self.console.line(row.text())
         self._flush()
         if self.results_path is not None:
-            merge_results(self.results_path, [row], self.commit)
+            merge_results(self.results_path, [row], self.commit, self.results_suffix)
 
     def say(self, text: str) -> None:
         """A line with the seconds since the beginning."""
@@ -167,15 +168,18 @@ def _failures() -> tuple[type[Exception], ...]:
     return RuntimeError, ValueError, TritonError
 
 
-def merge_results(path: Path, rows: Sequence[Row], commit: str | None) -> None:
-    """Replace what the file of latest results says of the student's cases among `rows`; the rest of it stays."""
+def merge_results(path: Path, rows: Sequence[Row], commit: str | None, suffix: str = "") -> None:
+    """Replace what the file of latest results says of the student's cases among `rows`; the rest of it stays.
+
+    suffix: goes behind the names of the cases, for a student other than the usual one.
+    """
     measured = {row.case: row for row in rows if row.of == "student" and row.timing is not None and row.case in LATEST}
     if not measured:
         return
     results = read_json(path) if path.is_file() else {}
     for case, row in measured.items():
         assert row.tokens_per_s is not None
-        results[case] = {
+        results[case + suffix] = {
             "tokens_per_s": round(row.tokens_per_s, 1),
             "peak_gb": _in(row.peak_bytes, 1e9),
             "share_of_ceiling": None if row.share is None else round(row.share, 4),

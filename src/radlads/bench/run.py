@@ -16,6 +16,7 @@ from radlads.inference.generate import choose_device
 from radlads.model.registry import DEFAULT, registered_name
 
 RESULTS_SHAPE = "7b"
+_WINDOW, _SINKS = "model.mixer.window_tokens", "model.mixer.sink_tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ def run_bench(bench: Bench, console: Console) -> int:
     variant = measured_variant(bench.mixer, bench.variant)
     shape = open_shape(shape_name, mixer=bench.mixer, variant=variant, layers=bench.layers, overrides=bench.overrides)
     names = select_cases(bench.kind, bench.cases, tiny=shape_name == "tiny")
-    _prepare_outputs(bench, device.type, shape_name)
+    suffix = _prepare_outputs(bench, device.type, shape_name)
     record = Record(
         console=console,
         facts={
@@ -69,6 +70,7 @@ def run_bench(bench: Bench, console: Console) -> int:
         commit=bench.commit or checkout_commit(),
         json_path=bench.json,
         results_path=bench.results,
+        results_suffix=suffix,
     )
     compiled = device.type == "cuda" if bench.compiled is None else bench.compiled
     match bench.kind:
@@ -97,15 +99,20 @@ def run_bench(bench: Bench, console: Console) -> int:
     return record.num_failed
 
 
-def _prepare_outputs(bench: Bench, device_type: str, shape_name: str) -> None:
-    """Make the folders to write to. Raises ValueError for results that would not be comparable."""
+def _prepare_outputs(bench: Bench, device_type: str, shape_name: str) -> str:
+    """Make the folders to write to, and return what the results' names end with.
+
+    Raises ValueError for results that would not be comparable.
+    """
     model = registered_name(bench.mixer), measured_variant(bench.mixer, bench.variant)
-    usual = model == (DEFAULT, MEASURED_VARIANT) and bench.layers is None and not bench.overrides
+    usual = model == (DEFAULT, MEASURED_VARIANT) and bench.layers is None and set(bench.overrides) <= {_WINDOW, _SINKS}
     if bench.results is not None and not (usual and device_type == "cuda" and shape_name == RESULTS_SHAPE):
         raise ValueError(
-            f"--results holds measurements on CUDA of the shape {RESULTS_SHAPE} with {DEFAULT}, {MEASURED_VARIANT}: "
-            "leave --results out, or use --json"
+            f"--results holds measurements on CUDA of the shape {RESULTS_SHAPE} with {DEFAULT}, {MEASURED_VARIANT}, "
+            f"and of its keys only {_WINDOW} and {_SINKS} may be set: leave --results out, or use --json"
         )
     for path in (bench.json, bench.results):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
+    window = bench.overrides.get(_WINDOW, 0)
+    return "" if str(window) == "0" else f"_window{window}"

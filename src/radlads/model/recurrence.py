@@ -100,9 +100,8 @@ def missing(backend: Backend, v_BTHV: torch.Tensor) -> str | None:
     return None
 
 
-@functools.cache
 def capability(device_index: int | None) -> tuple[int, int]:
-    """The compute capability of a CUDA device."""
+    """The compute capability of a CUDA device. Not cached: torch.compile warns of functools.cache."""
     return torch.cuda.get_device_capability(device_index)
 
 
