@@ -56,6 +56,7 @@ PYTHON = "python"
 OTHER_TEACHER = {"align_tokens": 6_000_000, "distill_tokens": 12_000_000}
 """Full budgets for a teacher that others trained, on one GPU in one sitting; the paper's are a hundred times that."""
 _LOG = "log.txt"
+END_S = 30  # a student's process that is to end has so long for its step and its checkpoint
 
 
 class Job(NamedTuple):
@@ -159,7 +160,10 @@ def run_jobs(work: Work, jobs: Sequence[Job], arguments: argparse.Namespace) -> 
         for process in running.values():
             process.terminate()
         for process in running.values():
-            process.wait()
+            try:
+                process.wait(timeout=END_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
     return failed
 
 

@@ -161,12 +161,14 @@ def test_every_run_is_bit_equal(precision):
 
 
 @needs_gpu
-def test_compiling_changes_nothing(device):
+def test_compiling_changes_nothing(device, kernels):
     compiled = torch.compile(on_kernels((64, 4), 100), fullgraph=True)
     for T in (300, 401):
         *tensors, d_out = inputs(T, (7, 1), 128, "bf16")
         expected = results(on_kernels((64, 4), 100), tensors, d_out, torch.bfloat16)
+        launched = len(kernels)
         found = results(compiled, tensors, d_out, torch.bfloat16)
+        assert len(kernels) > launched, "compiled code has left the kernels"
         assert torch.equal(found["out"], expected["out"])
         for (
             name

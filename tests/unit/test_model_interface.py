@@ -7,6 +7,7 @@ from tolerances import PARITY, relative_error
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 from radlads.model.configuration import RadladsConfig
+from radlads.model.exporting import is_exporting
 from radlads.model.modeling import RadladsForCausalLM
 
 STACKS = ("rwkv7", "rwkv6", "mixed")
@@ -118,6 +119,19 @@ def test_an_exported_graph_is_the_model_for_other_batches_masks_and_gradients(st
     expected = gradients(model, lambda: model(ids, attention_mask=mask, use_cache=False).logits)
     for traced, own in zip(gradients(model, lambda: graph(ids, mask)), expected, strict=True):
         assert relative_error(traced, own, floor=1e-3) < 1e-4
+
+
+class Exporting(torch.nn.Module):
+    def forward(self, x):
+        return x + 1 if is_exporting() else x
+
+
+def test_only_exporting_counts_as_exporting():
+    x = torch.zeros(2)
+    assert not Exporting()(x).any()
+    assert not torch.compile(Exporting(), fullgraph=True, backend="eager")(x).any()
+    for strict in (False, True):
+        assert torch.export.export(Exporting(), (x,), strict=strict).module()(x).all()
 
 
 def test_exporting_leaves_the_model_as_it_was(model):

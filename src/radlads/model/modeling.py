@@ -20,6 +20,7 @@ from .block import Block, sets_fresh_values
 from .cache import RadladsCache, check_cache, check_cache_class
 from .configuration import RadladsConfig
 from .contracts import SharedInputs
+from .exporting import is_exporting
 from .layers import RMSNorm, rope_tables
 from .registry import all_can
 from .shared_inputs import shared_inputs
@@ -196,7 +197,7 @@ class RadladsModel(RadladsPreTrainedModel):
 
     def share_whole_sequences(self, T: int, device: torch.device) -> SharedInputs:
         """What sequences of T tokens from their start share. Kept, since making it waits for the GPU every time."""
-        if torch.compiler.is_exporting():
+        if is_exporting():
             return SharedInputs(*rope_tables(self.config, torch.arange(T, device=device).unsqueeze(0)))
         if self.whole_sequences is not None and self.whole_sequences[0] == (T, device):
             return self.whole_sequences[1]

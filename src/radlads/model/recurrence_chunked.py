@@ -7,6 +7,8 @@ value channels, G chunks, L tokens per chunk.
 import torch
 import torch.nn.functional as F
 
+from .exporting import is_exporting
+
 # Around a chunk's middle, factors reach exp(L / 2 * max(-log_w)): 16 * 0.6065 = 10 for RWKV7, 16 * 5 = 80 for RWKV6.
 # fp32 overflows at exp(88). Where the product of two factors overflows, it belongs to the future and is masked.
 RWKV7_CHUNK = 32
@@ -27,7 +29,7 @@ def gla_chunked(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, state_BHKV=None):
 
 def _by_chunks(*args):
     # An exported graph has the operations themselves, and derives its own gradients
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return _forward_by_chunks(*args)[:2]
     return _run_chunked(*args)
 
@@ -131,7 +133,7 @@ def _forward_by_chunks(chunk, state, r, log_w, k, v, kappa, a):
 
 def _products(*pairs: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Each pair's product [B, H, G, L, N], one below the other."""
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return torch.cat([x * y for x, y in pairs], dim=-2)
     *batch, L, N = pairs[0][0].shape
     rows = pairs[0][0].new_empty(*batch, len(pairs) * L, N)
@@ -144,7 +146,7 @@ def _scan(v, state, X, Y, M, inverse, at_middle, to_end, over_all):
     """The states [B, H, G + 1, V, K] before each chunk and after the last, and H."""
     L, V, K = v.shape[-2], v.shape[-1], X.shape[-1]
     H = v
-    if inverse is not None and not torch.compiler.is_exporting():
+    if inverse is not None and not is_exporting():
         H = v.new_empty(*v.shape[:3], 2 * L, V)
         H[..., :L, :] = v
     v = H[..., :L, :]
@@ -158,11 +160,11 @@ def _scan(v, state, X, Y, M, inverse, at_middle, to_end, over_all):
         if removing:
             in_state, in_chunk, removal_keys, out = removing
             found = in_chunk + in_state @ (state * middle).mT
-            removed.append(-found if torch.compiler.is_exporting() else torch.neg(found, out=out))
+            removed.append(-found if is_exporting() else torch.neg(found, out=out))
             gain = gain + removed[-1].mT @ removal_keys
         state = (state * all_of_it).addcmul_(gain, end)
         states.append(state)
-    if removed and torch.compiler.is_exporting():
+    if removed and is_exporting():
         H = torch.cat([H, torch.stack(removed, dim=2)], dim=-2)
     return torch.stack(states, dim=2), H
 

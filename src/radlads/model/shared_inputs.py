@@ -7,6 +7,7 @@ import torch
 
 from .configuration import RadladsConfig
 from .contracts import SharedInputs
+from .exporting import is_exporting
 from .layers import rope_tables
 from .packed_rows import find_texts
 
@@ -23,7 +24,7 @@ def shared_inputs(
     if past and (cu_seq_lens is not None or seq_idx is not None):
         raise ValueError("cu_seq_lens_q and seq_idx are for packed rows, which need an empty cache: leave them out")
     # Single tokens are most of generation, and an exported graph cannot depend on what its inputs hold
-    can_be_packed = past == 0 and T > 1 and not torch.compiler.is_exporting()
+    can_be_packed = past == 0 and T > 1 and not is_exporting()
     texts = find_texts(hidden, token_mask, position_ids, cu_seq_lens, seq_idx) if can_be_packed else None
     if position_ids is None:
         position_ids = _positions(token_mask, past_key_values, past, hidden)
@@ -90,4 +91,4 @@ def _softmax_mask(
 
 def is_all_true(mask: torch.Tensor) -> bool:
     """True if all of a mask is True; False in an exported graph, which must fit every mask. Waits for the device."""
-    return not torch.compiler.is_exporting() and bool(mask.all())
+    return not is_exporting() and bool(mask.all())

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .exporting import is_exporting
+
 if TYPE_CHECKING:
     from .configuration import RadladsConfig
 
@@ -26,7 +28,7 @@ class SwiGLU(nn.Module):
         """x [B, T, C] to the same shape."""
         gate, up = self.gate_proj(x), self.up_proj(x)
         # An exported graph would keep the product's value and lose its gradient
-        if not torch.is_grad_enabled() or not _is_plain(self.down_proj) or torch.compiler.is_exporting():
+        if not torch.is_grad_enabled() or not _is_plain(self.down_proj) or is_exporting():
             return self.down_proj(F.silu(gate) * up)
         return _GatedDown.apply(gate, up, self.down_proj.weight.to(gate.dtype))
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .chunked_kernels import triton
+from .exporting import is_exporting
 from .packed_rows import Texts
 from .recurrence import OLDEST_CAPABILITY, capability, kernel_dtype
 from .window import HeldWindow, WindowSettings
@@ -90,7 +91,7 @@ def has_kernels(v_BTKN: torch.Tensor) -> bool:
         and capability(v_BTKN.device.index) >= OLDEST_CAPABILITY
         and v_BTKN.shape[-1] in HEAD_SIZES
         and kernel_dtype(v_BTKN) in DTYPES
-        and not torch.compiler.is_exporting()
+        and not is_exporting()
     )
 
 
