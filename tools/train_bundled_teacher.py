@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for weights, config, tokenizer and figures.json"
     )
-    parser.add_argument("--tokens", type=int, default=5_700_000, help="training tokens; the rate decays to their end")
+    parser.add_argument("--tokens", type=int, default=14_100_000, help="training tokens; the rate decays to their end")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--vocab-size", type=int, default=3072)
     parser.add_argument("--hidden-size", type=int, default=256)

@@ -28,7 +28,7 @@ from radlads.train.engines import replicas
 from radlads.train.lightning_module import StageModule
 from radlads.train.processes.joining import joined
 
-END = 255
+END, STEPS = 255, 16
 LINEAR = torch.nn.functional.linear
 STEP_AS_EVER, START_AS_EVER = StageModule.training_step, Checkpointing.on_train_start
 replicas.LARGE_NUMBERS = 1000  # or every gradient of a tiny model would travel with the others, at the end
@@ -94,7 +94,7 @@ def plan(entry: dict, rank: int) -> None:
 def keys(
     folder: Path, teacher: Path, stage: str, name: str, *, mixer: str = "rad_rwkv7", **train: object
 ) -> dict[str, object]:
-    """A tiny stage's dotted keys: 30 steps of 8 sequences of 16 tokens, as two processes of 4 make them."""
+    """A tiny stage's dotted keys: STEPS steps of 8 sequences of 16 tokens, as two processes of 4 make them."""
     own = {
         "model.ctx_len": 16,
         "model.tmix": mixer,
@@ -107,7 +107,7 @@ def keys(
         "train.micro_bsz": 4,
         "train.devices": 2,
         "train.lr_init": 1e-3,
-        "train.my_exit_tokens": 16 * 8 * 30,
+        "train.my_exit_tokens": 16 * 8 * STEPS,
         "train.log_every_n_steps": 1,
         "train.proj_dir": str(folder),
         "train.proj_name": name,

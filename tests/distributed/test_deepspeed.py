@@ -24,7 +24,6 @@ needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is No
 ZERO = ("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
 STOPPED = ("deepspeed_stage_2", "deepspeed_stage_3")
 ADAMS = ("adamw", "dsfusedadamw")  # whose state counts steps in tensors, and in numbers
-STEPS = 30
 SMALL_BUCKETS = {"ds_bucket_mb": 1}
 ACCUMULATED = {"micro_bsz": 2, "accumulate_grad_batches": 2}
 STAGES = {
@@ -35,8 +34,9 @@ STAGES = {
     "extend": {"trainable": "decay", "mask_labels_at_eos": 1, "eos_token_id": stages.END},
 }
 # Stage 3 takes five times as long: it gathers block by block
-CASES = [(name, strategy) for strategy in ZERO[:2] for name in ("align", "distill-accumulated", "extend")]
-CASES += [(name, ZERO[2]) for name in ("align", "distill", "distill-measured", "extend")]
+CASES = [("align", ZERO[0]), ("distill-accumulated", ZERO[0])]
+CASES += [(name, ZERO[1]) for name in ("align", "distill-accumulated", "extend")]
+CASES += [(name, ZERO[2]) for name in ("align", "distill-measured", "extend")]
 pytestmark = pytest.mark.timeout(1200)
 
 
@@ -111,26 +111,24 @@ def drift(folder, expected, found, column="loss"):
 def test_the_curves_are_one_processs(folder, name, strategy):
     for column in ("loss", "grad_norm"):
         found = drift(folder, f"one-{name}", f"{strategy}-{name}", column)
-        assert len(found) == STEPS
+        assert len(found) == stages.STEPS
         assert max(found) < TRAJECTORY_MAX
-        assert sum(found) / STEPS < TRAJECTORY_MEAN
+        assert sum(found) / stages.STEPS < TRAJECTORY_MEAN
 
 
 @pytest.fixture(scope="module")
 def compiled(folder, teacher):
-    """The same folder, with runs whose blocks are compiled and, but where they align, recomputed: compiled-NAME."""
+    """The same folder, with a run whose blocks are compiled and recomputed: compiled."""
     settings = {"compile": "always", "activation_checkpointing": "full"}
-    names = ("align", "distill")
-    by_zero(folder, [entry(folder, teacher, name, ZERO[2], f"compiled-{name}", **settings) for name in names])
+    by_zero(folder, [entry(folder, teacher, "distill-measured", ZERO[2], "compiled", **settings)])
     return folder
 
 
 @needs_deepspeed
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["align", "distill"])
-def test_compiled_and_recomputed_parts_make_the_same_curve(compiled, name):
-    assert max(drift(compiled, f"one-{name}", f"compiled-{name}")) < TRAJECTORY_MAX
-    assert curve(compiled, f"compiled-{name}") != curve(compiled, f"{ZERO[2]}-{name}"), "nothing was compiled"
+def test_compiled_and_recomputed_parts_make_the_same_curve(compiled):
+    assert max(drift(compiled, "one-distill-measured", "compiled")) < TRAJECTORY_MAX
+    assert curve(compiled, "compiled") != curve(compiled, f"{ZERO[2]}-distill-measured"), "nothing was compiled"
 
 
 @needs_deepspeed
@@ -202,7 +200,7 @@ def test_measurements_in_between_are_one_processs(folder):
         np.loadtxt(folder / f"{strategy}-distill-measured/heldout.csv", delimiter=",", skiprows=1)
         for strategy in ("one", "deepspeed_stage_3")
     )
-    assert len(expected) == 6
+    assert len(expected) == stages.STEPS // 7 + 2
     np.testing.assert_allclose(found, expected, rtol=TRAJECTORY_MAX)
 
 
@@ -233,7 +231,7 @@ def test_bf16_keeps_fp32_weights(folder, strategy):
 @pytest.mark.parametrize("whole", ["deepspeed_stage_2-bf16", "deepspeed_stage_3-bf16", "fused"])
 def test_a_run_goes_on_bit_for_bit(ran, whole):
     folder, out, _ = ran
-    assert out.count("going on after step 7 of 30") == 3 + len(ADAMS)
+    assert out.count(f"going on after step 7 of {stages.STEPS}") == 3 + len(ADAMS)
     expected, found = (load_file(folder / name / "model.safetensors") for name in (whole, f"{whole}-stopped"))
     assert all(expected[name].equal(found[name]) for name in expected)
     assert curve(folder, whole) == curve(folder, f"{whole}-stopped")
@@ -244,7 +242,7 @@ def test_a_run_goes_on_bit_for_bit(ran, whole):
 def test_a_run_goes_on_under_another_strategy(ran, optimizer):
     """Begun by ddp, gone on with by stage 3, and ended by stage 1."""
     folder, out, _ = ran
-    assert out.count("going on after step 13 of 30") == len(ADAMS)
+    assert out.count(f"going on after step 13 of {stages.STEPS}") == len(ADAMS)
     assert max(drift(folder, "one-distill-accumulated", f"handed-on-{optimizer}")) < TRAJECTORY_MAX
 
 

@@ -51,7 +51,7 @@ def test_when_a_process_is_killed_the_others_end_and_the_run_goes_on(folder, tea
     assert "start the same command again to go on from the last checkpoint" in err
     assert "Traceback" not in err
     out, _ = run(folder, [{"keys": keys}])
-    assert f"going on after step 8 of 30, from {folder / name}.partial/checkpoints/step-000008" in out
+    assert f"going on after step 8 of {stages.STEPS}, from {folder / name}.partial/checkpoints/step-000008" in out
     assert_same_curve(folder, name)
 
 
@@ -73,12 +73,12 @@ def test_a_signal_stops_all_and_another_number_of_processes_goes_on(folder, teac
     early_one = entry("early-one", **alone) | {"stop": [0, "before"], "goes_on": True}
     by_one, _ = run(folder, [early_one, one, entry(names["ddp"], **alone), entry(names["fsdp"], **alone)])
     by_two_again, _ = run(folder, [entry(names["one"], strategy="fsdp")])
-    assert by_two.count("SIGTERM: stopped after step 7 of 30, with the checkpoint") == 2
-    assert by_one.count("SIGTERM: stopped after step 7 of 30, with the checkpoint") == 1
-    assert by_two.count("SIGTERM: stopped after step 1 of 30, with the checkpoint") == len(early)
-    assert by_one.count("SIGTERM: stopped after step 1 of 30, with the checkpoint") == 1
-    assert by_one.count("going on after step 7 of 30") == 2
-    assert by_two_again.count("going on after step 7 of 30") == 1
+    assert by_two.count(f"SIGTERM: stopped after step 7 of {stages.STEPS}, with the checkpoint") == 2
+    assert by_one.count(f"SIGTERM: stopped after step 7 of {stages.STEPS}, with the checkpoint") == 1
+    assert by_two.count(f"SIGTERM: stopped after step 1 of {stages.STEPS}, with the checkpoint") == len(early)
+    assert by_one.count(f"SIGTERM: stopped after step 1 of {stages.STEPS}, with the checkpoint") == 1
+    assert by_one.count(f"going on after step 7 of {stages.STEPS}") == 2
+    assert by_two_again.count(f"going on after step 7 of {stages.STEPS}") == 1
     for name in names.values():
         assert_same_curve(folder, name)
 
@@ -114,7 +114,7 @@ def test_another_strategy_goes_on_with_a_tied_teachers_student_in_bf16(tmp_path)
     first = stages.keys(folder, tied, "align", "run", strategy="ddp", **settings)
     then = first | {"train.strategy": "fsdp"}
     out, _ = run(folder, [{"keys": first, "stop": [0, 6], "goes_on": True}, {"keys": then}])
-    assert "going on after step 7 of 30" in out
+    assert f"going on after step 7 of {stages.STEPS}" in out
 
 
 def test_a_process_that_never_joins_is_not_waited_for(folder, teacher):

@@ -17,7 +17,7 @@ from radlads.cli import main
 from radlads.recipes.conversion_folder import only_process_in
 
 SMALL = ["--set", "model.ctx_len=32", "--set", "train.my_exit_tokens=1280", "--set", "train.micro_bsz=4"]
-SMALL += ["--set", "train.heldout_every_steps=5", "--set", "train.heldout_tokens=640"]
+SMALL += ["--set", "train.heldout_every_steps=5", "--set", "train.heldout_tokens=640", "--recipe", "paper"]
 STAGES = ("align", "distill", "extend")
 
 

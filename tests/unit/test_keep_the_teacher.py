@@ -143,7 +143,13 @@ def test_who_is_told_to_end_ends_the_students_processes(finished, monkeypatch):
     command, _ = finished
     process = subprocess.Popen(["sleep", "60"])
     monkeypatch.setattr(keep_the_teacher, "_started", lambda *_: process)
-    monkeypatch.setattr(keep_the_teacher.time, "sleep", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    sleep = keep_the_teacher.time.sleep
+
+    def told_to_end(_):
+        monkeypatch.setattr(keep_the_teacher.time, "sleep", sleep)  # which subprocess's wait uses, too
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(keep_the_teacher.time, "sleep", told_to_end)
     before = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(SystemExit) as stop:

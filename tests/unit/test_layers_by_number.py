@@ -103,7 +103,8 @@ def test_aligning_a_student_that_keeps_all_layers_is_refused(teacher, corpus_fol
     ],
 )
 def test_a_conversion_is_refused_before_anything_is_written(tmp_path, capsys, override, message):
-    assert main(["demo", "--out", str(tmp_path / "out"), "--set", override]) == 2
+    recipe = "paper" if "sink_tokens" in override else "window"
+    assert main(["demo", "--recipe", recipe, "--out", str(tmp_path / "out"), "--set", override]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

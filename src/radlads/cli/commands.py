@@ -18,11 +18,16 @@ def demo(arguments: argparse.Namespace) -> int:
     """Convert a teacher through all stages and print what came of it."""
     from radlads.config.load import load_config
     from radlads.recipes.command import conversion_of, overrides_of, summary_lines
+    from radlads.recipes.comparison import comparison_lines, run_comparison
     from radlads.recipes.conversion import run_conversion
 
     _warn_of_idle_keys(load_config([], overrides_of(arguments)))
     conversion = conversion_of(arguments)
-    print(*summary_lines(run_conversion(conversion, Terminal()), conversion.out), sep="\n")
+    if arguments.compare:
+        summaries = run_comparison(conversion, Terminal())
+        print(*summary_lines(summaries["window"], conversion.out), *comparison_lines(summaries), sep="\n")
+    else:
+        print(*summary_lines(run_conversion(conversion, Terminal()), conversion.out), sep="\n")
     return 0
 
 

@@ -15,8 +15,10 @@ from radlads.model.contracts import SharedInputs
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.recurrent_mixer import RecurrentMixer
 from radlads.model.softmax_attention import KeyValueState, SoftmaxAttention
+from radlads.model.window import WindowSettings
 
 WINDOW_TOKENS, SINK_TOKENS = 64, 4
+WINDOW = WindowSettings(WINDOW_TOKENS, SINK_TOKENS)
 _SEED = 1337
 
 
@@ -35,11 +37,12 @@ def setup_student(
 
 @torch.no_grad()
 def without(model: RadladsForCausalLM, part: Literal["window", "recurrence"]) -> RadladsForCausalLM:
-    """A copy of the model whose layers with a window (docs/windows.md) do without it, or without their recurrence.
+    """The model with layers that do without their window (docs/windows.md), or without their recurrence.
 
-    The other part is as it was trained. Raises ValueError if no layer has a window.
+    The other part is as it was trained. The weights are the model's own, not copies. Raises ValueError if no layer has
+    a window.
     """
-    copied = copy.deepcopy(model)
+    copied = _over_the_same_weights(model, but=("window_scale", "recurrent_scale"))
     windowed = [each for each in copied.modules() if isinstance(each, RecurrentMixer) and each.window is not None]
     if not windowed:
         raise ValueError(f"there is nothing to compare without its {part}: no layer of the model has a softmax window")
@@ -68,6 +71,19 @@ def windowed_teacher(source: TeacherSource, dtype: torch.dtype = torch.float32) 
     teacher = build_teacher(source, dtype=dtype)
     limit_attention(teacher)
     return teacher
+
+
+def narrowed(teacher: RadladsForCausalLM, window: WindowSettings = WINDOW) -> RadladsForCausalLM:
+    """windowed_teacher of a model that is there already. The weights are the model's own, not copies."""
+    model = _over_the_same_weights(teacher)
+    limit_attention(model, window_tokens=window.window_tokens, sink_tokens=window.sink_tokens)
+    return model
+
+
+def _over_the_same_weights(model: RadladsForCausalLM, but: tuple[str, ...] = ()) -> RadladsForCausalLM:
+    """Modules of their own with the same parameters and buffers, but copies of those with these last names."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return copy.deepcopy(model, {id(x): x for name, x in tensors if name.rpartition(".")[2] not in but})
 
 
 def limit_attention(

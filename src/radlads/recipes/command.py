@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from radlads.config.schema import ModelConfig
+from radlads.report.wording import HELDOUT_ROWS
 
 if TYPE_CHECKING:
     from radlads.recipes.export import Export
@@ -22,6 +23,16 @@ def add_demo_options(parser: argparse.ArgumentParser) -> None:
         help="a Hugging Face folder, a hub name such as Qwen/Qwen2.5-0.5B-Instruct, a GGUF file, or smollm2 (fetched)",
     )
     add_mixer_options(parser, default_variant="the mixer's first, the paper's")
+    parser.add_argument(
+        "--recipe",
+        help="window: softmax over the last 64 tokens beside the recurrence, which keeps more of the teacher (the "
+        "default for our mixers); paper: as published",
+    )
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="then convert twice more at equal tokens, into OUT/compare: as published, and with one softmax layer kept",
+    )
     parser.add_argument("--out", type=Path, help="folder to write (default out/demo, out/conversion with --teacher)")
     parser.add_argument("--data", type=Path, help="training tokens, a .bin/.idx pair (default: this Python's own text)")
     parser.add_argument("--heldout-data", type=Path, help="held-out tokens, a .bin/.idx pair; goes with --data")
@@ -84,6 +95,7 @@ def conversion_of(arguments: argparse.Namespace) -> "Conversion":
         teacher=arguments.teacher or BUNDLED_TEACHER,
         mixer=arguments.mixer,
         variant=arguments.variant,
+        recipe=arguments.recipe,
         out=arguments.out or Path("out") / ("demo" if arguments.teacher is None else "conversion"),
         data=arguments.data,
         heldout_data=arguments.heldout_data,
@@ -121,12 +133,15 @@ def check_lines(arguments: argparse.Namespace) -> tuple[bool, list[str]]:
 
 def summary_lines(summary: Mapping[str, Any], out: Path) -> Iterator[str]:
     """What a conversion came to, as its summary.json has it."""
-    yield f"\n{'held out':12}{'loss':>9}{'KL':>9}{'top-1':>8}{'tokens':>12}{'seconds':>9}"
-    for row in ("teacher", "setup", "align", "distill", "extend", *(["retied"] if "retied" in summary else [])):
+    yield f"\n{'held out':24}{'loss':>9}{'KL':>9}{'top-1':>8}{'tokens':>12}{'seconds':>9}"
+    for row, title in HELDOUT_ROWS.items():
+        if row not in summary:
+            continue
         values = summary[row]
         cost = f"{values['tokens']:12,}{values['seconds']:9.0f}" if "tokens" in values else ""
-        yield f"{row:12}{values['loss']:9.4f}{values['kl']:9.4f}{values['top1']:8.1%}{cost}"
-    yield f"\n{summary['gap_closed']:.1%} of the gap between setup and teacher is closed"
+        yield f"{title:24}{values['loss']:9.4f}{values['kl']:9.4f}{values['top1']:8.1%}{cost}"
+    setup = HELDOUT_ROWS["setup_without_window" if "setup_without_window" in summary else "setup"]
+    yield f"\n{summary['gap_closed']:.1%} of the gap between {setup} and teacher is closed"
     positions = ", ".join(summary["decode_ms"]["student"])
     yield f"\n{'':12}{'state in kB at 1k, 8k, 64k tokens':>36}{f'ms per token at position {positions}':>40}"
     for name in ("teacher", "student"):

@@ -4,7 +4,7 @@ import json
 import resource
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,12 @@ from radlads.data.build import build_binidx
 from radlads.data.loader import HeldoutWindows
 from radlads.data.python_text import iter_documents
 from radlads.distill.heldout import Heldout, measure
+from radlads.evaluation.baselines import WINDOW, narrowed, without
 from radlads.files import read_json, write_text
 from radlads.inference.generate import Sampling, decode_ms, stream_text
 from radlads.model.configuration import RadladsConfig, state_bytes
 from radlads.model.modeling import RadladsForCausalLM
+from radlads.model.recurrent_mixer import RecurrentMixer
 from radlads.recipes.auto_layers import select_in_conversion
 from radlads.recipes.conversion_folder import (
     SPLITS,
@@ -118,10 +120,7 @@ def _convert(
     heldout_reader = BinIdxReader(conversion.corpus("heldout"))
     heldout = heldout_batches(heldout_reader, recipe.heldout_tokens)
     console.progress("measuring teacher and setup ...")
-    summary: dict[str, Any] = {
-        "teacher": _measured(measure(teacher, teacher, heldout)),
-        "setup": _measured(measure(student, teacher, heldout)),
-    }
+    summary = _measure_untrained(student, teacher, heldout)
     parent, kept = f"setup of {source.folder.name}", False
     for number, stage in enumerate(STAGES, start=1):
         folder = out / f"{number}-{stage}"
@@ -134,7 +133,7 @@ def _convert(
         facts = {"tokens": manifest["tokens"], "seconds": round(manifest["seconds"], 2)}
         summary[stage] = _measured(measure(student, teacher, heldout)) | facts
         console.line(f"{stage:8}held-out loss {summary[stage]['loss']:.4f}, KL {summary[stage]['kl']:.4f}")
-    setup, end = summary["setup"]["loss"], summary["extend"]["loss"]
+    setup, end = summary.get("setup_without_window", summary["setup"])["loss"], summary["extend"]["loss"]
     summary["gap_closed"] = (setup - end) / (setup - summary["teacher"]["loss"])
     console.progress("measuring decoding and the export ...")
     check_teacher(out)
@@ -215,6 +214,19 @@ def with_own_checkpoint(config: Config, folder: Path) -> Config:
         return config
     check_named(Path(named))
     return replace(config, train=replace(config.train, resume="auto"))
+
+
+def _measure_untrained(student: RadladsForCausalLM, teacher: RadladsForCausalLM, heldout: DataLoader) -> dict[str, Any]:
+    """The rows before any training: also of the teacher with the student's window, or one of 64 + 4, and of a student
+    with windows without them."""
+    windows = [x.window for x in student.modules() if isinstance(x, RecurrentMixer) and x.window is not None]
+    window = windows[0] if windows else WINDOW
+    models = {"teacher": teacher, "teacher_window_untrained": narrowed(teacher, window), "setup": student}
+    if windows:
+        models["setup_without_window"] = without(student, "window")
+    rows: dict[str, Any] = {name: _measured(measure(model, teacher, heldout)) for name, model in models.items()}
+    rows["teacher_window_untrained"] |= asdict(window)
+    return rows
 
 
 def _measure_use(

@@ -16,7 +16,15 @@ from radlads.checkpoint.manifest import versions
 from radlads.files import read_json
 from radlads.model.configuration import RadladsConfig, state_bytes
 from radlads.report.run_folder import Measurements, Stage, by_name
-from radlads.report.wording import NOT_MEASURED, NOT_RECORDED, mixer_title, number_text, score_text
+from radlads.report.wording import (
+    HELDOUT_ROWS,
+    NOT_MEASURED,
+    NOT_RECORDED,
+    UNTRAINED_ROWS,
+    mixer_title,
+    number_text,
+    score_text,
+)
 
 CARD = "README.md"
 UNKNOWN_LICENCE = "unknown: ask"
@@ -210,7 +218,7 @@ def _description(facts: CardFacts) -> list[str]:
 def _heldout(facts: CardFacts) -> list[str]:
     """Loss, KL and top-1 of the teacher, of the setup and after each stage; a stage's own figures without a summary."""
     summary = facts.measured.summary or {}
-    found = {name: summary[name] for name in ("teacher", "setup") if name in summary}
+    found = {HELDOUT_ROWS[name]: summary[name] for name in UNTRAINED_ROWS if name in summary}
     for name, stage in by_name(facts.stages).items():
         measured = summary.get(stage.name) or stage.manifest.get("heldout") or {}
         costs = {key: stage.manifest.get(key) for key in ("tokens", "seconds")}
@@ -228,7 +236,7 @@ def _heldout(facts: CardFacts) -> list[str]:
 
 
 def _number(value: object, form: str, row: str, key: str) -> str:
-    untrained = key in ("tokens", "seconds") and row in ("teacher", "setup", "retied")
+    untrained = key in ("tokens", "seconds") and row in (*map(HELDOUT_ROWS.get, UNTRAINED_ROWS), "retied")
     return "none" if untrained and value is None else number_text(value, form)
 
 

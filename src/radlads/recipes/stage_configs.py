@@ -1,7 +1,7 @@
 """What a conversion is asked for, and the configurations of its three stages."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files as files_of
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from radlads.convert.student import student_config
 from radlads.data.python_text import Split
 from radlads.model.configuration import RadladsConfig
 from radlads.model.registry import DEFAULT, name_mixers, registered_name
-from radlads.recipes.demo_recipes import DemoRecipe, recipe_file, recipe_for
+from radlads.recipes.demo_recipes import DemoRecipe, recipe_file, recipe_for, recipe_name
 from radlads.train.hardware import only_device
 
 STAGES = ("align", "distill", "extend")
@@ -24,7 +24,8 @@ BUNDLED_TEACHER = Path(str(files_of("radlads") / "assets" / "teacher"))
 class Conversion:
     """What to convert into what, and where.
 
-    mixer: any that the registry finds. variant: None = the mixer's first, if it has any.
+    mixer: any that the registry finds. variant: None = the mixer's first, if it has any. recipe: one of
+    demo_recipes.RECIPES; None = the mixer's. tokens_of: the recipe whose budgets it has; None = its own.
     data, heldout_data: .bin/.idx pairs without the extension; None = the text of the running Python, tokenised into
     `out/data`. overrides: dotted configuration keys for all stages. retie: end with the embedding as the head again, as
     a tied teacher has it.
@@ -33,6 +34,8 @@ class Conversion:
     teacher: str | Path = BUNDLED_TEACHER
     mixer: str = DEFAULT
     variant: str | None = None
+    recipe: str | None = None
+    tokens_of: str | None = None
     out: Path = Path("out/demo")
     data: Path | None = None
     heldout_data: Path | None = None
@@ -65,20 +68,22 @@ def stage_configs(conversion: Conversion) -> dict[str, Config]:
     data = {"train.data_file": str(conversion.corpus("train"))}
     data |= {"train.validation_data_file": str(conversion.corpus("heldout"))}
     data |= {"train.teacher.hf_path": str(conversion.teacher), "train.proj_dir": str(conversion.out)}
-    recipe = recipe_for(conversion.teacher, _device_type(overrides))
-    configs = {
-        stage: load_config(
-            [*files, *recipe.stage_files(stage)], {**keys, **data, **_STAGE_KEYS.get(stage, {}), **overrides}
-        )
-        for stage in STAGES
-    }
+    device_type = _device_type(overrides)
+    recipe = recipe_for(conversion.teacher, device_type, recipe_name(conversion.recipe, mixer))
+    budgets = recipe_for(conversion.teacher, device_type, conversion.tokens_of) if conversion.tokens_of else recipe
+    configs = {}
+    for stage in STAGES:
+        tokens = load_config([recipe_file(DEFAULT), *budgets.stage_files(stage)], {}).train.my_exit_tokens
+        own = keys | data | {"train.my_exit_tokens": tokens}
+        configs[stage] = load_config([*files, *recipe.stage_files(stage)], own | overrides)
     name_mixers(*mixer_names(configs["align"].model))
     return configs
 
 
 def check_aligns(teacher: RadladsConfig, model: ModelConfig) -> None:
     """Raise ValueError for layers or settings of which no student can be made, or none that has a mixer to align."""
-    if student_config(teacher, model).recurrent_layers:
+    if student_config(teacher, replace(model, mixer={})).recurrent_layers:
+        student_config(teacher, model)
         return
     if model.softmax_layers or model.layer_mixers:
         raise ValueError("--set model.softmax_layers and model.layer_mixers leave no mixer to align: name fewer layers")
@@ -92,11 +97,10 @@ def _device_type(overrides: Mapping[str, object]) -> str:
 
 def recipe_of(conversion: Conversion, configs: Mapping[str, Config]) -> DemoRecipe:
     """How much is measured."""
-    return recipe_for(conversion.teacher, only_device(configs["align"].train).type)
+    name = recipe_name(conversion.recipe, conversion.mixer)
+    return recipe_for(conversion.teacher, only_device(configs["align"].train).type, name)
 
 
-# Stage 3 has the teacher for its held-out KL alone; its loss is the labels'.
-_STAGE_KEYS: dict[str, dict[str, object]] = {"extend": {"train.teacher.kl_weight": 0.0, "train.teacher.ce_weight": 1.0}}
 _OWNED_KEYS = {
     "train.data_file",
     "train.validation_data_file",

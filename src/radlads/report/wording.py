@@ -5,6 +5,15 @@ import math
 NOT_MEASURED = "not measured"
 NOT_RECORDED = "not recorded"
 
+HELDOUT_ROWS = {
+    "teacher": "teacher",
+    "teacher_window_untrained": "teacher, windowed",
+    "setup_without_window": "setup without window",
+    **{name: name for name in ("setup", "align", "distill", "extend", "retied")},
+}
+"""A summary's held-out rows in their order, and what readers are told they are."""
+UNTRAINED_ROWS = ("teacher", "teacher_window_untrained", "setup_without_window", "setup")
+
 
 def score_text(value: float, stderr: float | None, relative: float | None, *, is_share: bool) -> str:
     """A score, ± its standard error if there is one (None or nan: there is not), in brackets that relative to the
