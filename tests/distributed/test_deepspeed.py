@@ -33,10 +33,12 @@ STAGES = {
     "distill-accumulated": ACCUMULATED | {"activation_checkpointing": "selective"},
     "distill-measured": ACCUMULATED | {"activation_checkpointing": "full", "heldout_every_steps": 7},
     "extend": {"trainable": "decay", "mask_labels_at_eos": 1, "eos_token_id": stages.END},
+    "instruct": {"on_policy_share": 0.5, "on_policy_max_tokens": 6, "on_policy_temperature": 0.0, "lr_init": 1e-4},
 }
 # Stage 3 takes five times as long: it gathers block by block
 CASES = [(name, strategy) for strategy in ZERO[:2] for name in ("align", "distill-accumulated", "extend")]
-CASES += [(name, ZERO[2]) for name in ("align", "distill", "distill-measured", "extend")]
+CASES += [(name, ZERO[2]) for name in ("align", "distill", "distill-measured", "extend", "instruct")]
+CASES.append(("instruct", ZERO[1]))
 pytestmark = pytest.mark.timeout(1200)
 
 

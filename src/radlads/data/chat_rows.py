@@ -86,6 +86,27 @@ class Conversations:
                 "raise model.ctx_len, or build the corpus from other conversations"
             )
 
+    def reply_ends(self) -> dict[int, int]:
+        """The tokens that end replies of the corpus, each with how many."""
+        is_last = np.zeros(self.reader.num_tokens, dtype=bool)
+        is_last[self.reader.document_starts()[1:] - 1] = True
+        is_end = self._mask & (is_last | ~np.append(self._mask[1:], False))
+        tokens, counts = np.unique(self.reader.tokens[is_end], return_counts=True)
+        return dict(zip(tokens.tolist(), counts.tolist(), strict=True))
+
+    def mean_tokens(self) -> float:
+        """Of a conversation, as far as it is read."""
+        return float((self.ends - self.starts).mean())
+
+    def notes(self, context_tokens: int) -> list[str]:
+        """What is not read, a sentence if anything."""
+        counts = (
+            (self.num_cut, f"cut at {context_tokens:,} tokens"),
+            (self.num_empty, "left out, without a reply there"),
+        )
+        found = [f"{count:,} are {what}" for count, what in counts if count]
+        return [f"of the conversations in {self.reader.path_stem}.bin, {', '.join(found)}"] if found else []
+
     def __len__(self) -> int:
         return len(self.starts)
 
@@ -121,11 +142,16 @@ class ConversationRows(Dataset[Tensor]):
         on_policy_share: Fraction = Fraction(0),
     ) -> None:
         assert 0 <= rank < world
-        self.corpora, self._shares = [corpus for corpus, _ in corpora], [share for _, share in corpora]
-        self._rows = [_packed(corpus, context_tokens + 1, seed) for corpus in self.corpora]
-        self._context, self._seed, self._num_samples = context_tokens, seed, num_samples
+        self.corpora, self.shares = [corpus for corpus, _ in corpora], [share for _, share in corpora]
+        self._rows = [packed(corpus.ends - corpus.starts, context_tokens + 1, seed) for corpus in self.corpora]
+        self.context_tokens, self._seed, self._num_samples = context_tokens, seed, num_samples
         self._rank, self._world, self.on_policy_share = rank, world, on_policy_share
         self._orders: dict[int, tuple[int, NDArray]] = {}  # of each corpus its newest epoch
+
+    @property
+    def notes(self) -> list[str]:
+        """What of the corpora is not read, a sentence each."""
+        return [note for corpus in self.corpora for note in corpus.notes(self.context_tokens)]
 
     @property
     def rows_in_epoch(self) -> int:
@@ -139,11 +165,11 @@ class ConversationRows(Dataset[Tensor]):
         number = range(self._num_samples)[i] * self._world + self._rank
         written = num_on_policy(number, self.on_policy_share)
         if num_on_policy(number + 1, self.on_policy_share) > written:
-            return torch.full((self._context + 1,), TO_WRITE | written, dtype=torch.int64)
-        corpus, index = locate(number - written, self._shares)
+            return torch.full((self.context_tokens + 1,), TO_WRITE | written, dtype=torch.int64)
+        corpus, index = locate(number - written, self.shares)
         epoch, place = divmod(index, len(self._rows[corpus]))
         row = self._rows[corpus][int(self._order(corpus, epoch)[place])]
-        return as_row([self.corpora[corpus][each] for each in row], self._context + 1)
+        return as_row([self.corpora[corpus][each] for each in row], self.context_tokens + 1)
 
     def _order(self, corpus: int, epoch: int) -> NDArray:
         if corpus not in self._orders or self._orders[corpus][0] != epoch:
@@ -157,12 +183,12 @@ def num_on_policy(number: int, share: Fraction) -> int:
     return int(number * share)
 
 
-def _packed(corpus: Conversations, num_tokens: int, seed: int) -> list[list[int]]:
-    """Which conversations lie in each row of num_tokens: each goes to the fullest of a few hundred open rows."""
-    lengths = corpus.ends - corpus.starts
+def packed(lengths: NDArray, num_tokens: int, seed: int) -> list[list[int]]:
+    """Which of conversations of these lengths lie in each row of num_tokens: each goes to the fullest of a few hundred
+    open rows that it fits into, in an order drawn by the seed."""
     rows: list[list[int]] = []
     open_rows: list[tuple[int, int]] = []  # free tokens and number, sorted
-    for each in np.random.default_rng([seed, 0]).permutation(len(corpus)).tolist():
+    for each in np.random.default_rng([seed, 0]).permutation(len(lengths)).tolist():
         length = int(lengths[each])
         found = bisect_left(open_rows, (length, -1))
         if found < len(open_rows):

@@ -15,10 +15,13 @@ def logit_loss_(
     *,
     kl_weight: float,
     ce_weight: float,
+    reverse_kl_weight: float = 0.0,
 ) -> torch.Tensor:
     """As losses.logit_loss_, which says what is computed."""
     num_tokens, vocab_size = student.shape
     loss = torch.empty(num_tokens, dtype=torch.float32, device=student.device)
+    if not num_tokens:  # a kernel of no programs cannot be launched
+        return loss
     _logit_loss[(num_tokens,)](
         student,
         teacher,
@@ -29,8 +32,10 @@ def logit_loss_(
         0 if teacher is None else teacher.stride(0),
         kl_weight,
         ce_weight,
+        reverse_kl_weight,
         HAS_TEACHER=teacher is not None,
         HAS_LABELS=labels is not None,
+        HAS_REVERSE=reverse_kl_weight != 0,
         BLOCK=BLOCK_VOCAB,
         num_warps=NUM_WARPS,
     )
@@ -61,8 +66,10 @@ def _logit_loss(
     teacher_stride,
     kl_weight,
     ce_weight,
+    reverse_kl_weight,
     HAS_TEACHER: tl.constexpr,
     HAS_LABELS: tl.constexpr,
+    HAS_REVERSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -75,15 +82,26 @@ def _logit_loss(
     s_total = tl.zeros([BLOCK], tl.float32)
     t_largest = tl.full([BLOCK], -3.4e38, tl.float32)
     t_total = tl.zeros([BLOCK], tl.float32)
+    # The sum of exp(s - s_largest) (s - t), for KL(student || teacher)
+    s_gap = tl.zeros([BLOCK], tl.float32)
     for start in range(0, vocab_size, BLOCK):
         inside = start + lanes < vocab_size
         s = tl.load(student_ptr + start + lanes, mask=inside, other=float("-inf")).to(tl.float32)
+        before = s_largest
         s_largest, s_total = _grow(s_largest, s_total, s)
         if HAS_TEACHER:
             t = tl.load(teacher_ptr + start + lanes, mask=inside, other=float("-inf")).to(tl.float32)
             t_largest, t_total = _grow(t_largest, t_total, t)
+            if HAS_REVERSE:
+                share = tl.exp(s - s_largest)
+                s_gap = s_gap * tl.exp(before - s_largest) + tl.where(share > 0, share * (s - t), 0.0)
     s_norm = _log_sum_exp(s_largest, s_total)
     t_norm = _log_sum_exp(t_largest, t_total)
+    reverse = 0.0
+    if HAS_REVERSE:
+        overall = tl.max(s_largest, axis=0)
+        scale = tl.exp(s_largest - overall)
+        reverse = tl.sum(s_gap * scale, axis=0) / tl.sum(s_total * scale, axis=0) - s_norm + t_norm
     label = -1
     label_weight = 0.0
     if HAS_LABELS:
@@ -100,9 +118,12 @@ def _logit_loss(
             # A token the teacher excludes (q = 0) adds nothing, though its log is -inf
             losses += kl_weight * tl.where(inside & (q > 0), q * (log_q - log_p), 0.0)
             gradient += kl_weight * (tl.exp(log_p) - q)
+            if HAS_REVERSE:
+                p = tl.exp(log_p)
+                gradient += reverse_kl_weight * tl.where(p > 0, p * (log_p - log_q - reverse), 0.0)
         if HAS_LABELS:
             is_label = start + lanes == label
             losses -= tl.where(is_label, label_weight * log_p, 0.0)
             gradient -= tl.where(is_label, label_weight, 0.0)
         tl.store(student_ptr + start + lanes, gradient.to(student_ptr.dtype.element_ty), mask=inside)
-    tl.store(loss_ptr + row, tl.sum(losses, axis=0))
+    tl.store(loss_ptr + row, tl.sum(losses, axis=0) + reverse_kl_weight * reverse)
