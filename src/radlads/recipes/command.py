@@ -27,6 +27,14 @@ def add_demo_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heldout-data", type=Path, help="held-out tokens, a .bin/.idx pair; goes with --data")
     _add_set_option(parser, "a configuration key of all stages, e.g. train.micro_bsz=4")
     parser.add_argument(
+        "--instruct",
+        action="store_true",
+        help="end with stage 4, on conversations that the teacher writes (an instruct teacher, such as smollm2)",
+    )
+    parser.add_argument(
+        "--chat", type=Path, help="with --instruct: conversations to learn from, by `radlads data build --chat`"
+    )
+    parser.add_argument(
         "--retie", action="store_true", help="end with the embedding as the head again (teachers whose head is tied)"
     )
 
@@ -89,6 +97,8 @@ def conversion_of(arguments: argparse.Namespace) -> "Conversion":
         heldout_data=arguments.heldout_data,
         overrides=overrides_of(arguments),
         retie=arguments.retie,
+        instruct=arguments.instruct,
+        chat=arguments.chat,
     )
 
 
@@ -122,7 +132,8 @@ def check_lines(arguments: argparse.Namespace) -> tuple[bool, list[str]]:
 def summary_lines(summary: Mapping[str, Any], out: Path) -> Iterator[str]:
     """What a conversion came to, as its summary.json has it."""
     yield f"\n{'held out':12}{'loss':>9}{'KL':>9}{'top-1':>8}{'tokens':>12}{'seconds':>9}"
-    for row in ("teacher", "setup", "align", "distill", "extend", *(["retied"] if "retied" in summary else [])):
+    last = [row for row in ("instruct", "retied") if row in summary]
+    for row in ("teacher", "setup", "align", "distill", "extend", *last):
         values = summary[row]
         cost = f"{values['tokens']:12,}{values['seconds']:9.0f}" if "tokens" in values else ""
         yield f"{row:12}{values['loss']:9.4f}{values['kl']:9.4f}{values['top1']:8.1%}{cost}"

@@ -13,11 +13,14 @@ _FILES = Path(str(files("radlads") / "assets" / "recipe"))
 class DemoRecipe:
     """A demo's files and measurements. folder: below assets/recipe, with files for stages that go on top of the
     bundled teacher's; "" for these alone. heldout_tokens: of each row of the table. decode_positions: where the time
-    per token is taken."""
+    per token is taken. num_prompts, reply_tokens: how many of our own prompts the teacher answers for stage 4, and how
+    long a reply may be."""
 
     folder: str = ""
     heldout_tokens: int = 65536
     decode_positions: tuple[int, int] = (100, 8000)
+    num_prompts: int = 400
+    reply_tokens: int = 256
 
     def stage_files(self, stage: str) -> list[Path]:
         """The stage's files, later ones on top."""
@@ -26,8 +29,10 @@ class DemoRecipe:
 
 
 _NAMED = {
-    ("smollm2", "cpu"): DemoRecipe(folder="smollm2_cpu", heldout_tokens=4096, decode_positions=(100, 1000)),
-    ("smollm2", "cuda"): DemoRecipe(folder="smollm2_gpu"),
+    ("smollm2", "cpu"): DemoRecipe(
+        folder="smollm2_cpu", heldout_tokens=4096, decode_positions=(100, 1000), num_prompts=48, reply_tokens=96
+    ),
+    ("smollm2", "cuda"): DemoRecipe(folder="smollm2_gpu", num_prompts=1_832),
 }
 assert {name for name, _ in _NAMED} == set(NAMED_MODELS)
 

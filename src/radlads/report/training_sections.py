@@ -111,7 +111,8 @@ def heldout(run: Run, before: Sequence[Chart]) -> str:
         ]
         note = "Each stage's own held-out windows: their lengths may differ from stage to stage."
         return html.table(["after", "loss", "KL", "top-1"], rows) + html.paragraph(note, "note")
-    steps = ("teacher", *STEPS, *(["retied"] if "retied" in run.summary else []))
+    last = [step for step in ("instruct", "retied") if step in run.summary]
+    steps = ("teacher", *STEPS[:-1], *last)
     rows = [[step, *_measured(run.summary.get(step, {}))] for step in steps]
     note = (
         "Loss and KL in nats per token; top-1: how often the likeliest token is the teacher's. setup: the teacher's "
