@@ -157,7 +157,9 @@ BAD_FILES = {
     "train: {wandb: off}": "train.wandb in {file} must be text (in quotes where YAML reads it otherwise), not False",
     "train: {magic_prime: 2.5}": "train.magic_prime in {file} must be an integer or one of 'auto', not 2.5",
     "train: {grad_cp: 2}": "train.grad_cp in {file} must be one of 0, 1, not 2",
-    "train: {trainable: some}": "train.trainable in {file} must be one of 'auto', 'mixer', 'decay', 'all', 'no_softmax', not 'some'",
+    "train: {trainable: some}": (
+        "train.trainable in {file} must be one of 'auto', 'mixer', 'decay', 'all', 'no_softmax', not 'some'"
+    ),
     "train:\n  lr_init: 1\n  lr_init: 2": "cannot read {file} line 3: key 'lr_init' is given twice; correct it there",
     "model: {n_layer: 1": "cannot read {file} line 1: expected ',' or '}}', but got '<stream end>'; correct it there",
     "a: 1\n\tb: 2": "cannot read {file} line 2: found character '\\t' that cannot start any token; correct it there",

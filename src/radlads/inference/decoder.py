@@ -99,6 +99,10 @@ class Decoder:
         self._refill_draws()
         self._choose(logits)
 
+    def follow_weights(self) -> None:
+        """Take over what has changed in the model's parameters, in place, since this decoder was made."""
+        self.next_step.follow_weights()
+
     @torch.inference_mode()
     def step(self) -> None:
         """Read every row's token and choose its next one. Returns before the device is done."""

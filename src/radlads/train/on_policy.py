@@ -173,6 +173,8 @@ class _Writer:
                 for name, value in [*part.named_parameters(), *part.named_buffers()]:
                     if f"{prefix}.{name}" in own:  # a tied head is there once
                         own[f"{prefix}.{name}"].copy_(value)
+        if self._decoder is not None:
+            self._decoder.follow_weights()
 
     @torch.inference_mode()
     def replies(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[list[int]]:
