@@ -13,7 +13,7 @@ class Plan(real_plan.Plan):
     prompts: int = knob(1_832, "Our own prompts that the teacher answers, to learn from")
     answers: int = knob(4, "Replies to each of them")
     reply_tokens: int = knob(256, "Longest reply, the teacher's and the student's own in training")
-    instruct_tokens: int = knob(10_000_000, "Budget of stage 4, with and without rows of the student's own")
+    instruct_tokens: int = knob(6_000_000, "Budget of stage 4, with and without rows of the student's own")
     instruct_lr: float = knob(1e-4, "Rate of stage 4; falls to a tenth")
     instruct_context: int = knob(512, "Tokens in a row of conversations")
     instruct_batch_tokens: int = knob(16_384, "Tokens in a step of stage 4")

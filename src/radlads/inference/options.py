@@ -50,7 +50,7 @@ def add_write_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--answers", type=int, default=1, metavar="N", help="to each prompt (default 1)")
     parser.add_argument("--system", metavar="TEXT", help="what the teacher is told first, where a prompt does not say")
     parser.add_argument(
-        "--batch-size", type=int, metavar="N", help="replies at a time (default 16 on a CPU, 256 on a GPU)"
+        "--batch-size", type=int, metavar="N", help="replies at a time (default 16 on a CPU, 1,024 on a GPU)"
     )
     _add_sampling_options(parser, max_tokens=512, temperature=1.0, top_p=1.0, seed=0)
     _add_device_option(parser)

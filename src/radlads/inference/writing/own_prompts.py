@@ -78,7 +78,7 @@ def own_prompts() -> list[str]:
     draw = random.Random(_SEED)
     prompts = []
     for place, subject in enumerate(_SUBJECTS):
-        other = _SUBJECTS[(place * 7 + 3) % len(_SUBJECTS)]
+        other = _SUBJECTS[(place + 17) % len(_SUBJECTS)]
         prompts += [form.format(subject, other) for form in _ASKED]
     prompts += [form.format(sentence) for form in _REWRITTEN for sentence in _SENTENCES]
     prompts += [f"Write a {name} function that {task}." for task in _CODED for name in _LANGUAGES]

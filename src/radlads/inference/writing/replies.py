@@ -15,7 +15,8 @@ from radlads.inference.sampling import Sampling
 from radlads.model.configuration import state_bytes
 from radlads.model.modeling import RadladsForCausalLM
 
-ROWS = {"cpu": 16, "cuda": 256}
+# A step through a growing cache takes a GPU's host as long for many rows as for one: it is not recorded as a graph
+ROWS = {"cpu": 16, "cuda": 1024}
 # Of the free memory, for states; a cache that grows is copied as it grows, and what reads prompts takes some too
 _STATE_SHARE = 0.3
 # Reading a prompt again costs less than decoding beside rows that have ended
