@@ -16,7 +16,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 # Nats that the end of text gains everywhere
-_LIKELIER = 12.0
+_LIKELIER = 14.0
 
 
 def make_tiny(folder: Path) -> tuple[Path, Path]:

@@ -243,6 +243,16 @@ def test_a_share_of_the_rows_is_to_be_written(tmp_path):
     assert all(torch.equal(row, plain[i]) for i, row in enumerate(others))
 
 
+def test_several_corpora_take_turns_by_their_shares(tmp_path):
+    first, second = corpus(tmp_path / "a", [8] * 8), corpus(tmp_path / "b", [6] * 40)
+    shares = [(Conversations(first, 15), Fraction(3, 4)), (Conversations(second, 15), Fraction(1, 4))]
+    rows = ConversationRows(shares, 15, num_samples=40, seed=1)
+    alone = [ConversationRows([(held, Fraction(1))], 15, num_samples=40, seed=1) for held, _ in shares]
+    is_first = [int(flags(rows[i]).begins[8]) == 1 and not flags(rows[i]).begins[6] for i in range(40)]
+    assert sum(is_first) == 30
+    assert torch.equal(rows[is_first.index(True)], alone[0][0])
+
+
 def test_long_conversations_are_cut_and_those_without_a_reply_left_out(tmp_path):
     kept = Conversations(corpus(tmp_path / "chat", [10, 30, 60]), 19)
     assert (len(kept), kept.num_cut, kept.num_empty) == (2, 2, 1)

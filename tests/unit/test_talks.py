@@ -1,6 +1,7 @@
 """The benchmark of talking in small: every row with every figure, equal tokens, and nothing measured twice."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,10 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import talks  # noqa: E402
+import talks_measures  # noqa: E402
+import talks_prompts  # noqa: E402
+
+from radlads.inference.writing.own_prompts import own_prompts  # noqa: E402
 
 ROWS = ["teacher", "extend", "instruct_off_policy", "instruct_on_policy"]
 FIGURES = {"on_policy_kl", "on_policy_kl_reverse", "loops", "endless", "followed", "kl_plain"}
@@ -24,6 +29,48 @@ def finished(tmp_path_factory):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return out, done.stdout
+
+
+FOLLOWED = {
+    "capitals": ("THE SEA IS DEEP.", "The sea is deep."),
+    "json": ('```json\n{"%s": 1, "%s": "x"}\n```', '{"%s": 1}'),
+    "sum": ("The sum is %s.", "It is 1000."),
+    "copied": ("Here: %s", "Here: apple"),
+}
+
+
+def test_instructions_are_checked_by_what_they_ask_for():
+    prompts = talks_prompts.asked(40)
+    assert [each.prompt for each in prompts] == [each.prompt for each in talks_prompts.asked(40)]
+    assert len({each.kind for each in prompts}) == 8
+    of = {each.kind: each for each in prompts[:8]}
+    numbers = [int(word) for word in re.findall(r"\d+", of["sum"].prompt)]
+    filled = {
+        "json": tuple(re.findall(r'"(\w+)"', of["json"].prompt)),
+        "sum": (str(sum(numbers)),),
+        "copied": (of["copied"].prompt.partition(": ")[2],),
+    }
+    for kind, (right, wrong) in FOLLOWED.items():
+        values = filled.get(kind, ())
+        assert of[kind].is_followed(right % values if values else right), kind
+        assert not of[kind].is_followed(wrong % values[:1] if "%" in wrong else wrong), kind
+    assert of["items"].is_followed("\n".join("abcdefgh"[: int(re.findall(r"\d", of["items"].prompt)[0])]))
+    word = of["forbidden"].prompt.split("'")[1]
+    assert of["forbidden"].is_followed("Nothing here.") and not of["forbidden"].is_followed(f"So {word} it is.")
+    assert of["begun"].is_followed(of["begun"].prompt.split("'")[1] + ", so it is.")
+    numbers = sorted(int(word) for word in re.findall(r"\d+", of["sorted"].prompt))
+    assert of["sorted"].is_followed(", ".join(map(str, numbers)))
+    assert not of["sorted"].is_followed(", ".join(map(str, numbers[::-1])))
+
+
+def test_no_prompt_that_is_measured_is_trained_on():
+    assert not {each.prompt for each in talks_prompts.asked(300)} & set(own_prompts())
+
+
+def test_a_loop_is_what_repeats_at_the_end():
+    assert talks_measures.loops([1, 2, 3] * 20) and talks_measures.loops([*range(100), *[7] * 48])
+    assert not talks_measures.loops([1, 2, 3] * 15) and not talks_measures.loops([*[7] * 48, 1])
+    assert not talks_measures.loops(list(range(48)))
 
 
 @pytest.mark.slow
