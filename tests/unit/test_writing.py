@@ -143,6 +143,12 @@ def test_a_teacher_that_never_ends_is_refused_early(folder, tmp_path, capsys):
     assert not (tmp_path / "chat.idx").exists()
 
 
+def test_a_teacher_without_a_template_is_refused(teacher, tmp_path, capsys):
+    assert main(["data", "write", "--teacher", str(teacher), "--out", str(tmp_path / "chat"), "--device", "cpu"]) == 2
+    assert "has no chat template: copy chat_template.jinja from an instruct model" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_command_writes_what_info_describes(folder, tmp_path, capsys):
     lines = [
         json.dumps({"prompt": "x"}),
