@@ -25,7 +25,9 @@ from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.whole_parameters import whole
 from radlads.train.processes.group import Processes
 
-_ROWS = {"cpu": 16, "cuda": 256}
+# Replies at a time on a GPU: more are as slow each, but where a cache grows and no step is recorded, which costs the
+# host as much for many
+_RECORDED_ROWS, _UNRECORDED_ROWS, _CPU_ROWS = 256, 1024, 16
 # Of a GPU's memory, for the states of replies that are being written: training needs the rest
 _STATE_SHARE = 0.05
 # So much more than a corpus's mean length makes of the rows; if replies are shorter, more are written
@@ -126,14 +128,16 @@ class OnPolicy:
         assert self._writer is not None
         numbers = range(start, start + num)
         mine = numbers[self._processes.rank :: self._processes.size]
-        prompts, seeds = [], []
+        prompts, seeds, orders = [], [], dict[tuple[int, int], np.ndarray]()
         for number in mine:
             draw = np.random.default_rng([self._train.seed_everything, 1, window, number])
             corpus, index = locate(number, self._samples.shares)
             held = self._samples.corpora[corpus]
-            order = np.random.default_rng([self._train.seed_everything, 2, window, index // len(held)])
-            place = int(order.permutation(len(held))[index % len(held)])
-            prompts.append(held.beginning(place, draw.random()).tolist())
+            epoch, place = divmod(index, len(held))
+            if (corpus, epoch) not in orders:
+                order = np.random.default_rng([self._train.seed_everything, 2, window, corpus, epoch])
+                orders[corpus, epoch] = order.permutation(len(held))
+            prompts.append(held.beginning(int(orders[corpus, epoch][place]), draw.random()).tolist())
             seeds.append(int(draw.integers(2**62)))
         written = self._writer.replies(prompts, seeds)
         found: dict[int, _Own] = {}
@@ -215,12 +219,14 @@ def _as_piece(own: _Own) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _fitting(model: RadladsForCausalLM, rows: int, num_tokens: int) -> int:
-    rows = min(rows, _ROWS[model.device.type])
+    """As many of `rows` replies as are written at a time."""
     if model.device.type != "cuda":
-        return rows
+        return min(rows, _CPU_ROWS)
+    grows = len(model.config.recurrent_layers) < model.config.num_hidden_layers
     num_bytes = state_bytes(model.config, num_tokens, bytes_per_value=model.dtype.itemsize)
     total = torch.cuda.get_device_properties(model.device).total_memory
-    return max(1, min(rows, int(_STATE_SHARE * total) // num_bytes))
+    most = _UNRECORDED_ROWS if grows else _RECORDED_ROWS
+    return max(1, min(rows, most, int(_STATE_SHARE * total) // num_bytes))
 
 
 def _stop_ids(samples: ConversationRows) -> list[int]:
