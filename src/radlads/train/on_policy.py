@@ -25,8 +25,7 @@ from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.whole_parameters import whole
 from radlads.train.processes.group import Processes
 
-# Replies at a time on a GPU: more are as slow each, but where a cache grows and no step is recorded, which costs the
-# host as much for many
+# Replies at a time. A step through a growing cache is not recorded, and takes a GPU's host as long for many as for one
 _RECORDED_ROWS, _UNRECORDED_ROWS, _CPU_ROWS = 256, 1024, 16
 # Of a GPU's memory, for the states of replies that are being written: training needs the rest
 _STATE_SHARE = 0.05
