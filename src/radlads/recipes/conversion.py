@@ -140,7 +140,7 @@ def _convert(
         parent = f"{folder.name} sha256:{weights_hash(folder)[:16]}"
         facts = {"tokens": manifest["tokens"], "seconds": round(manifest["seconds"], 2)}
         summary[stage] = _measured(measure(student, teacher, heldout)) | facts
-        console.line(f"{stage:8}held-out loss {summary[stage]['loss']:.4f}, KL {summary[stage]['kl']:.4f}")
+        console.line(f"{stage:7} held-out loss {summary[stage]['loss']:.4f}, KL {summary[stage]['kl']:.4f}")
     setup, end = summary["setup"]["loss"], summary["extend"]["loss"]
     summary["gap_closed"] = (setup - end) / (setup - summary["teacher"]["loss"])
     console.progress("measuring decoding and the export ...")
