@@ -123,16 +123,32 @@ def corpus(stem: Path, *, num_tokens: int = 20_000, seed: int = 0) -> Path:
     return stem
 
 
+def chat_corpus(stem: Path, *, num_documents: int = 60, end: int = 256, seed: int = 0) -> Path:
+    """A corpus of conversations with a mask: one or two questions of bytes, each with a reply that `end` ends."""
+    draw = np.random.default_rng(seed)
+    with BinIdxWriter(stem, VOCAB, masked=True) as writer:
+        for _ in range(num_documents):
+            ids: list[int] = []
+            mask: list[bool] = []
+            for _ in range(int(draw.integers(1, 3))):
+                asked, said = (draw.integers(0, 200, int(draw.integers(2, 5))).tolist() for _ in range(2))
+                ids += [*asked, *said, end]
+                mask += [False] * len(asked) + [True] * (len(said) + 1)
+            writer.add_document(ids, mask)
+    return stem
+
+
 def stage_config(folder: Path, stage: str, **overrides: object) -> Config:
-    """A stage's configuration on the corpus `folder/train`, fp32 on the CPU, 16 tokens of context."""
-    number = {"align": 1, "distill": 2, "extend": -1}[stage]
+    """A stage's configuration on the corpus `folder/train`, or `folder/chat` to instruct, fp32 on the CPU, 16 tokens of
+    context."""
+    number = {"align": 1, "distill": 2, "extend": -1, "instruct": 4}[stage]
     keys: dict[str, object] = {
         "model.ctx_len": 16,
         "model.tmix": "rad_rwkv7",
         "model.groupnorm_att": 0,
         "model.gate_rank_type": 2,
         "train.attention_distillation_stage": number,
-        "train.data_file": str(folder / "train"),
+        "train.data_file": str(folder / ("chat" if stage == "instruct" else "train")),
         "train.precision": "fp32",
         "train.accelerator": "cpu",
         "train.micro_bsz": 4,

@@ -12,8 +12,8 @@ from transformers.dynamic_module_utils import get_imports
 SOURCE = Path(__file__).parents[2] / "src"
 # A package imports only from packages before it
 ORDER = [
-    *("console", "files", "checksums", "config", "data", "model", "checkpoint", "convert", "distill", "train"),
-    *("inference", "report", "evaluation", "selection", "recipes", "bench", "planning", "cli", "vllm_plugin"),
+    *("console", "files", "checksums", "config", "data", "model", "checkpoint", "convert", "inference", "distill"),
+    *("train", "report", "evaluation", "selection", "recipes", "bench", "planning", "cli", "vllm_plugin"),
 ]
 MODEL_MAY_IMPORT = {"torch", "transformers", "triton", *sys.stdlib_module_names}
 ONE_DOOR = {

@@ -100,8 +100,8 @@ def keys(
         "model.tmix": mixer,
         "model.groupnorm_att": 0,
         "model.gate_rank_type": 2,
-        "train.attention_distillation_stage": {"align": 1, "distill": 2, "extend": -1}[stage],
-        "train.data_file": str(folder / "train"),
+        "train.attention_distillation_stage": {"align": 1, "distill": 2, "extend": -1, "instruct": 4}[stage],
+        "train.data_file": str(folder / ("chat" if stage == "instruct" else "train")),
         "train.precision": "fp32",
         "train.accelerator": "cpu",
         "train.micro_bsz": 4,
@@ -118,7 +118,9 @@ def keys(
 
 
 def corpus(folder: Path) -> Path:
-    """Random walks in documents of 2 to 60 tokens, each with END at its end, as `folder`/train."""
+    """Random walks in documents of 2 to 60 tokens, each with END at its end, as `folder`/train; conversations as
+    `folder`/chat."""
+    tiny.chat_corpus(folder / "chat", num_documents=200, end=END)
     random = np.random.default_rng(0)
     with BinIdxWriter(folder / "train", tiny.VOCAB) as writer:
         for length in random.integers(1, 60, 700):

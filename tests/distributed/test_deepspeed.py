@@ -32,11 +32,12 @@ STAGES = {
     "distill-accumulated": ACCUMULATED | {"activation_checkpointing": "selective"},
     "distill-measured": ACCUMULATED | {"activation_checkpointing": "full", "heldout_every_steps": 7},
     "extend": {"trainable": "decay", "mask_labels_at_eos": 1, "eos_token_id": stages.END},
+    "instruct": {"on_policy_share": 0.5, "on_policy_max_tokens": 6, "on_policy_temperature": 0.0, "lr_init": 1e-4},
 }
 # Stage 3 takes five times as long: it gathers block by block
 CASES = [("align", ZERO[0]), ("distill-accumulated", ZERO[0])]
-CASES += [(name, ZERO[1]) for name in ("align", "distill-accumulated", "extend")]
-CASES += [(name, ZERO[2]) for name in ("align", "distill-measured", "extend")]
+CASES += [(name, ZERO[1]) for name in ("align", "distill-accumulated", "extend", "instruct")]
+CASES += [(name, ZERO[2]) for name in ("align", "distill-measured", "extend", "instruct")]
 pytestmark = pytest.mark.timeout(1200)
 
 

@@ -193,7 +193,7 @@ def test_the_loss_kernel_computes_what_torch_does(device, monkeypatch, vocab, dt
     labels = torch.randint(vocab, (37,), device=device)
     labels[3] = -100
     found = student.clone()
-    weights = {"kl_weight": 0.25, "ce_weight": 0.75}
+    weights = {"kl_weight": 0.25, "ce_weight": 0.75, "reverse_kl_weight": 0.5}
     loss = losses.logit_loss_(found, teacher, labels, **weights)
     monkeypatch.setattr(losses, "has_triton", lambda device: False)
     torch.testing.assert_close(loss, losses.logit_loss_(student, teacher, labels, **weights), atol=1e-4, rtol=1e-5)

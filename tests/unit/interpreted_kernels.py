@@ -43,6 +43,18 @@ def test_fused_kernels_are_the_models_forward(variant, rows):
     assert relative_error(actual, expected) < SPLIT
 
 
+def test_a_fused_step_follows_weights_that_change_in_place():
+    model, prompts = perturbed(**BALANCED), PROMPTS[:3]
+    step = FusedStep(model, 3, launches(3))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.2)
+    step.follow_weights()
+    continuation = torch.randint(VOCAB, (2, 3))
+    expected = full_logits(model, prompts, continuation)
+    assert relative_error(logits_after(step, model, prompts, continuation), expected) < SPLIT
+
+
 def test_the_adamw_kernel_does_what_torch_does():
     torch.manual_seed(0)
     parameter, gradient = torch.randn(2 * BLOCK).bfloat16(), torch.randn(2 * BLOCK).bfloat16()

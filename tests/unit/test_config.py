@@ -157,7 +157,9 @@ BAD_FILES = {
     "train: {wandb: off}": "train.wandb in {file} must be text (in quotes where YAML reads it otherwise), not False",
     "train: {magic_prime: 2.5}": "train.magic_prime in {file} must be an integer or one of 'auto', not 2.5",
     "train: {grad_cp: 2}": "train.grad_cp in {file} must be one of 0, 1, not 2",
-    "train: {trainable: some}": "train.trainable in {file} must be one of 'auto', 'mixer', 'decay', 'all', not 'some'",
+    "train: {trainable: some}": (
+        "train.trainable in {file} must be one of 'auto', 'mixer', 'decay', 'all', 'no_softmax', not 'some'"
+    ),
     "train:\n  lr_init: 1\n  lr_init: 2": "cannot read {file} line 3: key 'lr_init' is given twice; correct it there",
     "model: {n_layer: 1": "cannot read {file} line 1: expected ',' or '}}', but got '<stream end>'; correct it there",
     "a: 1\n\tb: 2": "cannot read {file} line 2: found character '\\t' that cannot start any token; correct it there",
@@ -227,7 +229,7 @@ def test_bad_command_lines(argv, message):
         ("train.devices", 0, "1 or more, or -1 for all"),
         ("train.my_exit_tokens", -1, "0 or more"),
         ("train.heldout_tokens", 0, "1 or more"),
-        ("train.attention_distillation_stage", 3, "1 to align, 2 to distill or -1 to extend"),
+        ("train.attention_distillation_stage", 3, "1 to align, 2 to distill, -1 to extend or 4 to instruct"),
         ("train.optimizer", "sgd", "one of 'adamw', 'muon', 'dsfusedadamw', 'adamwschedulefree', 'adam8bit', 'lion'"),
         ("train.lr_decay_type", "step", "one of 'cos', 'linear', 'exp', 'oneminussqrt'"),
         ("train.teacher.kl_weight", -1, "0 or more"),

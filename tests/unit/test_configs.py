@@ -33,6 +33,7 @@ NAMES = {
     *("distill" + stage for stage in STAGES),
     *("paper_distill" + stage for stage in PAPER_STAGES),
     *("keep_" + stage for stage in KEEP_STAGES),
+    "instruct",
 }
 # layers, hidden size, FFN, heads, kv heads, vocabulary, head size: the models' config.json
 SIZES = {
@@ -78,7 +79,7 @@ def test_every_committed_config_parses_and_none_has_an_idle_key():
         assert file.read_text().startswith("# ")
         assert without_effect(load_config([file], {})) == []
     assert {file.name for file in files} == {f"{name}.yaml" for name in NAMES}
-    assert len(files) == 68
+    assert len(files) == 69
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -81,20 +81,21 @@ def head_inputs(tokens=(2, 5), channels=8, vocab=11):
     return hidden.requires_grad_(), head.requires_grad_(), teacher_hidden, teacher_head, labels
 
 
-def plain_loss(hidden, head, teacher_hidden, teacher_head, labels, kl_weight, ce_weight):
-    logits = hidden @ head.T
-    return kl_weight * kl_divergence(teacher_hidden @ teacher_head.T, logits) + ce_weight * cross_entropy(
-        logits, labels
-    )
+def plain_loss(hidden, head, teacher_hidden, teacher_head, labels, kl_weight, ce_weight, reverse_kl_weight=0.0):
+    logits, taught = hidden @ head.T, teacher_hidden @ teacher_head.T
+    both_ways = kl_weight * kl_divergence(taught, logits) + reverse_kl_weight * kl_divergence(logits, taught)
+    return both_ways + ce_weight * cross_entropy(logits, labels)
 
 
-def fused_loss(hidden, head, teacher_hidden, teacher_head, labels, kl_weight, ce_weight):
-    teacher = {"teacher_hidden_BTC": teacher_hidden, "teacher_head_VC": teacher_head} if kl_weight else {}
-    return head_loss(hidden, head, labels, kl_weight=kl_weight, ce_weight=ce_weight, **teacher)
+def fused_loss(hidden, head, teacher_hidden, teacher_head, labels, kl_weight, ce_weight, reverse_kl_weight=0.0):
+    teacher = {"teacher_hidden_BTC": teacher_hidden, "teacher_head_VC": teacher_head}
+    teacher = teacher if kl_weight or reverse_kl_weight else {}
+    weights = {"kl_weight": kl_weight, "ce_weight": ce_weight, "reverse_kl_weight": reverse_kl_weight}
+    return head_loss(hidden, head, labels, **weights, **teacher)
 
 
 @pytest.mark.parametrize("block_tokens", [2048, 3])
-@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.25, 0.75)])
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.25, 0.75), (0.0, 0.0, 1.0), (0.5, 0.25, 0.75)])
 def test_the_loss_by_blocks_is_that_of_all_logits(monkeypatch, weights, block_tokens):
     monkeypatch.setattr(losses, "BLOCK_TOKENS", block_tokens)
     monkeypatch.setattr(losses, "SOFTMAX_TOKENS", 2)
@@ -152,11 +153,16 @@ for dtype, close in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
                 student[1, 2] = 0.0
             found, expected = student.clone(), student.clone()
             weights = {"kl_weight": 0.25, "ce_weight": 0.75}
+            if pair[0] is not None and vocab > 7:
+                weights["reverse_kl_weight"] = 0.5
+                teacher[0, 1] = -3.0
+                student[1, 2] = found[1, 2] = expected[1, 2] = -float("inf")
             loss = loss_kernels.logit_loss_(found, *pair, **weights)
             torch.testing.assert_close(loss, losses.logit_loss_(expected, *pair, **weights), atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(found, expected, atol=close, rtol=close)
     same = teacher.clone()
-    assert loss_kernels.logit_loss_(same, teacher, None, kl_weight=1.0, ce_weight=0.0).abs().max() == 0
+    both = {"kl_weight": 1.0, "reverse_kl_weight": 1.0, "ce_weight": 0.0}
+    assert loss_kernels.logit_loss_(same, teacher, None, **both).abs().max() == 0
     assert same.abs().max() == 0
 print("equal")
 """

@@ -11,6 +11,7 @@ from radlads.cli.terminal import Terminal, notice, print_lines
 
 if TYPE_CHECKING:
     from radlads.config.schema import Config
+    from radlads.data.build_chat import Renderer
     from radlads.data.command import CorpusTokenizer
 
 
@@ -71,10 +72,21 @@ def data_info(arguments: argparse.Namespace) -> int:
 
 
 def data_build(arguments: argparse.Namespace) -> int:
-    """Tokenise a dataset into NAME.bin and NAME.idx, and say what came of it."""
-    from radlads.data.command import build_lines
+    """Tokenise a dataset into NAME.bin and NAME.idx, or conversations with a mask, and say what came of it."""
+    from radlads.data.command import build_lines, chat_lines
 
+    if arguments.skip_faulty and not arguments.chat:
+        raise ValueError("--skip_faulty is for conversations: give it with --chat")
+    if arguments.chat:
+        return print_lines(chat_lines(arguments, _renderer, Terminal()))
     return print_lines(build_lines(arguments, _corpus_tokenizer, Terminal()))
+
+
+def data_write(arguments: argparse.Namespace) -> int:
+    """Have a teacher answer prompts, and write its conversations as a corpus with a mask."""
+    from radlads.inference.writing.command import write_lines
+
+    return print_lines(write_lines(arguments, Terminal()))
 
 
 def data_check(arguments: argparse.Namespace) -> int:
@@ -207,6 +219,14 @@ def _warn_of_idle_keys(config: "Config") -> None:
 
     if keys := without_effect(config):
         print(f"radlads: warning: no effect here: {', '.join(keys)}", file=sys.stderr)
+
+
+def _renderer(path_or_name: str) -> "Renderer":
+    """The chat template in a folder or of a hub name, of which no weights are fetched."""
+    from radlads.checkpoint.tokenizer_files import locate_tokenizer
+    from radlads.inference.chat_template import ChatTemplate
+
+    return ChatTemplate(locate_tokenizer(path_or_name), 2**31)
 
 
 def _corpus_tokenizer(path_or_name: str) -> "CorpusTokenizer":

@@ -77,13 +77,17 @@ def _add_config(subparsers: Any) -> None:
 
 
 def _add_data(subparsers: Any) -> None:
-    from radlads.data.command import add_corpus_options, add_info_options
+    from radlads.data.command import add_build_options, add_corpus_options, add_info_options
+    from radlads.inference.options import add_write_options
 
     command = subparsers.add_parser("data", help="build, check and describe token corpora")
     kinds = command.add_subparsers(title="what to do", required=True, metavar="KIND")
     add = partial(_add, kinds)
     add("info", commands.data_info, add_info_options, "documents, tokens, lengths and magic primes of a corpus")
-    add("build", commands.data_build, add_corpus_options, "tokenise a dataset into NAME.bin and NAME.idx")
+    add("build", commands.data_build, add_build_options, "tokenise a dataset into NAME.bin and NAME.idx")
+    add(
+        "write", commands.data_write, add_write_options, "have a teacher answer prompts, as conversations to learn from"
+    )
     add("check", commands.data_check, add_corpus_options, "read a built corpus as a whole")
     what = "replace a trailing token 0 by the tokenizer's EOS in every document"
     add("fixeos", commands.data_fixeos, add_corpus_options, what)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from radlads.config.schema import Config, ModelConfig
+from radlads.config.schema import ON_POLICY_KEYS, Config, ModelConfig, TrainConfig
 
 _PLACES = ("proj_dir", "proj_name", "proj_suffix0", "proj_suffix", "wandb")
 _CHECKPOINTS = ("resume", "checkpoint_every_minutes", "checkpoint_every_steps", "keep_checkpoints")
@@ -20,7 +20,7 @@ _ADDED = ("softmax_layers", "layer_mixers", "mixer")
 begun with an earlier version can be gone on with."""
 _ADDED_DEFAULTS = {
     f"{section}.{name}": getattr(ModelConfig(), name) for section in ("model", "train.teacher.model") for name in _ADDED
-}
+} | {f"train.{name}": getattr(TrainConfig(), name) for name in ON_POLICY_KEYS}
 
 
 @dataclass(frozen=True, repr=False)

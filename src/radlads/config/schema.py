@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 Switch = Literal[0, 1]
 """Off or on. Files and the command line may also say true or false."""
 
-Stage = Literal["align", "distill", "extend"]
+Stage = Literal["align", "distill", "extend", "instruct"]
 
 Optimizer = Literal["adamw", "muon", "dsfusedadamw", "adamwschedulefree", "adam8bit", "lion"]
 STRATEGIES = (
@@ -170,11 +170,13 @@ class TrainConfig:
     """Accepted so that released files load; no effect: the align stage always sets up what the teacher's weights lack,
     and an earlier stage's must be whole."""
     attention_distillation_stage: int = -1
-    """1 = align the mixers with the teacher's attention, 2 = distil the logits, -1 = extend the context."""
+    """1 = align the mixers with the teacher's attention, 2 = distil the logits, -1 = extend the context, 4 = instruct:
+    distil what the assistant writes in conversations."""
     train_stage: int = 0
     """Accepted so that released files load; no effect."""
-    trainable: Literal["auto", "mixer", "decay", "all"] = "auto"
-    """Which parameters train: mixer, decay (with token shift), all; auto = mixer in the align stage, all elsewhere."""
+    trainable: Literal["auto", "mixer", "decay", "all", "no_softmax"] = "auto"
+    """Which parameters train: mixer, decay (with token shift), all, no_softmax (all but the attention of layers that
+    keep softmax); auto = mixer in the align stage, all elsewhere."""
     align_loss: Literal["l2", "mse"] = "l2"
     """Distance between teacher attention and student mixer: l2 = norm over channels / sqrt(C). Align stage only."""
     seed_everything: int = 1337
@@ -261,6 +263,18 @@ class TrainConfig:
     start anew, and no document's first token is predicted. Not compiled, as lengths vary."""
     eos_token_id: int = -1
     """Token that ends a document; -1 = the model's. No effect without one of the two keys above."""
+    on_policy_share: float = 0.0
+    """Share of the rows whose last replies the student writes itself, for the teacher to score; 0 = none. Instruct
+    stage only, as the other on_policy_ keys."""
+    on_policy_kl: Literal["forward", "reverse", "mixed"] = "mixed"
+    """What is learnt from such rows: forward = KL(teacher || student), reverse = KL(student || teacher), mixed = half
+    of each. Rows of the corpus have the forward one."""
+    on_policy_every_steps: int = 8
+    """Optimiser steps for which the student writes at a time, many replies together."""
+    on_policy_max_tokens: int = 256
+    """Longest reply that the student writes; one that does not end before is learnt from as it is."""
+    on_policy_temperature: float = 1.0
+    """At which the student draws its tokens; 1 = its own distribution, 0 = always the likeliest."""
     my_exit_tokens: int = 0
     """The stage's token budget; 0 = one pass of the data."""
     heldout_tokens: int = 65536
@@ -331,7 +345,20 @@ class TrainConfig:
                 f"{self.activation_checkpointing!r}: set grad_cp to 0"
             )
         stage_of(self)
+        self._check_instruct()
         self._check_cuda_graphs()
+
+    def _check_instruct(self) -> None:
+        if stage_of(self) != "instruct":
+            return
+        refused = {
+            "reset_state_at_eos": "which reads every conversation by itself anyway",
+            "mask_labels_at_eos": "which learns what the assistant wrote alone",
+            "heldout_tail_tokens": "whose rows hold whole conversations: set train.validation_data_file",
+        }
+        for key, why in refused.items():
+            if getattr(self, key):
+                raise ValueError(f"train.{key} must be 0 in the instruct stage, {why}, not {getattr(self, key)}")
 
     def _check_cuda_graphs(self) -> None:
         if self.cuda_graphs != "always":
@@ -341,6 +368,7 @@ class TrainConfig:
         refused = {
             "train.reset_state_at_eos": (self.reset_state_at_eos, "whose sequences are of too many lengths"),
             "train.mask_labels_at_eos": (self.mask_labels_at_eos and stage_of(self) != "align", counts_labels),
+            "train.attention_distillation_stage 4": (stage_of(self) == "instruct", counts_labels),
             f"train.strategy {self.strategy}": (has_hooks, "whose hooks cannot be recorded"),
         }
         for setting, (is_set, why) in refused.items():
@@ -351,18 +379,18 @@ class TrainConfig:
 _TRAIN_RANGES: dict[Range, list[str]] = {
     POSITIVE: ["lr_init", "lr_final", "adam_eps"],
     POSITIVE_OR_UNSET: ["lr2_init", "lr2_final"],
-    FRACTION: ["lr_wait", "lr_endpoint"],
+    FRACTION: ["lr_wait", "lr_endpoint", "on_policy_share"],
     ABOVE_ONE_OR_OFF: ["spike_factor"],
     BELOW_ONE: ["beta1", "beta2"],
     NOT_NEGATIVE: [
         *("seed_everything", "gradient_clip_val", "weight_decay", "epoch_begin", "epoch_save"),
-        *("my_exit_tokens", "heldout_tail_tokens", "heldout_every_steps"),
+        *("my_exit_tokens", "heldout_tail_tokens", "heldout_every_steps", "on_policy_temperature"),
         *("checkpoint_every_minutes", "checkpoint_every_steps"),
     ],
     NOT_NEGATIVE_OR_UNSET: ["warmup_steps", "weight_decay_final", "eos_token_id"],
     AT_LEAST_ONE: [
         *("micro_bsz", "accumulate_grad_batches", "log_every_n_steps", "num_nodes", "ds_bucket_mb", "heldout_tokens"),
-        "keep_checkpoints",
+        *("keep_checkpoints", "on_policy_every_steps", "on_policy_max_tokens"),
     ],
     AT_LEAST_ONE_OR_ALL: ["devices"],
 }
@@ -422,7 +450,16 @@ _IDLE_TRAIN_KEYS = ("load_partial", "train_stage", "epoch_save", "val_check_inte
 
 def _idle_beside_others(train: TrainConfig) -> tuple[str, ...]:
     without_teacher = () if train.teacher.path or train.teacher.hf_path else ("teacher_precision",)
-    return without_teacher + (() if train.strategy.startswith("deepspeed") else ("ds_bucket_mb",))
+    of_deepspeed = () if train.strategy.startswith("deepspeed") else ("ds_bucket_mb",)
+    if stage_of(train) == "instruct":
+        return (*without_teacher, *of_deepspeed, "magic_prime", "eos_token_id")
+    return (*without_teacher, *of_deepspeed, *ON_POLICY_KEYS)
+
+
+ON_POLICY_KEYS = (
+    *("on_policy_share", "on_policy_kl", "on_policy_every_steps", "on_policy_max_tokens", "on_policy_temperature"),
+)
+"""Of the instruct stage alone; configurations of earlier versions lack them."""
 
 
 SIZE_KEYS = (
@@ -438,7 +475,7 @@ def _idle_teacher_model_keys() -> list[str]:
 
 
 def stage_of(train: TrainConfig) -> Stage:
-    """The stage that train.attention_distillation_stage stands for. ValueError unless it is 1, 2 or -1."""
+    """The stage that train.attention_distillation_stage stands for. ValueError unless it is 1, 2, 4 or -1."""
     match train.attention_distillation_stage:
         case 1:
             return "align"
@@ -446,8 +483,10 @@ def stage_of(train: TrainConfig) -> Stage:
             return "distill"
         case -1:
             return "extend"
+        case 4:
+            return "instruct"
     raise ValueError(
-        "train.attention_distillation_stage must be 1 to align, 2 to distill or -1 to extend, "
+        "train.attention_distillation_stage must be 1 to align, 2 to distill, -1 to extend or 4 to instruct, "
         f"not {train.attention_distillation_stage}"
     )
 

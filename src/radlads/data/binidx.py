@@ -1,7 +1,7 @@
 """Token corpora on disk: a `.bin` file of raw token ids and the Megatron `.idx` file that says where documents lie.
 
-Owns the file format, reading without copying, and all-or-nothing writing. Leaves tokenisation to `build.py`, and which
-tokens a training sample takes to `sampling.py` and `loader.py`.
+Owns the file format, reading without copying, and all-or-nothing writing, of a mask too. Leaves the mask's own format
+to `mask.py`, tokenisation to `build.py`, and which tokens a training sample takes to `sampling.py` and `loader.py`.
 """
 
 import os
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from radlads.checksums import corpus_record
+from radlads.data.mask import mask_file, mask_header
 from radlads.files import naming
 
 _MAGIC = b"MMIDIDX\0\0"
@@ -94,17 +95,20 @@ class BinIdxWriter:
 
     Ids are stored as uint16 if every id below `vocab_size` fits, else as int32. The files grow under temporary names in
     the folder of `path_stem` (created if missing), which an exception removes. A corpus of that name is replaced.
-    Raises ValueError if what bears the corpus's name is none, and on leaving the block if no token was added.
+    masked: every document comes with a mask, for a `.mask` file beside the two. Raises ValueError if what bears the
+    corpus's name is none, and on leaving the block if no token was added.
     """
 
-    def __init__(self, path_stem: str | Path, vocab_size: int) -> None:
+    def __init__(self, path_stem: str | Path, vocab_size: int, *, masked: bool = False) -> None:
         self.path_stem = corpus_stem(path_stem)
         self.vocab_size = vocab_size
         self.num_tokens = 0
         self._sizes = array("i")
+        self._mask = bytearray() if masked else None
         self._dtype_code = _UINT16_CODE if vocab_size <= _UINT16_IDS else _INT32_CODE
-        self._bin_temporary, self._idx_temporary = (
-            path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in corpus_files(self.path_stem)
+        self._bin_temporary, self._idx_temporary, self._mask_temporary = (
+            path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            for path in (*corpus_files(self.path_stem), mask_file(self.path_stem))
         )
 
     @property
@@ -117,6 +121,7 @@ class BinIdxWriter:
         with ExitStack() as stack:
             stack.callback(self._bin_temporary.unlink, missing_ok=True)
             stack.callback(self._idx_temporary.unlink, missing_ok=True)
+            stack.callback(self._mask_temporary.unlink, missing_ok=True)
             self._bin_file = stack.enter_context(open(self._bin_temporary, "wb"))
             self._cleanup = stack.pop_all()
         return self
@@ -128,8 +133,9 @@ class BinIdxWriter:
             if exc_type is None:
                 self._publish()
 
-    def add_document(self, ids: ArrayLike) -> None:
-        """Append one document, a 1-D sequence of integer ids; the caller ends it with EOS.
+    def add_document(self, ids: ArrayLike, mask: ArrayLike | None = None) -> None:
+        """Append one document, a 1-D sequence of integer ids; the caller ends it with EOS. mask: of the same length,
+        True where the assistant wrote; of a masked corpus alone.
 
         Raises ValueError, naming the id and where it stands, if one is not in `[0, vocab_size)`.
         """
@@ -143,6 +149,10 @@ class BinIdxWriter:
                 f"{self.path_stem}: token {position} of document {self.num_documents} is {ids[position]}, outside the "
                 f"vocabulary of {self.vocab_size}: use the tokenizer that belongs to the model"
             )
+        if self._mask is not None:
+            marked = np.asarray(mask, dtype=bool)
+            assert marked.shape == ids.shape
+            self._mask += marked.tobytes()
         with naming(corpus_files(self.path_stem)[0]):
             self._bin_file.write(ids.astype(_DTYPES[self._dtype_code]).tobytes())
         self._sizes.append(ids.size)
@@ -152,14 +162,18 @@ class BinIdxWriter:
         if self.num_tokens == 0:
             raise ValueError(f"{self.path_stem} would hold no tokens: add at least one document that is not empty")
         _sync_and_close(self._bin_file)
-        with open(self._idx_temporary, "wb") as idx_file:
-            idx_file.write(self._index())
-            _sync_and_close(idx_file)
+        index = self._index()
+        _write(self._idx_temporary, index)
         bin_path, idx_path = corpus_files(self.path_stem)
+        if self._mask is not None:
+            _write(self._mask_temporary, mask_header(self.num_tokens, index) + self._mask)
         # Without its index an old corpus cannot be read, so no reader ever sees the new .bin with the old .idx.
         idx_path.unlink(missing_ok=True)
         corpus_record(self.path_stem).unlink(missing_ok=True)
+        mask_file(self.path_stem).unlink(missing_ok=True)
         os.replace(self._bin_temporary, bin_path)
+        if self._mask is not None:
+            os.replace(self._mask_temporary, mask_file(self.path_stem))
         os.replace(self._idx_temporary, idx_path)
 
     def _index(self) -> bytes:
@@ -250,6 +264,12 @@ def _with_end(document_indices: NDArray[np.int64], num_sizes: int) -> NDArray[np
     if num_sizes and np.array_equal(document_indices, np.arange(num_sizes)):
         return np.append(document_indices, num_sizes)
     return document_indices
+
+
+def _write(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        _sync_and_close(file)
 
 
 def _sync_and_close(file: BinaryIO) -> None:

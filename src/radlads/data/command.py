@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from radlads.data.build import BuiltCorpus
+    from radlads.data.build_chat import BuiltChat, Renderer
 
 _BAR_WIDTH = 40
 
@@ -35,6 +36,7 @@ class CorpusTokenizer:
 
 
 OpenTokenizer = Callable[[str], CorpusTokenizer]
+OpenRenderer = Callable[[str], "Renderer"]
 
 
 def add_info_options(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +46,7 @@ def add_info_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_corpus_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `radlads data build`, `check` and `fixeos`, for a command of another name."""
+    """The options of `radlads data check` and `fixeos`, and of make_data_hf.py."""
     parser.add_argument("--dataset", required=True, help="a jsonl, csv, parquet or text file, a folder, or a hub name")
     parser.add_argument("--tokenizer", required=True, help="a folder with tokenizer.json, or a hub name")
     parser.add_argument("--ctxlen", type=int, default=512, help="tokens a sample, for the magic prime (default 512)")
@@ -72,14 +74,31 @@ def add_corpus_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_build_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `radlads data build`."""
+    add_corpus_options(parser)
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="conversations: a column of messages (--column_name, default messages), by the tokenizer's chat template",
+    )
+    parser.add_argument(
+        "--skip_faulty",
+        action="store_true",
+        help="of --chat: leave out conversations that do not alternate or have an empty message (default: an error)",
+    )
+
+
 def info_lines(arguments: argparse.Namespace, open_tokenizer: OpenTokenizer) -> Iterator[str]:
     """What a token corpus holds. Raises ValueError for a corpus or a tokenizer that cannot be read."""
     from radlads.data.binidx import BinIdxReader
+    from radlads.data.build_chat import describe_mask
     from radlads.data.inspect_corpus import USUAL_CONTEXTS, describe, length_histogram
 
     reader = BinIdxReader(arguments.file)
     decode = open_tokenizer(arguments.tokenizer).text_of if arguments.tokenizer else None
     yield from describe(reader, USUAL_CONTEXTS, decode)
+    yield from describe_mask(reader)
     histogram = length_histogram(reader)
     widest = max(each.num_documents for each in histogram)
     yield "documents by tokens"
@@ -136,12 +155,61 @@ def build_lines(arguments: argparse.Namespace, open_tokenizer: OpenTokenizer, co
         yield left_out
 
 
+def chat_lines(arguments: argparse.Namespace, open_renderer: OpenRenderer, console: Console) -> Iterator[str]:
+    """Render a dataset of conversations into NAME.bin, .idx and .mask, and say what came of it, last what was left out.
+
+    Raises ValueError as build_lines, for options that conversations do not have, and for faulty conversations.
+    """
+    from radlads.data.binidx import BinIdxReader
+    from radlads.data.build_chat import build_chat, describe_mask
+    from radlads.data.datasets_source import open_conversations
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _check(arguments)
+    _check_chat(arguments)
+    renderer = open_renderer(arguments.tokenizer)
+    column = "messages" if arguments.column_name == "text" else arguments.column_name
+    source = open_conversations(
+        arguments.dataset,
+        column=column,
+        split=arguments.split,
+        subset=arguments.subset,
+        skips_faulty=arguments.skip_faulty,
+    )
+    began = time.monotonic()
+
+    def show(so_far: "BuiltChat") -> None:
+        done = so_far.num_documents / source.num_rows if source.num_rows else 0.0
+        console.progress(_progress(so_far, done, time.monotonic() - began))
+
+    stem = corpus_stem(arguments)
+    built = build_chat(source.conversations, renderer, stem, max_tokens=arguments.max_tokens, on_progress=show)
+    console.line(_progress(built, 0.0, time.monotonic() - began))
+    yield from describe_mask(BinIdxReader(stem))
+    if left_out := str(source.left_out):
+        yield left_out
+
+
+def _check_chat(arguments: argparse.Namespace) -> None:
+    """Raise ValueError for options that are of texts alone."""
+    given = {
+        "--text_unit": arguments.text_unit != "document",
+        "--processes": arguments.processes != 1,
+        "--special_tokens_as_text": arguments.special_tokens_as_text,
+        "--strict": arguments.strict,
+    }
+    if options := [option for option, is_given in given.items() if is_given]:
+        raise ValueError(f"{options[0]} is for texts, not for conversations: leave it or --chat out")
+
+
 def check_lines(arguments: argparse.Namespace, open_tokenizer: OpenTokenizer) -> Iterator[str]:
     """Read a built corpus as a whole. Raises ValueError for one that its tokenizer cannot have made."""
     from radlads.data.binidx import BinIdxReader
+    from radlads.data.build_chat import describe_mask
     from radlads.data.corpus_checksums import check_checksums
     from radlads.data.inspect_corpus import describe, documents_ending_in
     from radlads.data.loader import check_vocabulary
+    from radlads.data.mask import has_mask
 
     opened = open_tokenizer(arguments.tokenizer)
     stem = corpus_stem(arguments)
@@ -149,6 +217,9 @@ def check_lines(arguments: argparse.Namespace, open_tokenizer: OpenTokenizer) ->
     check_checksums(reader.path_stem)
     check_vocabulary(reader, opened.vocab_size, f"{stem}.bin")
     yield from describe(reader, (arguments.ctxlen,), opened.text_of)
+    if has_mask(reader):  # conversations end as their template has it
+        yield from describe_mask(reader)
+        return
     ended = documents_ending_in(reader, opened.eos)
     if ended < reader.num_documents:
         raise ValueError(
@@ -181,7 +252,7 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{option} must be {least} or more, not {value}")
 
 
-def _progress(so_far: "BuiltCorpus", done: float, seconds: float) -> str:
+def _progress(so_far: "BuiltCorpus | BuiltChat", done: float, seconds: float) -> str:
     """`done`: the share of the work that lies behind, 0 if it is not known."""
     text = f"{so_far.num_documents:,} documents ({so_far.num_documents / seconds:,.0f}/s), "
     text += f"{so_far.num_tokens:,} tokens ({so_far.num_tokens / seconds:,.0f}/s)"

@@ -4,11 +4,13 @@ from pathlib import Path
 
 from radlads.checksums import checksums_of, corpus_record, differences, write_checksums
 from radlads.data.binidx import corpus_files
+from radlads.data.mask import mask_file
 
 
 def record_checksums(path_stem: Path) -> None:
-    """Write NAME.checksums.json: hashes and sizes of NAME.bin and NAME.idx."""
-    write_checksums(corpus_record(path_stem), checksums_of(corpus_files(path_stem)))
+    """Write NAME.checksums.json: hashes and sizes of NAME.bin and NAME.idx, and of NAME.mask if there is one."""
+    masks = [path for path in (mask_file(path_stem),) if path.is_file()]
+    write_checksums(corpus_record(path_stem), checksums_of([*corpus_files(path_stem), *masks]))
 
 
 def forget_checksums(path_stem: Path) -> bool:

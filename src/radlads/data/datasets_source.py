@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from radlads.data.compressed import DAMAGE
+from radlads.data.conversations import Conversation, LeftOutChats, conversations_of
 from radlads.data.documents import LeftOut, texts_of
 from radlads.data.text_cells import (
     SUFFIXES,
@@ -29,6 +30,7 @@ from radlads.data.text_rows import TextUnit, first_line
 
 _ROWS_AT_A_TIME = 256
 _ARCHIVE = ".zip"
+_TOOLS = "tools"
 _ENCRYPTED = 1  # of a member's flag bits
 # Beside the data in folders of datasets
 _NO_DATA = {"README.md", "config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
@@ -44,6 +46,15 @@ class DocumentSource:
     documents: Iterable[str]
     num_rows: int | None
     left_out: LeftOut
+
+
+@dataclass(frozen=True)
+class ConversationSource:
+    """As DocumentSource, of conversations."""
+
+    conversations: Iterable[Conversation]
+    num_rows: int | None
+    left_out: LeftOutChats
 
 
 def open_documents(
@@ -64,24 +75,46 @@ def open_documents(
     the dataset does not open, and while reading, naming file and row, if a file is damaged, has no such column, or
     holds something else than text there.
     """
+    left_out = LeftOut()
+    parts, num_rows = _opened(_Wanted(dataset, column, split, subset, text_unit, strict), left_out)
+    texts = (text for name, cells in parts for text in texts_of(name, cells, column, left_out, strict=strict))
+    return DocumentSource(texts, num_rows, left_out)
+
+
+def open_conversations(
+    dataset: str, *, column: str, split: str = "train", subset: str | None = None, skips_faulty: bool = False
+) -> ConversationSource:
+    """As open_documents, of a column of messages; tools are taken from a column of that name, if there is one.
+
+    Conversations that do not alternate, or have an empty message, are an error, or left out if skips_faulty.
+    """
+    parts, num_rows = _opened(_Wanted(dataset, column, split, subset, "line", False, beside=_TOOLS), LeftOut())
+    left_out = LeftOutChats()
+    found = (
+        conversation
+        for name, cells in parts
+        for conversation in conversations_of(name, cells, column, left_out, skips_faulty=skips_faulty)
+    )
+    return ConversationSource(found, num_rows, left_out)
+
+
+def _opened(wanted: "_Wanted", left_out: LeftOut) -> tuple["_Parts", int | None]:
+    """The dataset's parts, and how many rows there are, if that is known."""
     try:
         import datasets
     except ImportError as error:
         raise ValueError("reading datasets needs the datasets library: pip install 'radlads[data]'") from error
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs is in the error, too
     logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)  # a README need not describe a dataset
-    wanted, left_out = _Wanted(dataset, column, split, subset, text_unit, strict), LeftOut()
     try:
-        parts, num_rows = _open(datasets, wanted, left_out)
+        return _open(datasets, wanted, left_out)
     except (datasets.exceptions.DatasetsError, ValueError, NotImplementedError, *DAMAGE) as error:
-        raise ValueError(f"{dataset} does not open as a dataset: {first_line(error)}") from error
-    texts = (text for name, cells in parts for text in texts_of(name, cells, column, left_out, strict=strict))
-    return DocumentSource(texts, num_rows, left_out)
+        raise ValueError(f"{wanted.dataset} does not open as a dataset: {first_line(error)}") from error
 
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What open_documents was asked for."""
+    """What open_documents was asked for. beside: a second column, that need not be there."""
 
     dataset: str
     column: str
@@ -89,10 +122,16 @@ class _Wanted:
     subset: str | None
     text_unit: TextUnit
     strict: bool
+    beside: str | None = None
 
     def cells(self, files: Iterable[SourceFile], delimiter: str = ",") -> "_Parts":
         members = (member for file in files for member in _members(file))
-        return ((file.name, read_cells(file, self.column, self.text_unit, delimiter)) for file in members)
+        read = partial(read_cells, column=self.column, text_unit=self.text_unit, delimiter=delimiter)
+        return ((file.name, read(file, beside=self.beside)) for file in members)
+
+    def cell(self, row: int, content: dict[str, Any]) -> Cell:
+        beside = None if self.beside is None else content.get(self.beside)
+        return Cell(row, None, cell_of(self.dataset, content, self.column), beside)
 
 
 _Parts = Iterable[tuple[str, Iterable[Cell]]]
@@ -237,7 +276,8 @@ def _num_rows(path: Path) -> int | None:
 def _saved_cells(saved: Any, wanted: _Wanted) -> Iterator[Cell]:
     check_columns(wanted.dataset, saved.features.arrow_schema, wanted.column)
     top = wanted.column if wanted.column in saved.column_names else wanted.column.split(".")[0]
-    yield from _cells(saved.select_columns([top]), wanted)
+    also = [wanted.beside] if wanted.beside in saved.column_names else []
+    yield from _cells(saved.select_columns([top, *also]), wanted)
 
 
 def _cells(opened: Any, wanted: _Wanted) -> Iterator[Cell]:
@@ -249,7 +289,7 @@ def _cells(opened: Any, wanted: _Wanted) -> Iterator[Cell]:
     try:
         for rows in opened.iter(batch_size=_ROWS_AT_A_TIME):
             for values in zip(*rows.values(), strict=True):
-                yield Cell(row, None, cell_of(wanted.dataset, dict(zip(rows, values, strict=True)), wanted.column))
+                yield wanted.cell(row, dict(zip(rows, values, strict=True)))
                 row += 1
     except (DatasetsError, ArrowException, TypeError, *DAMAGE) as error:
         where = f" beyond row {row - 1}" if row else ""

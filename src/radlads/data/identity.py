@@ -10,6 +10,7 @@ from typing import Any
 
 from radlads.checksums import sha256
 from radlads.data.binidx import BinIdxReader, corpus_files
+from radlads.data.mask import has_mask, mask_file
 
 _BLOCK_BYTES = 4096
 _BLOCKS = 1024  # 4 MiB are read of a corpus of any size, and a smaller one as a whole
@@ -22,12 +23,14 @@ def describe_corpus(reader: BinIdxReader) -> dict[str, Any]:
     Raises OSError if a file has gone.
     """
     bin_path, idx_path = corpus_files(reader.path_stem)
+    masked = {"mask": sha256(mask_file(reader.path_stem))[:16]} if has_mask(reader) else {}
     return {
         "name": str(reader.path_stem.absolute()),
         "tokens": reader.num_tokens,
         "dtype": str(reader.dtype),
         "index": sha256(idx_path)[:16],
         "samples": samples_digest(bin_path),
+        **masked,
     }
 
 

@@ -24,11 +24,13 @@ _MISSING = object()
 
 
 class Cell(NamedTuple):
-    """What a row holds in the text column; None if nothing. Rows count from 0, lines, where a file has them, from 1."""
+    """What a row holds in the text column; None if nothing. Rows count from 0, lines, where a file has them, from 1.
+    beside: what it holds in a second column that was asked for; None if nothing, or there is no such column."""
 
     row: int
     line: int | None
     value: Any
+    beside: Any = None
 
 
 @dataclass(frozen=True)
@@ -50,18 +52,21 @@ def suffix_of(name: str) -> str:
     return PurePath(path.stem if path.suffix.lower() in compressed.SUFFIXES else path.name).suffix.lower()
 
 
-def read_cells(file: SourceFile, column: str, text_unit: TextUnit, delimiter: str = ",") -> Iterator[Cell]:
+def read_cells(
+    file: SourceFile, column: str, text_unit: TextUnit, delimiter: str = ",", *, beside: str | None = None
+) -> Iterator[Cell]:
     """Yield the cell of every row of a file whose suffix is one of SUFFIXES. `column` may be a path, as in `meta.text`.
 
-    A row that lacks the column has None there. `text_unit`: what of a plain text file is a row; `delimiter`: of a .csv.
-    At most one row, or one block of a Parquet file's text column, is in memory. Raises ValueError, naming the file and
-    the row, if the file is damaged, cut short, or not what its suffix says, or if the column is not in it.
+    beside: a second column, of JSON, Parquet and Arrow, that files need not have. A row that lacks the column has None
+    there. `text_unit`: what of a plain text file is a row; `delimiter`: of a .csv. At most one row, or one block of a
+    Parquet file's text column, is in memory. Raises ValueError, naming the file and the row, if the file is damaged,
+    cut short, or not what its suffix says, or if the column is not in it.
     """
     row = -1
     try:
         with file.open() as opened:
             raw = compressed.decompressed(opened, "")
-            for cell in _cells_of(file, raw, column, text_unit, delimiter) if raw.peek(1) else ():
+            for cell in _cells_of(file, raw, column, text_unit, delimiter, beside) if raw.peek(1) else ():
                 row = cell.row
                 yield cell
     except (csv.Error, NotImplementedError, *compressed.DAMAGE) as error:
@@ -70,12 +75,14 @@ def read_cells(file: SourceFile, column: str, text_unit: TextUnit, delimiter: st
         raise ValueError(f"{file.name} does not read {where}: {first_line(error)}{remedy}") from error
 
 
-def _cells_of(file: SourceFile, opened: BinaryIO, column: str, text_unit: TextUnit, delimiter: str) -> Iterator[Cell]:
+def _cells_of(
+    file: SourceFile, opened: BinaryIO, column: str, text_unit: TextUnit, delimiter: str, beside: str | None
+) -> Iterator[Cell]:
     name, suffix, packing = file.name, file.suffix, PurePath(file.name).suffix.lower()
     if suffix in (".parquet", ".arrow"):
         if packing in compressed.SUFFIXES:
             raise ValueError(f"{name}: a compressed {suffix} file cannot be read: decompress it first")
-        return _column_cells(name, _parquet_tables if suffix == ".parquet" else _arrow_tables, opened, column)
+        return _column_cells(name, _parquet_tables if suffix == ".parquet" else _arrow_tables, opened, column, beside)
     stream = compressed.decompressed(opened, packing)
     if stream.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise ValueError(f"{name} is UTF-16: save it as UTF-8")
@@ -87,10 +94,10 @@ def _cells_of(file: SourceFile, opened: BinaryIO, column: str, text_unit: TextUn
         if column != "text":
             raise _no_column(name, column, ["text"])
         return (Cell(row, None, value) for row, value in enumerate(text_units(name, text, text_unit)))
-    return _json_cells(name, json_rows(name, text), column)
+    return _json_cells(name, json_rows(name, text), column, beside)
 
 
-def _json_cells(name: str, rows: Iterable[tuple[int, Any]], column: str) -> Iterator[Cell]:
+def _json_cells(name: str, rows: Iterable[tuple[int, Any]], column: str, beside: str | None) -> Iterator[Cell]:
     """The cells of rows with their lines, once one of the first rows is known to have the column."""
     lacking: list[Cell] = []  # the rows before the first that has the column
     keys: dict[str, None] = {}  # of these
@@ -101,7 +108,7 @@ def _json_cells(name: str, rows: Iterable[tuple[int, Any]], column: str) -> Iter
         if not isinstance(content, dict):
             raise ValueError(f"{name}: row {row} is no object but the {_shown(content)} (line {line})")
         value = _cell_of(content, column)
-        cell = Cell(row, line, None if value is _MISSING else value)
+        cell = Cell(row, line, None if value is _MISSING else value, _beside(content, beside))
         if found:
             yield cell
             continue
@@ -131,30 +138,33 @@ def _csv_cells(name: str, text: TextIO, column: str, delimiter: str) -> Iterator
         yield Cell(row, line, fields[index] if index < len(fields) else None)
 
 
-def _column_cells(name: str, tables: Callable[..., Any], opened: BinaryIO, column: str) -> Iterator[Cell]:
+def _column_cells(
+    name: str, tables: Callable[..., Any], opened: BinaryIO, column: str, beside: str | None
+) -> Iterator[Cell]:
     """The cells of a format that holds columns, read by pyarrow."""
     from pyarrow import ArrowException
 
     row = 0
     try:
-        for batch in tables(name, opened, column):
+        for batch in tables(name, opened, column, beside):
             for content in batch.to_pylist():
-                yield Cell(row, None, cell_of(name, content, column))
+                yield Cell(row, None, cell_of(name, content, column), _beside(content, beside))
                 row += 1
     except ArrowException as error:
         raise OSError(first_line(error)) from error
 
 
-def _parquet_tables(name: str, opened: BinaryIO, column: str) -> Iterator[Any]:
+def _parquet_tables(name: str, opened: BinaryIO, column: str, beside: str | None) -> Iterator[Any]:
     from pyarrow.parquet import ParquetFile
 
     # Buffered by pages: a row group's column may be larger than memory
     file = ParquetFile(opened, buffer_size=2**22, pre_buffer=False)
     check_columns(name, file.schema_arrow, column)
-    yield from file.iter_batches(_ROWS_AT_A_TIME, columns=[column])
+    also = [beside] if beside in file.schema_arrow.names else []
+    yield from file.iter_batches(_ROWS_AT_A_TIME, columns=[column, *also])
 
 
-def _arrow_tables(name: str, opened: BinaryIO, column: str) -> Iterator[Any]:
+def _arrow_tables(name: str, opened: BinaryIO, column: str, beside: str | None) -> Iterator[Any]:
     """Record batches of an Arrow file, in the format of streams (as datasets writes it) or of files."""
     import pyarrow
 
@@ -168,9 +178,10 @@ def _arrow_tables(name: str, opened: BinaryIO, column: str) -> Iterator[Any]:
         )
     check_columns(name, reader.schema, column)
     top = column if column in reader.schema.names else column.split(".")[0]
+    also = [beside] if beside in reader.schema.names else []
     for batch in reader:
         for start in range(0, batch.num_rows, _ROWS_AT_A_TIME):
-            yield batch.select([top]).slice(start, _ROWS_AT_A_TIME)
+            yield batch.select([top, *also]).slice(start, _ROWS_AT_A_TIME)
 
 
 def check_columns(name: str, schema: Any, column: str) -> None:
@@ -193,6 +204,10 @@ def cell_of(name: str, row: dict[str, Any], column: str) -> Any:
     if value is _MISSING:
         raise _no_column(name, column, _columns(row))
     return value
+
+
+def _beside(row: dict[str, Any], column: str | None) -> Any:
+    return None if column is None else row.get(column)
 
 
 def _cell_of(row: dict[str, Any], column: str) -> Any:

@@ -8,6 +8,7 @@ import torch
 from radlads.config.schema import TrainConfig, stage_of
 from radlads.distill.align import Align
 from radlads.distill.documents import Cut, Sequences, cut_of, whole_rows
+from radlads.distill.instruct import Instruct
 from radlads.distill.losses import head_loss
 from radlads.distill.stage import LossPart, Stage, Trainable
 from radlads.model.modeling import RadladsForCausalLM
@@ -86,6 +87,8 @@ def build_stage(train: TrainConfig, *, end_ids: Sequence[int] = ()) -> Stage:
     trainable: Trainable = train.trainable if train.trainable != "auto" else "mixer" if kind == "align" else "all"
     if kind == "align":
         return Align(kind=train.align_loss, trainable=trainable, cut=cut_of(train, end_ids, masks=False))
+    if kind == "instruct":
+        return Instruct(on_policy=train.on_policy_share > 0, divergence=train.on_policy_kl, trainable=trainable)
     cut = cut_of(train, end_ids)
     if kind == "distill":
         return Logits(kind, kl_weight=1.0, ce_weight=0.0, trainable=trainable, cut=cut)

@@ -58,27 +58,31 @@ def head_loss(
     teacher_head_VC: torch.Tensor | None = None,
     kl_weight: float = 0.0,
     ce_weight: float = 0.0,
+    reverse_kl_weight: float = 0.0,
 ) -> torch.Tensor:
-    """kl_weight * KL(teacher || student) + ce_weight * cross-entropy of the logits hidden @ head^T, summed over tokens.
+    """kl_weight * KL(teacher || student) + reverse_kl_weight * KL(student || teacher) + ce_weight * cross-entropy of
+    the logits hidden @ head^T, summed over tokens.
 
     Value and gradients in one pass over blocks of tokens; differentiable once, in the student's hidden states and head.
     Products are in the hidden states' dtype, softmaxes in fp32, and the head's gradient adds up in the head's dtype: in
     bf16 that rounds it once per block, which is what adding up micro-batches does too.
     """
-    assert (kl_weight == 0) == (teacher_hidden_BTC is None)
+    assert (kl_weight == reverse_kl_weight == 0) == (teacher_hidden_BTC is None)
     teacher = None if teacher_hidden_BTC is None else teacher_hidden_BTC.flatten(0, -2)
     labels = labels_BT.flatten() if ce_weight else None
-    return _HeadLoss.apply(hidden_BTC.flatten(0, -2), head_VC, teacher, teacher_head_VC, labels, kl_weight, ce_weight)
+    weights = kl_weight, ce_weight, reverse_kl_weight
+    return _HeadLoss.apply(hidden_BTC.flatten(0, -2), head_VC, teacher, teacher_head_VC, labels, *weights)
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, teacher_hidden, teacher_head, labels, kl_weight, ce_weight):
+    def forward(ctx, hidden, head, teacher_hidden, teacher_head, labels, kl_weight, ce_weight, reverse_kl_weight):
         with torch.autocast(hidden.device.type, enabled=False):
             total, *gradients = _by_blocks(
                 *(hidden, head, teacher_hidden, teacher_head, labels),
                 kl_weight=kl_weight,
                 ce_weight=ce_weight,
+                reverse_kl_weight=reverse_kl_weight,
                 wanted=ctx.needs_input_grad[:2],
             )
         ctx.gradients = gradients
@@ -89,22 +93,23 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx, d_total):
         # In place, since the head's gradient is as large as the head; a second backward has nothing left to scale
         gradients, ctx.gradients = ctx.gradients, None
-        return *(None if gradient is None else gradient.mul_(d_total) for gradient in gradients), *[None] * 5
+        return *(None if gradient is None else gradient.mul_(d_total) for gradient in gradients), *[None] * 6
 
 
-def _by_blocks(hidden, head, teacher_hidden, teacher_head, labels, *, kl_weight, ce_weight, wanted):
+def _by_blocks(hidden, head, teacher_hidden, teacher_head, labels, *, kl_weight, ce_weight, reverse_kl_weight, wanted):
     """The loss, and the gradients of hidden [N, C] and head [V, C] where `wanted`."""
     matrix = head.to(hidden.dtype)
     teacher_matrix = teacher_head if teacher_hidden is None else teacher_head.to(teacher_hidden.dtype)
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     d_hidden = torch.empty_like(hidden) if wanted[0] else None
     d_head = torch.zeros_like(head) if wanted[1] else None
+    weights = {"kl_weight": kl_weight, "ce_weight": ce_weight, "reverse_kl_weight": reverse_kl_weight}
     for start in range(0, len(hidden), BLOCK_TOKENS):
         block = slice(start, start + BLOCK_TOKENS)
         logits = hidden[block] @ matrix.mT
         teacher_logits = None if teacher_hidden is None else teacher_hidden[block] @ teacher_matrix.mT
         block_labels = None if labels is None else labels[block]
-        total += logit_loss_(logits, teacher_logits, block_labels, kl_weight=kl_weight, ce_weight=ce_weight).sum()
+        total += logit_loss_(logits, teacher_logits, block_labels, **weights).sum()
         if d_hidden is not None:
             torch.mm(logits, matrix, out=d_hidden[block])
         if d_head is not None and d_head.dtype == logits.dtype:
@@ -121,26 +126,29 @@ def logit_loss_(
     *,
     kl_weight: float,
     ce_weight: float,
+    reverse_kl_weight: float = 0.0,
 ) -> torch.Tensor:
     """Loss of each token [N], fp32, from logits [N, V]; the student's logits are overwritten by its gradient.
 
-    The loss is kl_weight * KL(teacher || student) + ce_weight * cross-entropy on labels [N], -100 counting nothing. The
-    gradient is kl_weight * (p - q) + ce_weight * (p - the label's one-hot), p being the student's and q the teacher's
-    probabilities.
+    The loss is kl_weight * KL(teacher || student) + reverse_kl_weight * R + ce_weight * cross-entropy on labels [N],
+    -100 counting nothing. R is KL(student || teacher), infinite where the teacher alone excludes a token. The gradient
+    is kl_weight * (p - q) + reverse_kl_weight * p (log p - log q - R) + ce_weight * (p - the label's one-hot), p being
+    the student's and q the teacher's probabilities.
     """
     if student.is_cuda and has_triton(student.device):
         from radlads.distill import loss_kernels
 
-        return loss_kernels.logit_loss_(student, teacher, labels, kl_weight=kl_weight, ce_weight=ce_weight)
+        weights = {"kl_weight": kl_weight, "ce_weight": ce_weight, "reverse_kl_weight": reverse_kl_weight}
+        return loss_kernels.logit_loss_(student, teacher, labels, **weights)
     losses = []
     for start in range(0, len(student), SOFTMAX_TOKENS):
         block = slice(start, start + SOFTMAX_TOKENS)
         pair = (None if teacher is None else teacher[block], None if labels is None else labels[block])
-        losses.append(_logit_loss_in_torch_(student[block], *pair, kl_weight=kl_weight, ce_weight=ce_weight))
-    return torch.cat(losses)
+        losses.append(_logit_loss_in_torch_(student[block], *pair, kl_weight, ce_weight, reverse_kl_weight))
+    return torch.cat(losses) if losses else student.new_zeros(0, dtype=torch.float32)
 
 
-def _logit_loss_in_torch_(student, teacher, labels, *, kl_weight, ce_weight):
+def _logit_loss_in_torch_(student, teacher, labels, kl_weight, ce_weight, reverse_kl_weight):
     log_p = F.log_softmax(student.float(), dim=-1)
     p = log_p.exp()
     loss, gradient = torch.zeros_like(log_p[:, 0]), torch.zeros_like(p)
@@ -150,6 +158,12 @@ def _logit_loss_in_torch_(student, teacher, labels, *, kl_weight, ce_weight):
         # A token the teacher excludes (q = 0) adds nothing, though its log is -inf
         loss += kl_weight * (q * (log_q - log_p)).masked_fill_(q == 0, 0.0).sum(-1)
         gradient.add_(p - q, alpha=kl_weight)
+        if reverse_kl_weight:
+            # One that the student excludes adds nothing either
+            gap = (log_p - log_q).masked_fill_(p == 0, 0.0)
+            reverse = (p * gap).sum(-1)
+            loss += reverse_kl_weight * reverse
+            gradient.addcmul_(p, gap - reverse.unsqueeze(-1), value=reverse_kl_weight)
     if labels is not None:
         weight = ce_weight * (labels >= 0).float()
         label = labels.clamp(min=0).unsqueeze(-1)

@@ -9,21 +9,22 @@ import torch
 
 from radlads.model.modeling import RadladsForCausalLM
 
-Trainable = Literal["mixer", "decay", "all"]
+Trainable = Literal["mixer", "decay", "all", "no_softmax"]
 
 
 @dataclass(frozen=True)
 class LossPart:
     """One term of a stage's loss over a batch.
 
-    objective: scalar to run backward on, a sum over tokens. sum: its value, detached. count: what to divide sums by.
+    objective: scalar to run backward on, a sum over tokens; None: another part's objective holds it. sum: the part's
+    value, detached. count: what to divide sums by.
     The stage's loss is the sum of all parts' sums over the sum of all parts' counts, over any number of batches, times
     the stage's share. A batch that is cut into documents may yield parts of the same name several times, or none at
     all. is_last: whether no other part of the same sequences follows.
     """
 
     name: str
-    objective: torch.Tensor
+    objective: torch.Tensor | None
     sum: torch.Tensor
     count: int
     is_last: bool = True
@@ -59,9 +60,12 @@ def is_trainable(name: str, student: RadladsForCausalLM, trainable: Trainable) -
     """Whether the student's parameter of that name trains.
 
     mixer: the recurrent layers' time mixers. decay: decay and token-shift parameters alone. all: everything.
+    no_softmax: everything but the attention of layers that keep softmax.
     """
     if trainable == "all":
         return True
+    if trainable == "no_softmax":
+        return is_mixer_parameter(name, student) or not is_attention_parameter(name)
     if not is_mixer_parameter(name, student):
         return False
     layer, own_name = int(name.split(".")[2]), name.split(".", 4)[4]

@@ -28,6 +28,9 @@ class Step(Protocol):
 
     def load(self, cache: RadladsCache) -> None: ...
 
+    def follow_weights(self) -> None:
+        """Take over what has changed in the model's parameters, in place."""
+
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor: ...
 
 
@@ -56,6 +59,9 @@ class CachedStep:
     def load(self, cache: RadladsCache) -> None:
         self.cache = cache
 
+    def follow_weights(self) -> None:
+        """See Step. It reads them where they are."""
+
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.model(tokens[:, None], past_key_values=self.cache, use_cache=True).logits[:, -1]
 
@@ -79,6 +85,9 @@ class RecurrentStep:
         self.positions.copy_(cache.next_positions)
         for held, given in zip(self._layers(self.cache), self._layers(cache), strict=True):
             _copy_state(held.state, given.state)
+
+    def follow_weights(self) -> None:
+        """See Step. It reads them where they are."""
 
     def reserve(self, cache: RadladsCache, rows: int) -> None:
         """Take memory for `rows` states of the kind that a prefilled cache holds; they are zeros."""

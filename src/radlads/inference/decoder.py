@@ -60,23 +60,31 @@ class Decoder:
 
     @torch.inference_mode()
     def prefill(
-        self, prompts: Sequence[Sequence[int]], *, piece: int = PREFILL_TOKENS, cache: RadladsCache | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        piece: int = PREFILL_TOKENS,
+        cache: RadladsCache | None = None,
+        generators: Sequence[torch.Generator] | None = None,
     ) -> None:
         """Read the prompts, one for each row and of any lengths, and choose the first token of each.
 
-        cache: go on from it, as prefill does. Raises ValueError for an empty prompt or another number of prompts than
-        rows, and NotFinite as prefill does.
+        cache: go on from it, as prefill does. generators: as begin's. Raises ValueError for an empty prompt or another
+        number of prompts than rows, and NotFinite as prefill does.
         """
         if len(prompts) != self.rows:
             raise ValueError(f"this decoder has {self.rows} rows but got {len(prompts)} prompts: give one for each row")
         tokens, mask = left_padded(prompts, self.model.device)
-        self.begin(*prefill(self.model, tokens, mask=mask, piece=piece, cache=cache))
+        self.begin(*prefill(self.model, tokens, mask=mask, piece=piece, cache=cache), generators)
 
     @torch.inference_mode()
-    def begin(self, logits: torch.Tensor, cache: RadladsCache) -> None:
+    def begin(
+        self, logits: torch.Tensor, cache: RadladsCache, generators: Sequence[torch.Generator] | None = None
+    ) -> None:
         """Choose each row's first token by the logits [B, V] of prompts that are read; `cache` is their state.
 
-        A cache without softmax layers stays as it is; another one is taken over and grows.
+        generators: random numbers for each row, on the CPU; None: by the sampling's seed and the row. A cache without
+        softmax layers stays as it is; another one is taken over and grows.
         """
         assert cache.next_positions is not None
         self.num_read = cache.next_positions.clone()  # a growing cache counts on
@@ -87,9 +95,13 @@ class Decoder:
         self.has_ended.zero_()
         self.next_draw.zero_()
         self.num_chosen = 0
-        self.generators = row_generators(self.sampling, self.rows)
+        self.generators = row_generators(self.sampling, self.rows) if generators is None else list(generators)
         self._refill_draws()
         self._choose(logits)
+
+    def follow_weights(self) -> None:
+        """Take over what has changed in the model's parameters, in place, since this decoder was made."""
+        self.next_step.follow_weights()
 
     @torch.inference_mode()
     def step(self) -> None:

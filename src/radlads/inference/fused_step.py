@@ -30,8 +30,7 @@ class FusedStep:
     """Advances `rows` sequences by a token: tokens [rows] in, next logits [rows, V] fp32 out, states in place.
 
     wide: a step of as many rows or more, whose packed weights and first rows this one shares. Parameters may change
-    between steps only in place, and not the low ranks' first factors or the biases: make another FusedStep after
-    training.
+    between steps only in place; follow_weights then takes over the low ranks' first factors and the biases.
     """
 
     is_graphable = True
@@ -66,6 +65,12 @@ class FusedStep:
         )
         self.states, self.windows = self.held.matrices, self.held.windows
         self.frequencies = torch.tensor(rope_inverse_frequencies(config), device=weight.device)
+
+    def follow_weights(self) -> None:
+        """See Step. What is packed stays at its place, so that a graph reads it there."""
+        for held, packed in zip(self.layers, pack(self.model), strict=True):
+            assert held.inputs.data_ptr() == packed.inputs.data_ptr(), "a parameter has another place now"
+            held.bias.copy_(packed.bias)
 
     def load(self, cache: RadladsCache) -> None:
         """Continue from a cache of as many rows."""

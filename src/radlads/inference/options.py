@@ -34,6 +34,28 @@ def add_generate_options(parser: argparse.ArgumentParser) -> None:
     _add_loading_options(parser)
 
 
+def add_write_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `radlads data write`."""
+    parser.add_argument(
+        "--teacher", required=True, help="an instruct model: a folder, a hub name, a GGUF file, smollm2"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the corpus, without extension, such as data/chat")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help='one prompt on each line, or in .jsonl objects with "prompt" or "messages" (default: our own 1,800)',
+    )
+    parser.add_argument("--max-prompts", type=int, metavar="N", help="take the first N prompts (default: all)")
+    parser.add_argument("--answers", type=int, default=1, metavar="N", help="to each prompt (default 1)")
+    parser.add_argument("--system", metavar="TEXT", help="what the teacher is told first, where a prompt does not say")
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="replies at a time (default 16 on a CPU, 1,024 on a GPU)"
+    )
+    _add_sampling_options(parser, max_tokens=512, temperature=1.0, top_p=1.0, seed=0)
+    _add_device_option(parser)
+
+
 def add_chat_options(parser: argparse.ArgumentParser) -> None:
     """The options of `radlads chat`."""
     parser.add_argument("folder", type=Path, metavar="DIR", help="a model folder with a chat template")
@@ -113,18 +135,31 @@ def sampling_of(arguments: argparse.Namespace) -> "Sampling":
     )
 
 
-def _add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 = always the likeliest token")
-    parser.add_argument("--top-p", type=float, default=0.95, help="keep the likeliest tokens of this total probability")
+def _add_sampling_options(
+    parser: argparse.ArgumentParser,
+    *,
+    max_tokens: int,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int | None = None,
+) -> None:
+    what = f"0 = always the likeliest token (default {temperature:g})"
+    parser.add_argument("--temperature", type=float, default=temperature, help=what)
+    what = f"keep the likeliest tokens of this total probability (default {top_p:g})"
+    parser.add_argument("--top-p", type=float, default=top_p, help=what)
     parser.add_argument("--top-k", type=int, default=0, help="keep this many likeliest tokens; 0 = all")
     parser.add_argument("--max-tokens", type=int, default=max_tokens, help=f"at most (default {max_tokens})")
-    parser.add_argument("--seed", type=int, help="for a repeatable text")
+    parser.add_argument("--seed", type=int, default=seed, help="for a repeatable text")
 
 
-def _add_loading_options(parser: argparse.ArgumentParser) -> None:
+def _add_device_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", choices=["auto", "cpu", "cuda"], help="a GPU where there is one, by default"
     )
+
+
+def _add_loading_options(parser: argparse.ArgumentParser) -> None:
+    _add_device_option(parser)
     parser.add_argument(
         "--verify", action="store_true", help="compare every byte of the model with the hashes beside it"
     )

@@ -29,7 +29,7 @@ def checked_text(text: str, what: str) -> str:
 def read_prompt(path: Path) -> str:
     """A file's whole text as one prompt; `-` is stdin. Raises ValueError if it is no UTF-8 text."""
     content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-    return _decoded(content, path)
+    return decoded_file(content, path)
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
@@ -37,7 +37,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
 
     Raises ValueError that names the line for an empty prompt or one that is no text, and for a file without prompts.
     """
-    lines = _decoded(path.read_bytes(), path).split("\n")
+    lines = decoded_file(path.read_bytes(), path).split("\n")
     if lines[-1] == "":
         lines.pop()
     if not lines:
@@ -98,7 +98,8 @@ def _json_record(line: str, where: str) -> dict[str, Any]:
     return record
 
 
-def _decoded(content: bytes, path: Path) -> str:
+def decoded_file(content: bytes, path: Path) -> str:
+    """A file's text. Raises ValueError if it is no UTF-8."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

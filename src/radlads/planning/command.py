@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from radlads.planning.models import Models
     from radlads.planning.plan import Recipe, Request, StagePlan
 
-STAGES = get_args(Stage)
+# Stage 4 takes what distilling takes, and the writing of its rows
+STAGES = tuple(stage for stage in get_args(Stage) if stage != "instruct")
 # So many layers of one mixer are listed by number
 _FEW_LAYERS = 12
 _CONTEXTS_TOKENS = (1024, 8192, 65536)

@@ -106,14 +106,14 @@ def with_layers(
     """The stage of a student that is_without_layers, with the layers that are named, or else selected now.
 
     A run that goes on at a checkpoint in `folder`'s unfinished one takes the layers that it began with. All processes
-    have to call this. Raises ValueError for the extend stage, for layers that leave no recurrent one, if the stage has
-    no teacher or another than align had, and where a GPU's memory is too small.
+    have to call this. Raises ValueError for the extend and instruct stages, for layers that leave no recurrent one, if
+    the stage has no teacher or another than align had, and where a GPU's memory is too small.
     """
     stage, start = stage_of(config.train), config.train.load_model
-    if stage == "extend":
+    if stage in ("extend", "instruct"):
         raise ValueError(
             f"model.softmax_layers is {config.model.softmax_layers}, but {start} has other softmax layers or none, and "
-            "the extend stage adds none: give the layers of the model itself, or add them in a distill stage"
+            f"the {stage} stage adds none: give the layers of the model itself, or add them in a distill stage"
         )
     if source is None:
         raise ValueError(

@@ -38,6 +38,14 @@ def add_demo_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heldout-data", type=Path, help="held-out tokens, a .bin/.idx pair; goes with --data")
     _add_set_option(parser, "a configuration key of all stages, e.g. train.micro_bsz=4")
     parser.add_argument(
+        "--instruct",
+        action="store_true",
+        help="end with stage 4, on conversations that the teacher writes (an instruct teacher, such as smollm2)",
+    )
+    parser.add_argument(
+        "--chat", type=Path, help="with --instruct: conversations to learn from, by `radlads data build --chat`"
+    )
+    parser.add_argument(
         "--retie", action="store_true", help="end with the embedding as the head again (teachers whose head is tied)"
     )
 
@@ -101,6 +109,8 @@ def conversion_of(arguments: argparse.Namespace) -> "Conversion":
         heldout_data=arguments.heldout_data,
         overrides=overrides_of(arguments),
         retie=arguments.retie,
+        instruct=arguments.instruct,
+        chat=arguments.chat,
     )
 
 

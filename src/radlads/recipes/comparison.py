@@ -14,9 +14,11 @@ _LAYERS = "model.softmax_layers"
 
 
 def check_comparable(conversion: Conversion) -> None:
-    """Raise ValueError unless the demo's own student is the one with a window and no kept layer."""
+    """Raise ValueError unless the demo's own student is the one with a window and no kept layer, after three stages."""
     if recipe_name(conversion.recipe, conversion.mixer) != "window":
         raise ValueError("--compare holds a student with a window against others: leave out --recipe paper")
+    if conversion.instruct:
+        raise ValueError("--compare ends with stage 3, at equal tokens: leave out --instruct")
     if _LAYERS in (conversion.overrides or {}):
         raise ValueError(f"--compare chooses a softmax layer itself: leave out --set {_LAYERS}")
 

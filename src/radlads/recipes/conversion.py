@@ -1,4 +1,4 @@
-"""A whole conversion in one folder: setup, align, distill, extend, measurements, export and report."""
+"""A whole conversion in one folder: setup, its stages, measurements, export and report."""
 
 import json
 import resource
@@ -30,7 +30,10 @@ from radlads.data.python_text import iter_documents
 from radlads.distill.heldout import Heldout, measure
 from radlads.evaluation.baselines import WINDOW, narrowed, without
 from radlads.files import read_json, write_text
+from radlads.inference.chat_template import ChatTemplate
 from radlads.inference.generate import Sampling, decode_ms, stream_text
+from radlads.inference.writing.command import Teacher, write_corpus
+from radlads.inference.writing.prompts import read_beginnings
 from radlads.model.configuration import RadladsConfig, state_bytes
 from radlads.model.modeling import RadladsForCausalLM
 from radlads.model.recurrent_mixer import RecurrentMixer
@@ -46,7 +49,7 @@ from radlads.recipes.conversion_folder import (
 from radlads.recipes.demo_recipes import DemoRecipe
 from radlads.recipes.reload_check import reload_max_abs_diff
 from radlads.recipes.report import write_report
-from radlads.recipes.stage_configs import STAGES, Conversion, check_aligns, recipe_of, stage_configs
+from radlads.recipes.stage_configs import INSTRUCT, Conversion, check_aligns, recipe_of, stage_configs
 from radlads.recipes.teacher_record import check_teacher, record_teacher, teacher_checksums
 from radlads.report.page import write_page
 from radlads.train.checkpoints.resume import check_named
@@ -81,6 +84,8 @@ def run_conversion(conversion: Conversion, console: Console) -> dict[str, Any]:
     tokenizer = load_tokenizer(source.folder, source.config.vocab_size)
     configs = stage_configs(conversion)
     check_aligns(source.config, configs["align"].model)
+    if conversion.instruct:
+        ChatTemplate(source.folder, source.config.vocab_size)
     _check_measurable(student_config(source.config, configs["align"].model))
     if not (conversion.out / SUMMARY).is_file():
         for config in configs.values():
@@ -122,8 +127,10 @@ def _convert(
     console.progress("measuring teacher and setup ...")
     summary = _measure_untrained(student, teacher, heldout)
     parent, kept = f"setup of {source.folder.name}", False
-    for number, stage in enumerate(STAGES, start=1):
+    for number, stage in enumerate(conversion.stages, start=1):
         folder = out / f"{number}-{stage}"
+        if stage == INSTRUCT:
+            write_conversations(conversion, source, teacher, recipe, console)
         if stage == "distill":
             configs, student = select_in_conversion(configs, student, teacher, out, console)
         student, was_kept = _run_or_reuse(configs[stage], student, teacher, folder, parent, console)
@@ -152,7 +159,8 @@ def _convert(
     summary["resumed"] = kept
     summary["peak_rss_gb"] = round(_peak_rss_gb(), 3)
     summary["versions"] = versions()
-    write_report({stage: out / f"{n}-{stage}" for n, stage in enumerate(STAGES, start=1)}, summary, out / "report.png")
+    folders = {stage: out / f"{n}-{stage}" for n, stage in enumerate(conversion.stages, start=1)}
+    write_report(folders, summary, out / "report.png")
     write_text(out / SUMMARY, json.dumps(summary, indent=2) + "\n")
     write_page(out)
     return summary
@@ -175,6 +183,23 @@ def build_corpus(source: TeacherSource, tokenizer: Tokenizer, out: Path, console
             f"data    {split}: {built.num_tokens:,} tokens of {built.num_documents:,} standard-library files "
             f"({built.num_bytes / 1e6:.1f} MB)"
         )
+
+
+def write_conversations(
+    conversion: Conversion,
+    source: TeacherSource,
+    teacher: RadladsForCausalLM,
+    recipe: DemoRecipe,
+    console: Console,
+) -> None:
+    """Have the teacher answer our own prompts into out/data/chat, unless it has, or the conversion names a corpus."""
+    stem = conversion.conversations
+    if conversion.chat is not None or stem.with_suffix(".idx").is_file():
+        return
+    answering = Teacher(source, teacher, ChatTemplate(source.folder, source.config.vocab_size))
+    sampling = Sampling(temperature=1.0, max_tokens=recipe.reply_tokens, seed=0)
+    written = write_corpus(answering, read_beginnings(None)[: recipe.num_prompts], stem, sampling, console)
+    console.line(f"data    chat: {written}")
 
 
 def heldout_batches(reader: BinIdxReader, num_tokens: int) -> DataLoader:

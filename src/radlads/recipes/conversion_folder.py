@@ -13,6 +13,7 @@ from radlads.config.compare import HashedSection, deciding, differences
 from radlads.config.schema import Config
 from radlads.console import Console
 from radlads.data.binidx import BinIdxReader, corpus_files
+from radlads.data.mask import mask_file, read_mask
 from radlads.data.python_text import Split
 from radlads.files import read_json, write_text
 from radlads.recipes.stage_configs import Conversion
@@ -68,6 +69,20 @@ def identity_of(conversion: Conversion, teacher: Mapping[str, str], configs: dic
         "mixer": recipe_hash(HashedSection(configs["align"].model)),
         "stages": recipe_hash(*(deciding(config) for config in configs.values())),
         "retie": str(conversion.retie),
+        **_conversations(conversion),
+    }
+
+
+def _conversations(conversion: Conversion) -> dict[str, str]:
+    """What stage 4 learns from, if there is one."""
+    if not conversion.instruct:
+        return {}
+    if conversion.chat is None:
+        return {"chat": "written by the teacher"}
+    reader = BinIdxReader(conversion.chat)
+    read_mask(reader)
+    return {
+        "chat": recipe_hash(*(sha256(path) for path in (*corpus_files(reader.path_stem), mask_file(reader.path_stem))))
     }
 
 

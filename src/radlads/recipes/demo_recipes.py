@@ -17,23 +17,29 @@ RECIPES = ("window", "paper")
 class DemoRecipe:
     """A demo's files and measurements.
 
-    folders: below assets/recipe, whose stage files go on top of the bundled teacher's, later ones on top.
+    folders: below assets/recipe, whose files (student.yaml for all stages, and the stage's) go on top of the bundled
+    teacher's, later ones on top.
     heldout_tokens: of each row of the table. decode_positions: where the time per token is taken.
+    num_prompts, reply_tokens: how many of our own prompts the teacher answers for stage 4, and how long a reply may be.
     """
 
     folders: tuple[str, ...] = ()
     heldout_tokens: int = 65536
     decode_positions: tuple[int, int] = (100, 8000)
+    num_prompts: int = 400
+    reply_tokens: int = 256
 
     def stage_files(self, stage: str) -> list[Path]:
         """The stage's files, later ones on top."""
-        own = [_FILES / folder / f"{stage}.yaml" for folder in self.folders]
+        own = [_FILES / folder / f"{name}.yaml" for folder in self.folders for name in ("student", stage)]
         return [recipe_file(stage), *(path for path in own if path.is_file())]
 
 
 _NAMED = {
-    ("smollm2", "cpu"): DemoRecipe(folders=("smollm2_cpu",), heldout_tokens=4096, decode_positions=(100, 1000)),
-    ("smollm2", "cuda"): DemoRecipe(folders=("smollm2_gpu",)),
+    ("smollm2", "cpu"): DemoRecipe(
+        folders=("smollm2_cpu",), heldout_tokens=4096, decode_positions=(100, 1000), num_prompts=48, reply_tokens=96
+    ),
+    ("smollm2", "cuda"): DemoRecipe(folders=("smollm2_gpu",), num_prompts=1_832),
 }
 assert {name for name, _ in _NAMED} == set(NAMED_MODELS)
 _OTHERS = {"cpu": DemoRecipe(heldout_tokens=16384), "cuda": DemoRecipe()}

@@ -13,9 +13,10 @@ from radlads.checkpoint.tokenizer_files import (
     locate_tokenizer,
     read_tokenizer,
 )
+from radlads.files import read_json
 from radlads.recipes.conversion_folder import MARKER, SUMMARY
 from radlads.recipes.model_card import CARD, EarlierCard, read_card
-from radlads.recipes.stage_configs import STAGES
+from radlads.recipes.stage_configs import INSTRUCT, STAGES
 from radlads.report.run_folder import Measurements, Stage, read_measurements, read_run
 
 
@@ -66,7 +67,8 @@ def _last_stage(run: Path) -> Path:
     if (run / MANIFEST).is_file():
         return run
     if (run / SUMMARY).is_file():
-        return run / f"{len(STAGES)}-{STAGES[-1]}"
+        stages = (*STAGES, INSTRUCT) if INSTRUCT in read_json(run / SUMMARY) else STAGES
+        return run / f"{len(stages)}-{stages[-1]}"
     if (run / MARKER).is_file():
         raise ValueError(f"{run} is an unfinished conversion: start it again, or export one of its stages' folders")
     raise ValueError(f"{run} is no run: name the folder of a conversion, of a finished stage, or of a model")

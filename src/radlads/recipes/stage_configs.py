@@ -1,4 +1,4 @@
-"""What a conversion is asked for, and the configurations of its three stages."""
+"""What a conversion is asked for, and the configurations of its stages: three, and a fourth for instruct models."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,6 +17,8 @@ from radlads.recipes.demo_recipes import DemoRecipe, recipe_file, recipe_for, re
 from radlads.train.hardware import only_device
 
 STAGES = ("align", "distill", "extend")
+INSTRUCT = "instruct"
+"""The stage that follows where it is asked for."""
 BUNDLED_TEACHER = Path(str(files_of("radlads") / "assets" / "teacher"))
 
 
@@ -28,7 +30,8 @@ class Conversion:
     demo_recipes.RECIPES; None = the mixer's. tokens_of: the recipe whose budgets it has; None = its own.
     data, heldout_data: .bin/.idx pairs without the extension; None = the text of the running Python, tokenised into
     `out/data`. overrides: dotted configuration keys for all stages. retie: end with the embedding as the head again, as
-    a tied teacher has it.
+    a tied teacher has it. instruct: end with stage 4, on the conversations in `chat`, a corpus with a mask; None =
+    those that the teacher writes into `out/data`.
     """
 
     teacher: str | Path = BUNDLED_TEACHER
@@ -41,8 +44,12 @@ class Conversion:
     heldout_data: Path | None = None
     overrides: Mapping[str, object] | None = None
     retie: bool = False
+    instruct: bool = False
+    chat: Path | None = None
 
     def __post_init__(self) -> None:
+        if self.chat is not None and not self.instruct:
+            raise ValueError("--chat names conversations for stage 4: give it with --instruct")
         if (self.data is None) != (self.heldout_data is None):
             raise ValueError("--data and --heldout-data go together: name both .bin/.idx pairs, or neither")
 
@@ -51,9 +58,19 @@ class Conversion:
         given = self.data if split == "train" else self.heldout_data
         return given or self.out / "data" / split
 
+    @property
+    def conversations(self) -> Path:
+        """Stem of the corpus that stage 4 learns from."""
+        return self.chat or self.out / "data" / "chat"
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Its stages, in their order."""
+        return (*STAGES, INSTRUCT) if self.instruct else STAGES
+
 
 def stage_configs(conversion: Conversion) -> dict[str, Config]:
-    """The three stages' configurations: the mixer's file, the stage's, the variant's keys, then the overrides. A mixer
+    """The stages' configurations: the mixer's file, the stage's, the variant's keys, then the overrides. A mixer
     without a file has the default mixer's.
 
     Raises ValueError for an unknown mixer, or a variant the mixer does not have.
@@ -68,13 +85,15 @@ def stage_configs(conversion: Conversion) -> dict[str, Config]:
     data = {"train.data_file": str(conversion.corpus("train"))}
     data |= {"train.validation_data_file": str(conversion.corpus("heldout"))}
     data |= {"train.teacher.hf_path": str(conversion.teacher), "train.proj_dir": str(conversion.out)}
+    chat = {"train.data_file": str(conversion.conversations)}
     device_type = _device_type(overrides)
     recipe = recipe_for(conversion.teacher, device_type, recipe_name(conversion.recipe, mixer))
     budgets = recipe_for(conversion.teacher, device_type, conversion.tokens_of) if conversion.tokens_of else recipe
     configs = {}
-    for stage in STAGES:
+    for stage in conversion.stages:
         tokens = load_config([recipe_file(DEFAULT), *budgets.stage_files(stage)], {}).train.my_exit_tokens
-        own = keys | data | {"train.my_exit_tokens": tokens}
+        own = keys | data | {"train.my_exit_tokens": tokens} | _STAGE_KEYS.get(stage, {})
+        own |= chat if stage == INSTRUCT else {}
         configs[stage] = load_config([*files, *recipe.stage_files(stage)], own | overrides)
     name_mixers(*mixer_names(configs["align"].model))
     return configs

@@ -26,6 +26,7 @@ COLOURS = {
     "align": "#0969d1",
     "distill": "#bc4c01",
     "extend": "#1b7c82",
+    "instruct": "#bf3988",
 }
 _WIDTH_IN, _PNG_DPI = 5.2, 160
 _STYLE: dict[Any, Any] = {

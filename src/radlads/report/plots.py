@@ -12,7 +12,7 @@ from radlads.report.charts import COLOURS, Chart
 from radlads.report.wording import bytes_in_words
 
 Row = Mapping[str, Any]
-STEPS = ("setup", "align", "distill", "extend")
+STEPS = ("setup", "align", "distill", "extend", "instruct")
 _MANY_LAYERS = 12
 _FEW_ROWS = 12
 

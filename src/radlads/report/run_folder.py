@@ -28,7 +28,7 @@ _LONG_CONTEXT_COLUMNS = {
     "loss": ("first", "end", "loss", "num_tokens"),
     "costs": ("context_tokens", "prefill_tokens_per_s", "decode_ms", "state_bytes"),
 }
-_ORDER = ("align", "distill", "extend")
+_ORDER = ("align", "distill", "extend", "instruct")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Stage:
 
     @property
     def name(self) -> str:
-        """align, distill or extend."""
+        """align, distill, extend or instruct."""
         return str(self.manifest["stage"])
 
     @property

@@ -9,7 +9,7 @@ HELDOUT_ROWS = {
     "teacher": "teacher",
     "teacher_window_untrained": "teacher, windowed",
     "setup_without_window": "setup without window",
-    **{name: name for name in ("setup", "align", "distill", "extend", "retied")},
+    **{name: name for name in ("setup", "align", "distill", "extend", "instruct", "retied")},
 }
 """A summary's held-out rows in their order, and what readers are told they are."""
 UNTRAINED_ROWS = ("teacher", "teacher_window_untrained", "setup_without_window", "setup")

@@ -103,7 +103,8 @@ class Checkpointing(L.Callback):
         guard = tuple(module.reader.guard.state.tolist()) if module.reader.guard else ()
         position = Position(module.steps_done, samples, module.tokens_done, self.seconds(), heldout, guard)
         held = module.engine.checkpoint_state(trainer.optimizers)
-        path = write_checkpoint(self._folder, module.student, held, position, self._run, module.processes)
+        written = {} if module.on_policy is None else module.on_policy.state(module.steps_done)
+        path = write_checkpoint(self._folder, module.student, held, position, self._run, module.processes, written)
         if module.processes.is_first:
             for old in checkpoints_in(self._folder)[: -self._train.keep_checkpoints]:
                 self._remove(old)

@@ -20,7 +20,8 @@ def records_graph(train: TrainConfig, stage: Stage, student: RadladsForCausalLM,
     if train.cuda_graphs != "auto":
         return train.cuda_graphs == "always"
     # A user's own mixer may wait for the device, which a graph cannot record; so does counting labels in every batch
-    counts_labels = train.reset_state_at_eos or (train.mask_labels_at_eos and stage.name != "align")
+    masks = train.mask_labels_at_eos and stage.name != "align"
+    counts_labels = stage.name == "instruct" or train.reset_state_at_eos or masks
     if not compiled or not all_can(student.config, "CUDA graph") or counts_labels:
         return False
     if stage.name == "align":

@@ -60,8 +60,9 @@ def first_not_finite(
         try:
             for tokens in batches:
                 for part in stage.parts(student, teacher, tokens):
-                    announce_backward(student.model, is_last=True)
-                    part.objective.backward()
+                    if part.objective is not None:
+                        announce_backward(student.model, is_last=True)
+                        part.objective.backward()
                     if not found and not torch.isfinite(part.sum):
                         found.append(f"the loss {part.name} itself")
                 if found and not whole:

@@ -17,7 +17,7 @@ from radlads.checkpoint.manifest import write_manifest
 from radlads.config.load import dump_config
 from radlads.config.schema import Config, TrainConfig, check_available, checkpointing_of
 from radlads.console import Console
-from radlads.data.loader import MixedSamples, TokenSamples
+from radlads.data.chat_rows import ConversationRows
 from radlads.distill.heldout import Heldout
 from radlads.distill.logits import build_stage
 from radlads.distill.stage import Stage
@@ -26,8 +26,16 @@ from radlads.model.modeling import RadladsForCausalLM
 from radlads.train.callbacks import HeldoutCallback, Progress
 from radlads.train.checkpointing import Checkpointing
 from radlads.train.checkpoints.resume import describe_run, first_checkpoint
-from radlads.train.checkpoints.snapshots import CHECKPOINTS, Position, read_position, remove_all, restore_student
+from radlads.train.checkpoints.snapshots import (
+    CHECKPOINTS,
+    Position,
+    read_position,
+    remove_all,
+    restore_student,
+    written_rows,
+)
 from radlads.train.corpora.samples import (
+    Samples,
     ends_of_documents,
     heldout_batches,
     open_corpora,
@@ -41,6 +49,7 @@ from radlads.train.engines.table import engine_for
 from radlads.train.hardware import compiles, out_of_memory
 from radlads.train.lightning_module import StageModule
 from radlads.train.logging.loggers import carry, check_loggers
+from radlads.train.on_policy import OnPolicy
 from radlads.train.processes.group import ALONE, Processes, check_processes
 from radlads.train.spike_guard import SpikeGuard
 from radlads.train.stopping import StopRequests
@@ -65,7 +74,7 @@ class _Work:
 
     config: Config
     stage: Stage
-    samples: TokenSamples | MixedSamples
+    samples: Samples
     num_steps: int
     heldout: Iterable[torch.Tensor] | None
     identity: dict[str, Any]
@@ -111,6 +120,7 @@ def run_stage(
         learns_from = teacher if work.stage.needs_teacher or work.heldout else None
         engine = engine_for(config.train, processes)
         module = StageModule(work.stage, student, learns_from, config.train, work.num_steps, engine, stop)
+        _begin_writing(work, module, console)
         with ExitStack() as opened:
             partial = processes.from_first(lambda: opened.enter_context(unfinished_folder(folder, keep_earlier=True)))
             begin = processes.from_first(lambda: first_checkpoint(config.train.resume, partial, work.identity, console))
@@ -156,11 +166,27 @@ def _begin(checkpoint: Path | None, module: StageModule, stage_folder: Path, con
     position = read_position(checkpoint)
     console.line(f"{module.stage.name}: going on after step {position.step} of {module.num_steps}, from {checkpoint}")
     restore_student(checkpoint, module.student)
+    if module.on_policy is not None and (written := written_rows(checkpoint)):
+        module.on_policy.restore(written)
     module.begin_at(steps=position.step, tokens=position.tokens)
     if module.processes.is_first:
         carry(checkpoint, stage_folder)
     module.processes.wait_for_all()
     return position
+
+
+def _begin_writing(work: _Work, module: StageModule, console: Console) -> None:
+    """Say what of conversations is not read, and have the student write its rows, if it is to write any."""
+    if not isinstance(work.samples, ConversationRows):
+        return
+    for note in work.samples.notes:
+        console.line(note)
+    if work.samples.on_policy_share:
+        train, processes = work.config.train, module.processes
+        sequences = sequences_per_step(train, processes)
+        module.on_policy = OnPolicy(
+            train, work.samples, num_steps=work.num_steps, sequences=sequences, processes=processes
+        )
 
 
 def _heldout_callback(

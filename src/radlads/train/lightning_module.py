@@ -11,6 +11,7 @@ from radlads.model.modeling import RadladsForCausalLM
 from radlads.train.diagnosis import explained
 from radlads.train.engines.engine import Engine
 from radlads.train.logging.throughput import Throughput, stage_flops
+from radlads.train.on_policy import OnPolicy
 from radlads.train.optimizers.optim import build_optimizers, set_learning_rates
 from radlads.train.optimizers.step import GradientNorms
 from radlads.train.passes import Passes
@@ -31,6 +32,8 @@ class StageModule(L.LightningModule):
     Of several processes each has its own samples, and all make the same steps: gradients, sums and counts are those
     of all, as the `engine` adds them up, and so is what is asked for in between (`stop`, and `wants_checkpoint` by the
     clock of any process).
+
+    on_policy: what writes the student's own rows, if the stage has such.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class StageModule(L.LightningModule):
         self.engine, self.processes, self.stop = engine, engine.processes, stop
         self.wants_checkpoint: Callable[[], bool] = lambda: False
         self.steps_done = self.tokens_done = 0
+        self.on_policy: OnPolicy | None = None
         self.passes = Passes(stage, student, teacher, engine)
         self.reader = StepReader(stage, student, stop, self._explained)
         self._window = Window(self.reader.parts)
@@ -82,6 +86,8 @@ class StageModule(L.LightningModule):
             flops = stage_flops(self.stage, self.student, self.teacher, tokens.shape[1] - 1)
             self._throughput = Throughput(flops, self.device, num_devices=self.processes.size)
             self._throughput.begin(self.tokens_done)
+        if self.on_policy is not None:
+            tokens = self.on_policy.fill(tokens, self.student, self.steps_done)
         is_last = (batch_idx + 1) % self.settings.accumulate_grad_batches == 0
         self._window.add(tokens, self.passes.run(tokens, ends_window=is_last, backward=self.manual_backward))
         self.tokens_done += tokens[:, 1:].numel() * self.processes.size

@@ -123,6 +123,9 @@ class GraphedStep:
     def load(self, cache: RadladsCache) -> None:
         self._step.load(cache)
 
+    def follow_weights(self) -> None:
+        self._step.follow_weights()
+
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         self._graph.replay()
         return self._logits

@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -44,8 +45,13 @@ from radlads.train.processes.group import ALONE, Processes
 
 CHECKPOINTS = "checkpoints"
 STATE, POSITION, RUN = "state.safetensors", "position.json", "run.json"
+WRITTEN = "written.safetensors"
+"""The rows that the student has written for the steps that follow."""
 SHARD, WEIGHT = "shard-{:05d}-of-{:05d}.safetensors", "weight."
-CHECKPOINT_FILES = ("config.json", WEIGHTS_FILE, STATE, "shard-*.safetensors", POSITION, RUN, MANIFEST, *CARRIED)
+CHECKPOINT_FILES = (
+    *("config.json", WEIGHTS_FILE, STATE, "shard-*.safetensors", WRITTEN, POSITION, RUN, MANIFEST),
+    *CARRIED,
+)
 """What a checkpoint holds, whole or not; nothing else is removed with one."""
 _SHARD_NAME = re.compile(r"shard-\d+-of-(\d+)\.safetensors")
 
@@ -76,12 +82,13 @@ def write_checkpoint(
     position: Position,
     run: Mapping[str, Any],
     processes: Processes = ALONE,
+    written: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> Path:
     """Write the checkpoint of `position` with the random numbers' state as it is now, and return its folder.
 
-    All processes have to call this, with what the engine says that they hold: each writes its rows, if they are in
-    rows, else the first writes everything. Raises OSError that names the folder if it cannot be written; nothing is
-    left of it then.
+    written: of the rows that the student wrote (see OnPolicy.state), the same in all processes. All processes have to
+    call this, with what the engine says that they hold: each writes its rows, if they are in rows, else the first
+    writes everything. Raises OSError that names the folder if it cannot be written; nothing is left of it then.
     """
     target = stage_folder / CHECKPOINTS / f"step-{position.step:06d}"
     in_rows = held.by == "rows"
@@ -96,6 +103,8 @@ def write_checkpoint(
             content = {**asdict(position), "optimizers": held.groups, "random": _random_numbers()}
             write_text(folder / POSITION, json.dumps(content) + "\n")
             write_text(folder / RUN, json.dumps(run, indent=2) + "\n")
+            if written:
+                write_safetensors(HeldTensors(dict(written)), list(written), folder / WRITTEN)
             carry(stage_folder, folder)
             hashes |= {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name not in (*hashes, MARK)}
             write_text(folder / MANIFEST, json.dumps({"versions": versions(), "sha256": hashes}, indent=2) + "\n")
@@ -180,6 +189,12 @@ def restore_student(checkpoint: Path, student: RadladsForCausalLM) -> None:
         load_strict(student, PrefixedWeights(state, WEIGHT), checkpoint)
     for name, buffer in student.named_buffers():
         buffer.copy_(state[f"buffer.{name}"])
+
+
+def written_rows(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """What the checkpoint holds of rows that the student wrote, if anything."""
+    path = checkpoint / WRITTEN
+    return dict(SafetensorsFolder(path)) if path.is_file() else {}
 
 
 def stored_optimizers(checkpoint: Path) -> tuple[StoredWeights, list[dict[str, Any]]]:

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from radlads.config.schema import Config, TrainConfig, stage_of
 from radlads.data.binidx import BinIdxReader, TokenSpan
+from radlads.data.chat_rows import ConversationRows, Conversations
 from radlads.data.loader import HeldoutWindows, MixedSamples, TokenSamples, check_vocabulary
 from radlads.data.mixture import parse_mixture
 from radlads.distill.documents import document_ends
@@ -16,15 +17,17 @@ from radlads.model.modeling import RadladsForCausalLM
 from radlads.train.corpora.watched_corpora import WatchedCorpora
 from radlads.train.processes.group import ALONE, Processes
 
+Samples = TokenSamples | MixedSamples | ConversationRows
 
-def training_samples(
-    config: Config, vocab_size: int, processes: Processes = ALONE
-) -> tuple[TokenSamples | MixedSamples, int]:
+
+def training_samples(config: Config, vocab_size: int, processes: Processes = ALONE) -> tuple[Samples, int]:
     """This process's samples, whole accumulation windows of them, and the stage's number of optimiser steps."""
     train, context = config.train, config.model.ctx_len
     corpora = open_corpora(train)
     for reader, _ in corpora:
         check_vocabulary(reader, vocab_size, f"{reader.path_stem}.bin")
+    if stage_of(train) == "instruct":
+        return _conversations(config, corpora, processes)
     num_tokens = sum(reader.num_tokens for reader, _ in corpora) - train.heldout_tail_tokens
     tokens_per_step = sequences_per_step(train, processes) * context
     num_steps = steps_of(train.my_exit_tokens or num_tokens, tokens_per_step)
@@ -38,6 +41,29 @@ def training_samples(
     if prime:
         raise ValueError("train.magic_prime belongs to one corpus: set it to auto where train.data_file names several")
     return MixedSamples(corpora, context, num_samples=num_samples, **own), num_steps
+
+
+def _conversations(
+    config: Config, corpora: list[tuple[BinIdxReader, Fraction]], processes: Processes
+) -> tuple[ConversationRows, int]:
+    """As training_samples, for the instruct stage: without a budget, as many rows as conversations fill."""
+    train, context = config.train, config.model.ctx_len
+    held = [(Conversations(reader, context), share) for reader, share in corpora]
+
+    def rows(num_steps: int) -> ConversationRows:
+        return ConversationRows(
+            held,
+            context,
+            num_samples=num_steps * train.micro_bsz * train.accumulate_grad_batches,
+            seed=train.seed_everything,
+            rank=processes.rank,
+            world=processes.size,
+            on_policy_share=Fraction(train.on_policy_share).limit_denominator(1000),
+        )
+
+    budget = train.my_exit_tokens or rows(1).rows_in_epoch * context
+    num_steps = steps_of(budget, sequences_per_step(train, processes) * context)
+    return rows(num_steps), num_steps
 
 
 def steps_of(budget_tokens: int, tokens_per_step: int) -> int:

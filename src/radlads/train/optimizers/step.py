@@ -34,8 +34,9 @@ def backward_parts(
     """Add the gradients of the stage's loss over tokens [B, T + 1], a sum, to the student's, one part after another."""
     sums = []
     for part in stage.parts(student, teacher, tokens):
-        announce_backward(student.model, is_last=part.is_last)
-        backward(part.objective)
+        if part.objective is not None:
+            announce_backward(student.model, is_last=part.is_last)
+            backward(part.objective)
         sums.append(PartSum(part.name, part.sum, part.count))
         del part  # or its graph would live until the next one is built
     return sums
