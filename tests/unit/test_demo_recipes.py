@@ -32,7 +32,7 @@ def test_only_the_window_recipe_has_a_window_and_its_last_stage_the_teacher(conf
 
 def test_a_named_teachers_own_files_are_on_top():
     paths = [path.parent.name for path in recipe_for("smollm2", "cpu", "window").stage_files("align")]
-    assert paths == ["recipe", "smollm2_cpu", "window", "smollm2_cpu"]
+    assert paths == ["recipe", "smollm2_cpu", "window", "window", "smollm2_cpu", "smollm2_cpu"]
     assert recipe_for("smollm2", "cpu", "window").heldout_tokens == recipe_for("smollm2", "cpu", "paper").heldout_tokens
     for device in ("cpu", "cuda"):
         budgets = [stage_configs(Conversion(teacher="smollm2", recipe=name, overrides=on(device))) for name in RECIPES]
@@ -70,7 +70,7 @@ def test_comparisons_that_would_compare_nothing_are_refused(settings, message):
 
 def test_the_comparison_is_a_table():
     stage = {"kl": 0.25, "loss": 2.5, "top1": 0.75}
-    summary = {name: stage for name in STAGES} | {"bytes": {"student": {"8192": 262144}}}
+    summary = dict.fromkeys(STAGES, stage) | {"bytes": {"student": {"8192": 262144}}}
     head, row = comparison_lines({"window": summary})
     assert head.split()[-5:] == ["top-1", "loss", "state", "at", "8k"]
     assert row.split() == ["window", *["0.2500"] * 3, "75.0%", "2.5000", "262", "kB"]

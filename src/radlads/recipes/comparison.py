@@ -1,16 +1,18 @@
 """`radlads demo --compare`: the paper's student, and one with a kept softmax layer, beside the demo's."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from radlads.console import Console
+from radlads.model.window import WindowSettings
 from radlads.recipes.conversion import run_conversion
 from radlads.recipes.demo_recipes import recipe_name
 from radlads.recipes.stage_configs import STAGES, Conversion
 
 FOLDER = "compare"
 _LAYERS = "model.softmax_layers"
+_WINDOW = {f"model.mixer.{each.name}" for each in fields(WindowSettings)}
 
 
 def check_comparable(conversion: Conversion) -> None:
@@ -33,8 +35,9 @@ def run_comparison(conversion: Conversion, console: Console) -> dict[str, dict[s
     summaries = {"window": run_conversion(conversion, console)}
     folder, kept = conversion.out / FOLDER, {**(conversion.overrides or {}), _LAYERS: "auto:1"}
     same = replace(conversion, data=conversion.corpus("train"), heldout_data=conversion.corpus("heldout"))
+    unwindowed = {key: value for key, value in (conversion.overrides or {}).items() if key not in _WINDOW}
     others = {
-        "paper": replace(same, recipe="paper", tokens_of="window", out=folder / "paper"),
+        "paper": replace(same, recipe="paper", tokens_of="window", overrides=unwindowed, out=folder / "paper"),
         "window + 1 softmax layer": replace(same, overrides=kept, out=folder / "kept"),
     }
     for title, other in others.items():

@@ -92,8 +92,7 @@ def stage_configs(conversion: Conversion) -> dict[str, Config]:
     configs = {}
     for stage in conversion.stages:
         tokens = load_config([recipe_file(DEFAULT), *budgets.stage_files(stage)], {}).train.my_exit_tokens
-        own = keys | data | {"train.my_exit_tokens": tokens} | _STAGE_KEYS.get(stage, {})
-        own |= chat if stage == INSTRUCT else {}
+        own = keys | data | {"train.my_exit_tokens": tokens} | (chat if stage == INSTRUCT else {})
         configs[stage] = load_config([*files, *recipe.stage_files(stage)], own | overrides)
     name_mixers(*mixer_names(configs["align"].model))
     return configs

@@ -116,8 +116,8 @@ def heldout(run: Run, before: Sequence[Chart]) -> str:
     note = (
         "Loss and KL in nats per token; top-1: how often the likeliest token is the teacher's. setup: the teacher's "
         "weights copied, nothing trained. windowed: the teacher's tokens see those in the student's window alone "
-        "(without one, the last 64 and the first 4), untrained too. The share of the gap closed is (setup − extend) / (setup − "
-        "teacher) in loss, setup without a window."
+        "(without one, the last 64 and the first 4), untrained too. The share of the gap closed is (setup − "
+        "extend) / (setup − teacher) in loss, setup without a window."
     )
     left = html.table(["", "loss", "KL", "top-1"], rows) + html.paragraph(note, "note")
     return html.columns(left, html.charts(chart for chart in before if chart.name == "heldout") or html.missing())
