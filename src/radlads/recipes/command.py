@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from radlads.config.schema import ModelConfig
-from radlads.report.wording import HELDOUT_ROWS
+from radlads.report.wording import HELDOUT_ROWS, heldout_title
 
 if TYPE_CHECKING:
     from radlads.recipes.export import Export
@@ -144,12 +144,12 @@ def check_lines(arguments: argparse.Namespace) -> tuple[bool, list[str]]:
 def summary_lines(summary: Mapping[str, Any], out: Path) -> Iterator[str]:
     """What a conversion came to, as its summary.json has it."""
     yield f"\n{'held out':24}{'loss':>9}{'KL':>9}{'top-1':>8}{'tokens':>12}{'seconds':>9}"
-    for row, title in HELDOUT_ROWS.items():
+    for row in HELDOUT_ROWS:
         if row not in summary:
             continue
         values = summary[row]
         cost = f"{values['tokens']:12,}{values['seconds']:9.0f}" if "tokens" in values else ""
-        yield f"{title:24}{values['loss']:9.4f}{values['kl']:9.4f}{values['top1']:8.1%}{cost}"
+        yield f"{heldout_title(row, values):24}{values['loss']:9.4f}{values['kl']:9.4f}{values['top1']:8.1%}{cost}"
     setup = HELDOUT_ROWS["setup_without_window" if "setup_without_window" in summary else "setup"]
     yield f"\n{summary['gap_closed']:.1%} of the gap between {setup} and teacher is closed"
     positions = ", ".join(summary["decode_ms"]["student"])

@@ -17,10 +17,10 @@ from radlads.files import read_json
 from radlads.model.configuration import RadladsConfig, state_bytes
 from radlads.report.run_folder import Measurements, Stage, by_name
 from radlads.report.wording import (
-    HELDOUT_ROWS,
     NOT_MEASURED,
     NOT_RECORDED,
     UNTRAINED_ROWS,
+    heldout_title,
     mixer_title,
     number_text,
     score_text,
@@ -218,7 +218,7 @@ def _description(facts: CardFacts) -> list[str]:
 def _heldout(facts: CardFacts) -> list[str]:
     """Loss, KL and top-1 of the teacher, of the setup and after each stage; a stage's own figures without a summary."""
     summary = facts.measured.summary or {}
-    found = {HELDOUT_ROWS[name]: summary[name] for name in UNTRAINED_ROWS if name in summary}
+    found = {heldout_title(name, summary[name]): summary[name] for name in UNTRAINED_ROWS if name in summary}
     for name, stage in by_name(facts.stages).items():
         measured = summary.get(stage.name) or stage.manifest.get("heldout") or {}
         costs = {key: stage.manifest.get(key) for key in ("tokens", "seconds")}
@@ -227,17 +227,14 @@ def _heldout(facts: CardFacts) -> list[str]:
     if not found:
         return [NOT_MEASURED]
     formats = {"loss": ".4f", "kl": ".4f", "top1": ".1%", "tokens": ",", "seconds": ",.0f"}
-    rows = [
-        [name, *(_number(values.get(key), form, name, key) for key, form in formats.items())]
-        for name, values in found.items()
-    ]
+    rows = [[name, *(_number(values, key, form) for key, form in formats.items())] for name, values in found.items()]
     heads = ["", "loss, nats per token", "KL from the teacher", "same likeliest token", "trained on tokens", "seconds"]
     return _table(heads, rows)
 
 
-def _number(value: object, form: str, row: str, key: str) -> str:
-    untrained = key in ("tokens", "seconds") and row in (*map(HELDOUT_ROWS.get, UNTRAINED_ROWS), "retied")
-    return "none" if untrained and value is None else number_text(value, form)
+def _number(values: Mapping[str, Any], key: str, form: str) -> str:
+    is_untrained = key in ("tokens", "seconds") and key not in values  # a stage has the key, if only with None
+    return "none" if is_untrained else number_text(values.get(key), form)
 
 
 def _tasks(evaluation: Mapping[str, Any] | None) -> list[str]:

@@ -8,7 +8,7 @@ from radlads.report.charts import Chart
 from radlads.report.plots import STEPS, layers_of
 from radlads.report.run_facts import mixers
 from radlads.report.run_folder import Run, Stage, by_name
-from radlads.report.wording import HELDOUT_ROWS, NOT_MEASURED, NOT_RECORDED, number_text
+from radlads.report.wording import HELDOUT_ROWS, NOT_MEASURED, NOT_RECORDED, heldout_title, number_text
 
 
 def conversion(run: Run) -> dict[str, str]:
@@ -112,10 +112,10 @@ def heldout(run: Run, before: Sequence[Chart]) -> str:
         note = "Each stage's own held-out windows: their lengths may differ from stage to stage."
         return html.table(["after", "loss", "KL", "top-1"], rows) + html.paragraph(note, "note")
     steps = [step for step in HELDOUT_ROWS if step in run.summary or step in ("teacher", *STEPS[:-1])]
-    rows = [[HELDOUT_ROWS[step], *_measured(run.summary.get(step, {}))] for step in steps]
+    rows = [[heldout_title(step, run.summary.get(step, {})), *_measured(run.summary.get(step, {}))] for step in steps]
     note = (
         "Loss and KL in nats per token; top-1: how often the likeliest token is the teacher's. setup: the teacher's "
-        "weights copied, nothing trained. windowed: the teacher's tokens see those in the student's window alone "
+        "weights copied, nothing trained. teacher, window: its tokens see those in the student's window alone "
         "(without one, the last 64 and the first 4), untrained too. The share of the gap closed is (setup − "
         "extend) / (setup − teacher) in loss, setup without a window."
     )

@@ -1,18 +1,26 @@
 """How what was measured is put in words, the same in tables, on pages and on model cards. Imports nothing slow."""
 
 import math
+from collections.abc import Mapping
 
 NOT_MEASURED = "not measured"
 NOT_RECORDED = "not recorded"
 
 HELDOUT_ROWS = {
     "teacher": "teacher",
-    "teacher_window_untrained": "teacher, windowed",
+    "teacher_window_untrained": "teacher, window alone",
     "setup_without_window": "setup without window",
     **{name: name for name in ("setup", "align", "distill", "extend", "instruct", "retied")},
 }
 """A summary's held-out rows in their order, and what readers are told they are."""
 UNTRAINED_ROWS = ("teacher", "teacher_window_untrained", "setup_without_window", "setup")
+
+
+def heldout_title(row: str, values: Mapping[str, object]) -> str:
+    """What readers are told a summary's held-out row is, with the sizes of the window that the teacher was given."""
+    if "window_tokens" in values:
+        return f"teacher, window {values['window_tokens']} + {values['sink_tokens']}"
+    return HELDOUT_ROWS[row]
 
 
 def score_text(value: float, stderr: float | None, relative: float | None, *, is_share: bool) -> str:
