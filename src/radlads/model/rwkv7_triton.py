@@ -15,41 +15,28 @@ Scratch tensors are [B H, G, L, N]; where they have rows for removals and for ou
 
 from __future__ import annotations
 
-from .chunked_kernels import chunk_start, decays, jit, jit_for_all_sizes, last_row, load_fp32, sums_of_rows, tl
+from .chunked_kernels import (
+    decays,
+    end_of_text,
+    inverse,
+    jit_for_all_sizes,
+    kept_share,
+    last_row,
+    load_fp32,
+    place_of_chunk,
+    place_of_sequence,
+    place_of_state,
+    sums_of_rows,
+    texts_of_chunk,
+    tl,
+)
 from .chunked_operators import operator
 from .chunked_passes import VALUES, Chunks, Kernels, Launch, Launches
 
 
-@jit
-def _product(x, y, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """x y, rounded to dtype before, fp32 after."""
-    return tl.dot(x.to(dtype), y.to(dtype), input_precision=PRECISION)
-
-
-@jit
-def _inverse(A, L: tl.constexpr, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + A)^-1 of a strictly lower triangular A [L, L], fp32, L at most 64.
-
-    By blocks of 4, 16 and 64: each level's remainder E is nilpotent of index 4, so (I + E)^-1 = (I - E)(I + E^2).
-    Powers of the whole of A would grow like binomials when keys repeat; those of a level's E stay of order 1.
-    """
-    i, j = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
-    identity = tl.where(i == j, 1.0, 0.0)
-    E = tl.where(i // 4 == j // 4, A, 0.0)
-    inverse = _product(identity - E, identity + _product(E, E, dtype, PRECISION), dtype, PRECISION)
-    for size in tl.static_range(4, 17, 12):
-        between = tl.where((i // (4 * size) == j // (4 * size)) & (i // size != j // size), A, 0.0)
-        E = _product(inverse, between, dtype, PRECISION)
-        level = identity - E
-        if 2 * size < L:  # else two blocks are left, and E^2 = 0
-            level = _product(level, identity + _product(E, E, dtype, PRECISION), dtype, PRECISION)
-        inverse = _product(level, inverse, dtype, PRECISION)
-    return inverse
-
-
 @jit_for_all_sizes
 def _prepare(
-    r_ptr, log_w_ptr, k_ptr, kappa_ptr, a_ptr, end_ptr,
+    r_ptr, log_w_ptr, k_ptr, kappa_ptr, a_ptr, numbers_ptr, chunks_ptr, end_ptr,
     reads_ptr, mixes_ptr, writes_ptr, back_reads_ptr, back_mixes_ptr, back_writes_ptr,
     T, G, H, N: tl.constexpr, L: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -60,9 +47,9 @@ def _prepare(
     """
     g, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     n, i, j = tl.arange(0, N), tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
-    first_token = chunk_start(bh, g, T, H, N, L)
+    first_token, num_real = place_of_chunk(chunks_ptr, bh, g, T, H, N, L)
     tokens = i * (H * N) + n[None, :]
-    real = g * L + i < T
+    real = i < num_real
     dtype = r_ptr.dtype.element_ty
     log_w = tl.load(log_w_ptr + first_token + tokens, mask=real, other=0.0)
     c = tl.cumsum(log_w, axis=0)
@@ -78,48 +65,55 @@ def _prepare(
 
     chunk = bh * G + g
     half = tl.exp(0.5 * end)
+    reads_by, writes_by, sees, sees_earlier = half, half, i >= j, i > j
+    if numbers_ptr is not None:
+        row, column, met, left = texts_of_chunk(numbers_ptr, bh, g, T, H, L)
+        reads_by, writes_by = tl.where(row == met, half, 0.0), tl.where(row == left, half, 0.0)
+        sees, sees_earlier = (i >= j) & (row == column), (i > j) & (row == column)
+        end = end_of_text(end, met, left)
     top, square = chunk * 2 * L * N, chunk * 2 * L * L
     bottom, square_bottom = top + L * N, square + L * L
     rows, cell, mirrored = i * N + n[None, :], i * L + j, j * L + i
     tl.store(end_ptr + chunk * N + n, tl.reshape(end, (N,)))
-    tl.store(writes_ptr + top + rows, (y_b.to(tl.float32) * half).to(dtype))
-    tl.store(writes_ptr + bottom + rows, (y_k.to(tl.float32) * half).to(dtype))
-    a_kb = tl.where(i > j, tl.dot(x_k, tl.trans(y_b), input_precision=PRECISION), 0.0)
-    inverse = _inverse(a_kb, L, dtype, PRECISION).to(dtype)
-    a_kk = tl.where(i > j, tl.dot(x_k, tl.trans(y_k), input_precision=PRECISION), 0.0).to(dtype)
-    a_rb = tl.where(i >= j, tl.dot(x_r, tl.trans(y_b), input_precision=PRECISION), 0.0).to(dtype)
-    a_rk = tl.where(i >= j, tl.dot(x_r, tl.trans(y_k), input_precision=PRECISION), 0.0)
-    found = (-tl.dot(inverse, a_kk, input_precision=PRECISION)).to(dtype)
-    seen = (-tl.dot(a_rb, inverse, input_precision=PRECISION)).to(dtype)
+    tl.store(writes_ptr + top + rows, (y_b.to(tl.float32) * writes_by).to(dtype))
+    tl.store(writes_ptr + bottom + rows, (y_k.to(tl.float32) * writes_by).to(dtype))
+    a_kb = tl.where(sees_earlier, tl.dot(x_k, tl.trans(y_b), input_precision=PRECISION), 0.0)
+    solved = inverse(a_kb, L, dtype, PRECISION).to(dtype)
+    a_kk = tl.where(sees_earlier, tl.dot(x_k, tl.trans(y_k), input_precision=PRECISION), 0.0).to(dtype)
+    a_rb = tl.where(sees, tl.dot(x_r, tl.trans(y_b), input_precision=PRECISION), 0.0).to(dtype)
+    a_rk = tl.where(sees, tl.dot(x_r, tl.trans(y_k), input_precision=PRECISION), 0.0)
+    found = (-tl.dot(solved, a_kk, input_precision=PRECISION)).to(dtype)
+    seen = (-tl.dot(a_rb, solved, input_precision=PRECISION)).to(dtype)
     values = a_rk + tl.dot(seen, a_kk, input_precision=PRECISION)
-    w = tl.dot(inverse, x_k, input_precision=PRECISION)
-    tl.store(reads_ptr + top + rows, (-w * half).to(dtype))
+    w = tl.dot(solved, x_k, input_precision=PRECISION)
+    tl.store(reads_ptr + top + rows, (-w * reads_by).to(dtype))
     tl.store(mixes_ptr + square + cell, found)
     tl.store(mixes_ptr + square_bottom + cell, values.to(dtype))
     w = x_r.to(tl.float32) + tl.dot(seen, x_k, input_precision=PRECISION)
-    tl.store(reads_ptr + bottom + rows, (w * half).to(dtype))
+    tl.store(reads_ptr + bottom + rows, (w * reads_by).to(dtype))
     if BACKWARD:
         tl.store(back_mixes_ptr + square + mirrored, seen)
         tl.store(back_mixes_ptr + square_bottom + mirrored, values.to(dtype))
-        tl.store(back_writes_ptr + top + rows, (x_k.to(tl.float32) * half).to(dtype))
-        tl.store(back_writes_ptr + bottom + rows, (x_r.to(tl.float32) * half).to(dtype))
-        w = tl.dot(tl.trans(inverse), y_b, input_precision=PRECISION)
-        tl.store(back_reads_ptr + top + rows, (-w * half).to(dtype))
+        tl.store(back_writes_ptr + top + rows, (x_k.to(tl.float32) * reads_by).to(dtype))
+        tl.store(back_writes_ptr + bottom + rows, (x_r.to(tl.float32) * reads_by).to(dtype))
+        w = tl.dot(tl.trans(solved), y_b, input_precision=PRECISION)
+        tl.store(back_reads_ptr + top + rows, (-w * writes_by).to(dtype))
         w = y_k.to(tl.float32) + tl.dot(tl.trans(found), y_b, input_precision=PRECISION)
-        tl.store(back_reads_ptr + bottom + rows, (w * half).to(dtype))
+        tl.store(back_reads_ptr + bottom + rows, (w * writes_by).to(dtype))
 
 
 @jit_for_all_sizes
 def _scan(
-    reads_ptr, mixes_ptr, writes_ptr, end_ptr, in_ptr, first_ptr, out_ptr, last_ptr, top_ptr, states_ptr,
-    T, G, H, N: tl.constexpr, L: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr,
-    HAS_FIRST: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    reads_ptr, mixes_ptr, writes_ptr, end_ptr, numbers_ptr, in_ptr, first_ptr, out_ptr, last_ptr, top_ptr, states_ptr,
+    ranges_ptr, first_slots_ptr, last_slots_ptr, slot_stride, T, G, H, N: tl.constexpr, L: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr,
+    KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Carry BV value channels of one head's state (or of its gradient, REVERSE) through all chunks, as `_prepare` says.
 
     Writes the lower rows (out, dv) and the last state; KEEP: the upper rows (u, dq) and the state met at each chunk.
     """
     bh = tl.program_id(1).to(tl.int64)
+    sequence, place, T, first_chunk, G = place_of_sequence(ranges_ptr, bh, T, G, H, N, L)
     n, values = tl.arange(0, N), tl.program_id(0) * BV + tl.arange(0, BV)
     i, j = tl.arange(0, 2 * L)[:, None], tl.arange(0, L)[None, :]
     upper = i < L
@@ -129,12 +123,14 @@ def _scan(
     in_state = values[None, :] * N + n[:, None]
     dtype = in_ptr.dtype.element_ty
     state = tl.zeros((N, BV), tl.float32)
-    if HAS_FIRST:
-        state = tl.load(first_ptr + bh * N * N + in_state)
+    if first_ptr is not None:
+        first_ptr, is_there = place_of_state(first_ptr, first_slots_ptr, slot_stride, sequence, H, N)
+        if is_there:
+            state = tl.load(first_ptr + in_state)
     for step in range(0, G):
         g = G - 1 - step if REVERSE else step
-        chunk = bh * G + g
-        first_token = chunk_start(bh, g, T, H, N, L)
+        chunk = first_chunk + g
+        first_token = place + g * (L * H * N)
         lower = (i >= L) & (g * L + i - L < T)
         held = state.to(dtype)
         x = tl.load(in_ptr + first_token + tokens, mask=g * L + tl.arange(0, L)[:, None] < T, other=0.0)
@@ -147,15 +143,17 @@ def _scan(
         if KEEP:
             tl.store(states_ptr + chunk * N * N + in_state, held)
             tl.store(top_ptr + chunk * L * N + i * N + values[None, :], y, mask=upper)
-        state *= tl.exp(tl.load(end_ptr + chunk * N + n))[:, None]
+        state *= kept_share(tl.load(end_ptr + chunk * N + n), numbers_ptr)[:, None]
         writes = tl.load(writes_ptr + chunk * 2 * L * N + columns)
         state = tl.dot(writes, y, acc=state, input_precision=PRECISION)
-    tl.store(last_ptr + bh * N * N + in_state, state)
+    last_ptr, is_there = place_of_state(last_ptr, last_slots_ptr, slot_stride, sequence, H, N)
+    if is_there:
+        tl.store(last_ptr + in_state, state)
 
 
 @jit_for_all_sizes
 def _gradients(
-    r_ptr, log_w_ptr, k_ptr, v_ptr, kappa_ptr, a_ptr, d_out_ptr, u_ptr, dq_ptr, states_ptr, d_states_ptr, end_ptr,
+    r_ptr, log_w_ptr, k_ptr, v_ptr, kappa_ptr, a_ptr, numbers_ptr, d_out_ptr, u_ptr, dq_ptr, states_ptr, d_states_ptr, end_ptr,
     dr_ptr, d_log_w_ptr, dk_ptr, d_kappa_ptr, da_ptr,
     T, G, H, N: tl.constexpr, L: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -170,10 +168,10 @@ def _gradients(
     chunk = bh * G + g
     keys, values = tl.program_id(2) * BK + tl.arange(0, BK), tl.arange(0, BV)
     i, j = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
-    first_token = chunk_start(bh, g, T, H, N, L)
+    first_token, num_real = place_of_chunk(None, bh, g, T, H, N, L)
     tokens, here = i * (H * N) + values[None, :], i * (H * N) + keys[None, :]
     rows, in_state = i * N + values[None, :], values[:, None] * N + keys[None, :]
-    real = g * L + i < T
+    real = i < num_real
     dtype = r_ptr.dtype.element_ty
     d_rk, d_rb = tl.zeros((L, L), tl.float32), tl.zeros((L, L), tl.float32)
     d_kk, d_kb = tl.zeros((L, L), tl.float32), tl.zeros((L, L), tl.float32)
@@ -198,6 +196,7 @@ def _gradients(
         kept += start.to(tl.float32) * d_end.to(tl.float32)
 
     end = tl.load(end_ptr + chunk * N + keys)[None, :]
+    share = kept_share(end, numbers_ptr)
     log_w = tl.load(log_w_ptr + first_token + here, mask=real, other=0.0)
     end, half, shrink, grow = decays(log_w, end, L, dtype, PRECISION)
     before = tl.exp(sums_of_rows(tl.where(i > j, 0.5, -0.5), log_w, dtype, PRECISION))
