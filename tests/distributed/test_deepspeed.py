@@ -32,7 +32,7 @@ STAGES = {
     "distill": {"activation_checkpointing": "none"},
     "distill-accumulated": ACCUMULATED | {"activation_checkpointing": "selective"},
     "distill-measured": ACCUMULATED | {"activation_checkpointing": "full", "heldout_every_steps": 7},
-    "extend": {"trainable": "decay", "mask_labels_at_eos": 1, "eos_token_id": stages.END},
+    "extend": {"trainable": "decay", "reset_state_at_eos": 1, "eos_token_id": stages.END},
 }
 # Stage 3 takes five times as long: it gathers block by block
 CASES = [(name, strategy) for strategy in ZERO[:2] for name in ("align", "distill-accumulated", "extend")]
@@ -270,7 +270,6 @@ STUDENT = RadladsConfig()
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"reset_state_at_eos": 1}, "reset_state_at_eos 1 .*set ddp"),
         ({"precision": "bf16-true"}, "bf16-true .*set fsdp"),
         ({"spike_factor": 3.0}, "spike_factor .*set ddp or fsdp"),
         ({"optimizer": "muon"}, "optimizer muon .*set ddp"),

@@ -21,7 +21,15 @@ STAGES = {
     "distill-documents": {"reset_state_at_eos": 1, "eos_token_id": stages.END},
     "distill-masked": {"mask_labels_at_eos": 1, "eos_token_id": stages.END},
 }
-IN_SHARDS = ("align", "align-accumulated", "align-rwkv6", "distill", "distill-accumulated", "extend")
+IN_SHARDS = (
+    "align",
+    "align-accumulated",
+    "align-rwkv6",
+    "distill",
+    "distill-accumulated",
+    "extend",
+    "distill-documents",
+)
 COMPILED = ("align", "distill")
 CASES = [(name, "ddp") for name in STAGES if name != "align-rwkv6"] + [(name, "fsdp") for name in IN_SHARDS]
 pytestmark = pytest.mark.timeout(1200)

@@ -41,64 +41,89 @@ def chunk_start(bh, g, T, H, N: tl.constexpr, L: tl.constexpr):
 
 @jit
 def place_of_chunk(chunks_ptr, bh, g, T, H, N: tl.constexpr, L: tl.constexpr):
-    """Where a program's chunk begins in [B, T, H, N], and how many of its L tokens are real, or more.
+    """Where a program's chunk begins in [B, T, H, N], the number of its first token, and that at which they end.
 
-    chunks: of packed sequences, first token and number of tokens of each chunk; None: rectangular.
+    chunks: of packed sequences, each chunk's first token and number of tokens; None: rectangular.
     """
     if chunks_ptr is None:
-        return chunk_start(bh, g, T, H, N, L), T - g * L
-    return (tl.load(chunks_ptr + 2 * g).to(tl.int64) * H + bh) * N, tl.load(chunks_ptr + 2 * g + 1)
+        place, first, last = chunk_start(bh, g, T, H, N, L), g * L, T
+    else:
+        place = (tl.load(chunks_ptr + 2 * g).to(tl.int64) * H + bh) * N
+        first, last = 0, tl.load(chunks_ptr + 2 * g + 1)
+    return place, first, last
 
 
 @jit
-def place_of_sequence(ranges_ptr, bh, T, G, H, N: tl.constexpr, L: tl.constexpr):
-    """A sequence and head: its number times H plus the head, where it begins, its tokens, first chunk and chunks.
+def place_of_sequence(ranges_ptr, bh, T, G, H):
+    """Of a program's packed sequence and head: the sequence's number, where it begins in [1, T, H, 1], its number of
+    tokens, its first chunk among all of all heads, and its number of chunks. ranges: see sequences.Sequences; None:
+    rectangular, and the numbers mean nothing but T and G."""
+    sequence, begin, first_chunk = 0, 0, 0
+    if ranges_ptr is not None:
+        ranges_ptr += bh // H * 5
+        sequence = tl.load(ranges_ptr)
+        begin = tl.load(ranges_ptr + 1).to(tl.int64) * H + bh % H
+        T = tl.load(ranges_ptr + 2)
+        first_chunk = bh % H * G + tl.load(ranges_ptr + 3)
+        G = tl.load(ranges_ptr + 4)
+    return sequence, begin, T, first_chunk, G
 
-    ranges: of packed sequences, longest first, number, first token, number of tokens and first chunk; None: rectangular.
-    """
+
+@jit
+def place_in_sequence(ranges_ptr, bh, begin, first_chunk, g, T, G, H, N: tl.constexpr, L: tl.constexpr):
+    """The number of a sequence's chunk g among all of all heads, and where it begins in [B, T, H, N]."""
     if ranges_ptr is None:
-        return bh, (bh // H * T * H + bh % H) * N, T, bh * G, G
-    ranges_ptr += bh // H * 4
-    number, first, num_tokens = tl.load(ranges_ptr), tl.load(ranges_ptr + 1), tl.load(ranges_ptr + 2)
-    head = bh % H
-    place = (first.to(tl.int64) * H + head) * N
-    return number * H + head, place, num_tokens, head * G + tl.load(ranges_ptr + 3), tl.cdiv(num_tokens, L)
+        chunk = bh * G + g
+        first_token = chunk_start(bh, g, T, H, N, L)
+    else:
+        chunk = first_chunk + g
+        first_token = (begin + g * L * H) * N
+    return chunk, first_token
 
 
 @jit
-def place_of_state(states_ptr, slots_ptr, slot_stride, sequence, H, N: tl.constexpr):
-    """A sequence's state of a head, and whether there is one. slots: the number of each sequence's in states [slots, H,
-    N, N], negative: none; None: the sequences' own numbers."""
+def place_of_state(states_ptr, slots_ptr, slot_stride, bh, sequence, H, N: tl.constexpr):
+    """Where a sequence's state of a head lies, and whether there is one.
+
+    slots: of each sequence, which of states [slots, H, N, N] is its own; negative: none. None: states are [B, H, N, N].
+    """
     if slots_ptr is None:
-        return states_ptr + sequence * N * N, True
-    slot = tl.load(slots_ptr + sequence // H).to(tl.int64)
-    return states_ptr + slot * slot_stride + sequence % H * N * N, slot >= 0
+        place, is_there = states_ptr + bh * N * N, True
+    else:
+        slot = tl.load(slots_ptr + sequence).to(tl.int64)
+        place, is_there = states_ptr + slot * slot_stride + bh % H * N * N, slot >= 0
+    return place, is_there
 
 
 @jit
 def texts_of_chunk(numbers_ptr, bh, g, T, H, L: tl.constexpr):
-    """The numbers of the texts that a chunk's rows are of [L, 1], its columns [1, L], the state that it meets, and the
-    state that it leaves. Tokens beyond the end are of the last text."""
-    numbers_ptr += bh // H * T
-    at = tl.load(numbers_ptr + tl.minimum(g * L + tl.arange(0, L), T - 1))
-    met = tl.load(numbers_ptr + tl.maximum(g * L - 1, 0))
-    left = tl.load(numbers_ptr + tl.minimum(g * L + L - 1, T - 1))
-    return at[:, None], at[None, :], met, left
+    """The numbers of the texts that a chunk's rows [L, 1] and columns [1, L] are of, and those of the states that it
+    meets and leaves, for `in_text`. Tokens beyond the end are of the last text."""
+    row, column, met, left = 0, 0, 0, 0
+    if numbers_ptr is not None:
+        numbers_ptr += bh // H * T
+        at = g * L + tl.arange(0, L)
+        row = tl.load(numbers_ptr + tl.minimum(at[:, None], T - 1))
+        column = tl.load(numbers_ptr + tl.minimum(at[None, :], T - 1))
+        met = tl.load(numbers_ptr + tl.maximum(g * L - 1, 0))
+        left = tl.load(numbers_ptr + tl.minimum(g * L + L - 1, T - 1))
+    return row, column, met, left
 
 
 @jit
-def end_of_text(end, met, left):
-    """A chunk's sum of log w, which is 0 or less, as a scan is to read it: positive if it leaves another text's state
-    than it met, and nothing is kept."""
-    return tl.where(met == left, end, tl.maximum(-end, 1e-30))
+def in_text(x, numbers_ptr, one, other, otherwise: tl.constexpr):
+    """x where two numbers of texts are equal; everywhere if rows hold one text each."""
+    if numbers_ptr is not None:
+        x = tl.where(one == other, x, otherwise)
+    return x
 
 
 @jit
-def kept_share(end, numbers_ptr):
-    """What a chunk keeps of the state that it meets, from the sum of log w as `end_of_text` stored it."""
-    if numbers_ptr is None:
-        return tl.exp(end)
-    return tl.where(end > 0, 0.0, tl.exp(end))
+def where_seen(mask, x, numbers_ptr, row, column):
+    """x [L, L] where its mask is true and row and column are of one text, else 0."""
+    if numbers_ptr is not None:
+        mask = mask & (row == column)
+    return tl.where(mask, x, 0.0)
 
 
 @jit
@@ -128,15 +153,17 @@ def last_row(x, L: tl.constexpr):
 
 
 @jit
-def decays(log_w, end, L: tl.constexpr, dtype: tl.constexpr, PRECISION: tl.constexpr):
+def decays(log_w, end, numbers_ptr, L: tl.constexpr, dtype: tl.constexpr, PRECISION: tl.constexpr):
     """A chunk's decays for `_gradients`: e [1, keys], exp(e / 2), exp(c) and exp(-c) [L, keys], e / 2 taken off c.
 
-    log_w: [L, keys]. end: e as `_prepare` stored it, [1, keys].
+    log_w: [L, keys]. end: e as `_prepare` stored it, [1, keys]; -inf where a text ends, if there are numbers of texts.
     """
     i, j = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
     c = sums_of_rows(tl.where(i >= j, 0.5, -0.5), log_w, dtype, PRECISION)
     if dtype == tl.float32:  # in which it shows that sums in another order end elsewhere
         end = 2 * last_row(c, L)
+    elif numbers_ptr is not None:
+        end = tl.where(end == float("-inf"), 2 * last_row(c, L), end)
     return end, tl.exp(0.5 * end), tl.exp(c), tl.exp(-c)
 
 

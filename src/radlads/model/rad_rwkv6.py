@@ -12,7 +12,6 @@ from transformers import initialization as init
 from .contracts import RecurrentState, SharedInputs
 from .gla_triton import BFLOAT16
 from .layers import depth_fraction, repeat_heads, token_shift
-from .packed_rows import recur
 from .recurrence import gla
 from .recurrent_mixer import Mixed, RecurrentMixer, zero_at_padding
 from .time_mixer import MixerWeights, StateTensor
@@ -74,7 +73,7 @@ class RadRwkv6(RecurrentMixer):
         if self.config.balance_state:
             k = k.float() * (1 - log_w.exp())
         written = zero_at_padding(log_w, shared.token_mask), k, zero_at_padding(v, shared.token_mask)
-        out, wkv = recur(gla, shared.texts, (r, *written), None if state is None else state.wkv)
+        out, wkv = gla(r, *written, None if state is None else state.wkv, texts=shared.texts)
         gated = self.gate_heads(out * self.head_dim**-0.5, x_g)
         return Mixed(r, own_k, own_v, gated, RecurrentState(wkv, shift), v_first)
 

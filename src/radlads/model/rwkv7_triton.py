@@ -16,19 +16,21 @@ Scratch tensors are [B H, G, L, N]; where they have rows for removals and for ou
 from __future__ import annotations
 
 from .chunked_kernels import (
+    chunk_start,
     decays,
-    end_of_text,
+    in_text,
     inverse,
     jit_for_all_sizes,
-    kept_share,
     last_row,
     load_fp32,
+    place_in_sequence,
     place_of_chunk,
     place_of_sequence,
     place_of_state,
     sums_of_rows,
     texts_of_chunk,
     tl,
+    where_seen,
 )
 from .chunked_operators import operator
 from .chunked_passes import VALUES, Chunks, Kernels, Launch, Launches
@@ -47,9 +49,9 @@ def _prepare(
     """
     g, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     n, i, j = tl.arange(0, N), tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
-    first_token, num_real = place_of_chunk(chunks_ptr, bh, g, T, H, N, L)
+    first_token, first, last = place_of_chunk(chunks_ptr, bh, g, T, H, N, L)
     tokens = i * (H * N) + n[None, :]
-    real = i < num_real
+    real = first + i < last
     dtype = r_ptr.dtype.element_ty
     log_w = tl.load(log_w_ptr + first_token + tokens, mask=real, other=0.0)
     c = tl.cumsum(log_w, axis=0)
@@ -65,23 +67,19 @@ def _prepare(
 
     chunk = bh * G + g
     half = tl.exp(0.5 * end)
-    reads_by, writes_by, sees, sees_earlier = half, half, i >= j, i > j
-    if numbers_ptr is not None:
-        row, column, met, left = texts_of_chunk(numbers_ptr, bh, g, T, H, L)
-        reads_by, writes_by = tl.where(row == met, half, 0.0), tl.where(row == left, half, 0.0)
-        sees, sees_earlier = (i >= j) & (row == column), (i > j) & (row == column)
-        end = end_of_text(end, met, left)
+    row, column, met, left = texts_of_chunk(numbers_ptr, bh, g, T, H, L)
+    reads_by, writes_by = in_text(half, numbers_ptr, row, met, 0.0), in_text(half, numbers_ptr, row, left, 0.0)
     top, square = chunk * 2 * L * N, chunk * 2 * L * L
     bottom, square_bottom = top + L * N, square + L * L
     rows, cell, mirrored = i * N + n[None, :], i * L + j, j * L + i
-    tl.store(end_ptr + chunk * N + n, tl.reshape(end, (N,)))
+    tl.store(end_ptr + chunk * N + n, tl.reshape(in_text(end, numbers_ptr, met, left, float("-inf")), (N,)))
     tl.store(writes_ptr + top + rows, (y_b.to(tl.float32) * writes_by).to(dtype))
     tl.store(writes_ptr + bottom + rows, (y_k.to(tl.float32) * writes_by).to(dtype))
-    a_kb = tl.where(sees_earlier, tl.dot(x_k, tl.trans(y_b), input_precision=PRECISION), 0.0)
+    a_kb = where_seen(i > j, tl.dot(x_k, tl.trans(y_b), input_precision=PRECISION), numbers_ptr, row, column)
     solved = inverse(a_kb, L, dtype, PRECISION).to(dtype)
-    a_kk = tl.where(sees_earlier, tl.dot(x_k, tl.trans(y_k), input_precision=PRECISION), 0.0).to(dtype)
-    a_rb = tl.where(sees, tl.dot(x_r, tl.trans(y_b), input_precision=PRECISION), 0.0).to(dtype)
-    a_rk = tl.where(sees, tl.dot(x_r, tl.trans(y_k), input_precision=PRECISION), 0.0)
+    a_kk = where_seen(i > j, tl.dot(x_k, tl.trans(y_k), input_precision=PRECISION), numbers_ptr, row, column).to(dtype)
+    a_rb = where_seen(i >= j, tl.dot(x_r, tl.trans(y_b), input_precision=PRECISION), numbers_ptr, row, column).to(dtype)
+    a_rk = where_seen(i >= j, tl.dot(x_r, tl.trans(y_k), input_precision=PRECISION), numbers_ptr, row, column)
     found = (-tl.dot(solved, a_kk, input_precision=PRECISION)).to(dtype)
     seen = (-tl.dot(a_rb, solved, input_precision=PRECISION)).to(dtype)
     values = a_rk + tl.dot(seen, a_kk, input_precision=PRECISION)
@@ -104,8 +102,9 @@ def _prepare(
 
 @jit_for_all_sizes
 def _scan(
-    reads_ptr, mixes_ptr, writes_ptr, end_ptr, numbers_ptr, in_ptr, first_ptr, out_ptr, last_ptr, top_ptr, states_ptr,
-    ranges_ptr, first_slots_ptr, last_slots_ptr, slot_stride, T, G, H, N: tl.constexpr, L: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr,
+    reads_ptr, mixes_ptr, writes_ptr, end_ptr, in_ptr, first_ptr, out_ptr, last_ptr, top_ptr, states_ptr,
+    ranges_ptr, first_slots_ptr, last_slots_ptr, slot_stride,
+    T, G, H, N: tl.constexpr, L: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr,
     KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Carry BV value channels of one head's state (or of its gradient, REVERSE) through all chunks, as `_prepare` says.
@@ -113,7 +112,7 @@ def _scan(
     Writes the lower rows (out, dv) and the last state; KEEP: the upper rows (u, dq) and the state met at each chunk.
     """
     bh = tl.program_id(1).to(tl.int64)
-    sequence, place, T, first_chunk, G = place_of_sequence(ranges_ptr, bh, T, G, H, N, L)
+    sequence, begin, T, first_chunk, G = place_of_sequence(ranges_ptr, bh, T, G, H)
     n, values = tl.arange(0, N), tl.program_id(0) * BV + tl.arange(0, BV)
     i, j = tl.arange(0, 2 * L)[:, None], tl.arange(0, L)[None, :]
     upper = i < L
@@ -124,13 +123,12 @@ def _scan(
     dtype = in_ptr.dtype.element_ty
     state = tl.zeros((N, BV), tl.float32)
     if first_ptr is not None:
-        first_ptr, is_there = place_of_state(first_ptr, first_slots_ptr, slot_stride, sequence, H, N)
+        first_ptr, is_there = place_of_state(first_ptr, first_slots_ptr, slot_stride, bh, sequence, H, N)
         if is_there:
             state = tl.load(first_ptr + in_state)
     for step in range(0, G):
         g = G - 1 - step if REVERSE else step
-        chunk = first_chunk + g
-        first_token = place + g * (L * H * N)
+        chunk, first_token = place_in_sequence(ranges_ptr, bh, begin, first_chunk, g, T, G, H, N, L)
         lower = (i >= L) & (g * L + i - L < T)
         held = state.to(dtype)
         x = tl.load(in_ptr + first_token + tokens, mask=g * L + tl.arange(0, L)[:, None] < T, other=0.0)
@@ -143,18 +141,18 @@ def _scan(
         if KEEP:
             tl.store(states_ptr + chunk * N * N + in_state, held)
             tl.store(top_ptr + chunk * L * N + i * N + values[None, :], y, mask=upper)
-        state *= kept_share(tl.load(end_ptr + chunk * N + n), numbers_ptr)[:, None]
+        state *= tl.exp(tl.load(end_ptr + chunk * N + n))[:, None]
         writes = tl.load(writes_ptr + chunk * 2 * L * N + columns)
         state = tl.dot(writes, y, acc=state, input_precision=PRECISION)
-    last_ptr, is_there = place_of_state(last_ptr, last_slots_ptr, slot_stride, sequence, H, N)
+    last_ptr, is_there = place_of_state(last_ptr, last_slots_ptr, slot_stride, bh, sequence, H, N)
     if is_there:
         tl.store(last_ptr + in_state, state)
 
 
 @jit_for_all_sizes
 def _gradients(
-    r_ptr, log_w_ptr, k_ptr, v_ptr, kappa_ptr, a_ptr, numbers_ptr, d_out_ptr, u_ptr, dq_ptr, states_ptr, d_states_ptr, end_ptr,
-    dr_ptr, d_log_w_ptr, dk_ptr, d_kappa_ptr, da_ptr,
+    r_ptr, log_w_ptr, k_ptr, v_ptr, kappa_ptr, a_ptr, numbers_ptr, d_out_ptr, u_ptr, dq_ptr, states_ptr, d_states_ptr,
+    end_ptr, dr_ptr, d_log_w_ptr, dk_ptr, d_kappa_ptr, da_ptr,
     T, G, H, N: tl.constexpr, L: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of everything but v, for one chunk and BK key channels.
@@ -168,10 +166,10 @@ def _gradients(
     chunk = bh * G + g
     keys, values = tl.program_id(2) * BK + tl.arange(0, BK), tl.arange(0, BV)
     i, j = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
-    first_token, num_real = place_of_chunk(None, bh, g, T, H, N, L)
+    first_token = chunk_start(bh, g, T, H, N, L)
     tokens, here = i * (H * N) + values[None, :], i * (H * N) + keys[None, :]
     rows, in_state = i * N + values[None, :], values[:, None] * N + keys[None, :]
-    real = i < num_real
+    real = g * L + i < T
     dtype = r_ptr.dtype.element_ty
     d_rk, d_rb = tl.zeros((L, L), tl.float32), tl.zeros((L, L), tl.float32)
     d_kk, d_kb = tl.zeros((L, L), tl.float32), tl.zeros((L, L), tl.float32)
@@ -196,9 +194,10 @@ def _gradients(
         kept += start.to(tl.float32) * d_end.to(tl.float32)
 
     end = tl.load(end_ptr + chunk * N + keys)[None, :]
-    share = kept_share(end, numbers_ptr)
     log_w = tl.load(log_w_ptr + first_token + here, mask=real, other=0.0)
-    end, half, shrink, grow = decays(log_w, end, L, dtype, PRECISION)
+    end, half, shrink, grow = decays(log_w, end, numbers_ptr, L, dtype, PRECISION)
+    row, column, met, left = texts_of_chunk(numbers_ptr, bh, g, T, H, L)
+    reads_by, writes_by = in_text(half, numbers_ptr, row, met, 0.0), in_text(half, numbers_ptr, row, left, 0.0)
     before = tl.exp(sums_of_rows(tl.where(i > j, 0.5, -0.5), log_w, dtype, PRECISION))
     kappa = load_fp32(kappa_ptr + first_token + here, real)
     a = load_fp32(a_ptr + first_token + here, real)
@@ -206,24 +205,26 @@ def _gradients(
     y_k = (load_fp32(k_ptr + first_token + here, real) * grow).to(dtype)
     x_r = (load_fp32(r_ptr + first_token + here, real) * shrink).to(dtype)
     x_k = (kappa * before).to(dtype)
-    m_rk, m_rb = tl.where(i >= j, d_rk, 0.0).to(dtype), tl.where(i >= j, d_rb, 0.0).to(dtype)
-    m_kk, m_kb = tl.where(i > j, d_kk, 0.0).to(dtype), tl.where(i > j, d_kb, 0.0).to(dtype)
+    m_rk = where_seen(i >= j, d_rk, numbers_ptr, row, column).to(dtype)
+    m_rb = where_seen(i >= j, d_rb, numbers_ptr, row, column).to(dtype)
+    m_kk = where_seen(i > j, d_kk, numbers_ptr, row, column).to(dtype)
+    m_kb = where_seen(i > j, d_kb, numbers_ptr, row, column).to(dtype)
 
-    dx = tl.dot(m_rk, y_k, acc=dx_r * half, input_precision=PRECISION)
+    dx = tl.dot(m_rk, y_k, acc=dx_r * reads_by, input_precision=PRECISION)
     dx = tl.dot(m_rb, y_b, acc=dx, input_precision=PRECISION)
     tl.store(dr_ptr + first_token + here, (dx * shrink).to(dtype), mask=real)
     dc = dx * x_r.to(tl.float32)
-    dx = tl.dot(m_kk, y_k, acc=dx_k * half, input_precision=PRECISION)
+    dx = tl.dot(m_kk, y_k, acc=dx_k * reads_by, input_precision=PRECISION)
     dx = tl.dot(m_kb, y_b, acc=dx, input_precision=PRECISION)
     by_removals = dx * x_k.to(tl.float32)
     d_kappa = dx * before
-    dy = dy_k * half
+    dy = dy_k * writes_by
     at_end = dy * y_k.to(tl.float32)
     dy = tl.dot(tl.trans(m_rk), x_r, acc=dy, input_precision=PRECISION)
     dy = tl.dot(tl.trans(m_kk), x_k, acc=dy, input_precision=PRECISION)
     tl.store(dk_ptr + first_token + here, (dy * grow).to(dtype), mask=real)
     dc -= dy * y_k.to(tl.float32)
-    dy = dy_b * half
+    dy = dy_b * writes_by
     at_end += dy * y_b.to(tl.float32)
     dy = tl.dot(tl.trans(m_rb), x_r, acc=dy, input_precision=PRECISION)
     dy = tl.dot(tl.trans(m_kb), x_k, acc=dy, input_precision=PRECISION)
@@ -231,7 +232,8 @@ def _gradients(
     dy *= grow
     tl.store(da_ptr + first_token + here, (dy * kappa).to(dtype), mask=real)
     tl.store(d_kappa_ptr + first_token + here, (d_kappa + dy * a).to(dtype), mask=real)
-    at_the_end = tl.sum(at_end, axis=0)[None, :] + tl.sum(kept, axis=0)[None, :] * tl.exp(end)
+    at_the_end = tl.sum(at_end, axis=0)[None, :]
+    at_the_end += tl.sum(kept, axis=0)[None, :] * in_text(tl.exp(end), numbers_ptr, met, left, 0.0)
     dc += by_removals + tl.where(i == L - 1, at_the_end, 0.0)
     tl.store(d_log_w_ptr + first_token + here, tl.cumsum(dc, axis=0, reverse=True) - by_removals, mask=real)
 
@@ -262,7 +264,8 @@ class Rwkv7Chunks(Chunks):
         end, ahead = self.ends(), self.matrices()
         back = self.matrices() if backward else (None, None, None)
         self.kernels.prepare[(self.G, self.B * self.H)](
-            *inputs[:VALUES], *inputs[VALUES + 1 :], end, *ahead, *back, self.T, self.G, self.H,
+            *inputs[:VALUES], *inputs[VALUES + 1 :], self.numbers, self.chunks, end, *ahead, *back,
+            self.T, self.G, self.H,
             N=self.N, L=self.L, BACKWARD=backward, PRECISION=self.launch.precision,
             num_warps=self.launch.prepare_warps[backward],
         )  # fmt: skip
@@ -275,10 +278,11 @@ class Rwkv7Chunks(Chunks):
 _run, _forward_keeping = operator(__name__, Rwkv7Chunks)
 
 
-def rwkv7(r_BTHN, log_w_BTHN, k_BTHN, v_BTHN, kappa_BTHN, a_BTHN, state_BHVK=None):
+def rwkv7(r_BTHN, log_w_BTHN, k_BTHN, v_BTHN, kappa_BTHN, a_BTHN, state_BHVK=None, numbers_BT=None):
     """RAD-RWKV7 time mixing on a CUDA GPU; out [B, T, H, N] in v's dtype and the fp32 state [B, H, N, N].
 
     All inputs of one dtype, bfloat16 or float32, log_w float32; ranges as in rwkv7_reference. N is 64 or 128.
     bfloat16: products of bf16 numbers summed in fp32, the state in fp32. Any T, but made for T of a chunk or more.
+    numbers: int32, of each token's text, growing where another text begins, which sees nothing before it.
     """
-    return _run(r_BTHN, log_w_BTHN, k_BTHN, v_BTHN, kappa_BTHN, a_BTHN, state_BHVK)
+    return _run(r_BTHN, log_w_BTHN, k_BTHN, v_BTHN, kappa_BTHN, a_BTHN, numbers_BT, state_BHVK)
