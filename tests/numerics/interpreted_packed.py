@@ -9,14 +9,17 @@ import pytest
 import torch
 from interpreted_recurrence import KERNELS, NAMES, ORACLES, inputs, results
 from interpreter import runtime_loops  # noqa: F401
+from slot_cases import assert_sequences_in_slots, assert_steps_in_slots
 from tolerances import DECAY_GRADIENT, RECURRENCE, relative_error
+
+from radlads.model import state_slots
 
 pytestmark = pytest.mark.usefixtures("runtime_loops")
 kinds = pytest.mark.parametrize("kind", KERNELS)
 
-# Of two rows, by chunks of 32: three texts and more in a chunk, a text of one token, ends at the end of a chunk and of
-# the row, a text over three chunks, and a row of one text
-TEXTS = {"short": ((5, 1, 1, 13, 12, 32, 6), (3, 67)), "long": ((1, 69), (70,)), "at chunks": ((32, 32, 6), (64, 6))}
+# Of two rows, by chunks of 32: five texts in a chunk, two of one token; ends at the end of a chunk and of the row; a
+# text over three chunks, and a row of one text
+TEXTS = {"many": ((5, 1, 1, 13, 12, 32, 6), (1, 69)), "few": ((70,), (33, 37))}
 
 
 def numbers_of(lengths):
@@ -45,8 +48,7 @@ def row_by_row(oracle, tokens, state, lengths):
 
 
 @kinds
-@pytest.mark.parametrize("decay", [None, 1.0, 1e-4], ids=str)
-@pytest.mark.parametrize("texts", TEXTS)
+@pytest.mark.parametrize(("texts", "decay"), [("many", None), ("few", 1.0)])
 def test_texts_of_a_row_are_as_if_each_were_alone(kind, texts, decay):
     lengths = TEXTS[texts]
     packed = lambda *tensors: KERNELS[kind](*tensors, numbers_of(lengths))  # noqa: E731
@@ -55,3 +57,29 @@ def test_texts_of_a_row_are_as_if_each_were_alone(kind, texts, decay):
     for name in ("out", "last", *NAMES[kind]):
         bound = DECAY_GRADIENT if name == "log_w" else RECURRENCE
         assert relative_error(found[name], expected[name]) < bound, name
+
+
+@kinds
+def test_compiling_packed_rows_changes_nothing(kind):
+    packed = lambda *tensors: KERNELS[kind](*tensors, numbers_of(((20, 13), (33,))))  # noqa: E731
+    compiled = torch.compile(packed, backend="aot_eager", fullgraph=True)
+    expected = results(kind, packed, inputs(kind, 33, 64))
+    for name, found in results(kind, compiled, inputs(kind, 33, 64)).items():
+        assert torch.equal(found, expected[name]), name
+
+
+@pytest.fixture
+def on_cpus(monkeypatch):
+    monkeypatch.setattr(state_slots, "missing", lambda backend, v: None)
+
+
+@kinds
+@pytest.mark.usefixtures("on_cpus")
+def test_sequences_begin_and_end_in_slots(kind):
+    assert_sequences_in_slots(kind, "triton", RECURRENCE)
+
+
+@kinds
+@pytest.mark.usefixtures("on_cpus")
+def test_steps_are_in_slots(kind):
+    assert_steps_in_slots(kind, "triton", RECURRENCE)

@@ -46,8 +46,8 @@ def rwkv7(
     choice = choose_backend(backend, v_BTHV)
     if texts is not None and choice != "triton":
         assert state_BHVK is None, "packed rows start without a state"
-        run = functools.partial(rwkv7, backend=backend)
-        return run_text_by_text(run, texts, r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK)
+        text_alone = functools.partial(rwkv7, backend=backend)
+        return run_text_by_text(text_alone, texts, r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK)
     if choice == "triton":
         wanted, dtype = v_BTHV.dtype, _triton_dtype(v_BTHV)
         r_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK = (x.to(dtype) for x in (r_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK))
