@@ -3,16 +3,14 @@
 Run by test_triton_kernels.py. Shape letters: B batch, T tokens, H heads, N head size, S sequences.
 """
 
-from itertools import pairwise
-
 import pytest
 import torch
 from interpreted_recurrence import KERNELS, NAMES, ORACLES, inputs, results
 from interpreter import runtime_loops  # noqa: F401
-from slot_cases import assert_sequences_in_slots, assert_steps_in_slots
+from packed_cases import assert_sequences_in_slots, assert_steps_in_slots, numbers_of, text_by_text
 from tolerances import DECAY_GRADIENT, RECURRENCE, relative_error
 
-from radlads.model import state_slots
+from radlads.model import recurrence
 
 pytestmark = pytest.mark.usefixtures("runtime_loops")
 kinds = pytest.mark.parametrize("kind", KERNELS)
@@ -20,31 +18,6 @@ kinds = pytest.mark.parametrize("kind", KERNELS)
 # Of two rows, by chunks of 32: five texts in a chunk, two of one token; ends at the end of a chunk and of the row; a
 # text over three chunks, and a row of one text
 TEXTS = {"many": ((5, 1, 1, 13, 12, 32, 6), (1, 69)), "few": ((70,), (33, 37))}
-
-
-def numbers_of(lengths):
-    """int32 [B, T]: which text each token is of."""
-    return torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths]).int()
-
-
-def text_by_text(oracle, lengths):
-    """The oracle run on each text of each row by itself, as one function of [B, T, ...] tensors and a first state."""
-
-    def run(*tensors):
-        *tokens, state = tensors
-        rows = [row_by_row(oracle, [x[b : b + 1] for x in tokens], state[b : b + 1], lengths[b]) for b in range(2)]
-        return torch.cat([out for out, _ in rows]), torch.cat([last for _, last in rows])
-
-    return run
-
-
-def row_by_row(oracle, tokens, state, lengths):
-    ends = [0, *torch.tensor(lengths).cumsum(0).tolist()]
-    outs = []
-    for number, (start, end) in enumerate(pairwise(ends)):
-        out, last = oracle(*(x[:, start:end] for x in tokens), *([] if number else [state]))
-        outs.append(out)
-    return torch.cat(outs, dim=1), last
 
 
 @kinds
@@ -61,7 +34,8 @@ def test_texts_of_a_row_are_as_if_each_were_alone(kind, texts, decay):
 
 @kinds
 def test_compiling_packed_rows_changes_nothing(kind):
-    packed = lambda *tensors: KERNELS[kind](*tensors, numbers_of(((20, 13), (33,))))  # noqa: E731
+    numbers = numbers_of(((20, 13), (33,)))
+    packed = lambda *tensors: KERNELS[kind](*tensors, numbers)  # noqa: E731
     compiled = torch.compile(packed, backend="aot_eager", fullgraph=True)
     expected = results(kind, packed, inputs(kind, 33, 64))
     for name, found in results(kind, compiled, inputs(kind, 33, 64)).items():
@@ -70,7 +44,7 @@ def test_compiling_packed_rows_changes_nothing(kind):
 
 @pytest.fixture
 def on_cpus(monkeypatch):
-    monkeypatch.setattr(state_slots, "missing", lambda backend, v: None)
+    monkeypatch.setattr(recurrence, "missing", lambda backend, v: None)
 
 
 @kinds

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from slot_cases import assert_sequences_in_slots, assert_steps_in_slots, integers, padded_states, tokens
+from packed_cases import assert_sequences_in_slots, assert_steps_in_slots, integers, padded_states, tokens
 from tolerances import RECURRENCE
 
 from radlads.model import gla_triton, rwkv7_triton

@@ -36,6 +36,7 @@ class RadRwkv7(RecurrentMixer):
     }
     shares_first_values = True
     decay_and_shift = ("w[012]",)
+    kind = "rwkv7"
     state_flops = 9  # decay 1, write 2, read 2; the removal: find 2, take away 2
     made_for: ClassVar = frozenset({"vLLM", "published format", "CUDA graph", "fused decode", "packed rows"})
     obstacles: ClassVar = {
@@ -94,7 +95,7 @@ class RadRwkv7(RecurrentMixer):
         kappa, k = self._removal_and_key(k, a, log_w)
         mask = shared.token_mask
         written = zero_at_padding(log_w, mask), k, zero_at_padding(v, mask), kappa, zero_at_padding(a, mask)
-        out, wkv = rwkv7(r, *written, None if state is None else state.wkv, texts=shared.texts)
+        out, wkv = self.recur(rwkv7, (r, *written), state, shared)
         scale = 1.0 if self.config.groupnorm_att else self.head_dim**-0.5
         return Mixed(r, own_k, own_v, self.gate_heads(out * scale, x), RecurrentState(wkv), v_first)
 

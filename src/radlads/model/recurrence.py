@@ -49,7 +49,7 @@ def rwkv7(
         text_alone = functools.partial(rwkv7, backend=backend)
         return run_text_by_text(text_alone, texts, r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK)
     if choice == "triton":
-        wanted, dtype = v_BTHV.dtype, _triton_dtype(v_BTHV)
+        wanted, dtype = v_BTHV.dtype, triton_dtype(v_BTHV)
         r_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK = (x.to(dtype) for x in (r_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK))
         log_w_BTHK, numbers = log_w_BTHK.float(), None if texts is None else texts.numbers
         out_BTHV, state_BHVK = rwkv7_triton(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK, state_BHVK, numbers)
@@ -72,7 +72,7 @@ def gla(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, state_BHKV=None, backend: Backend = 
         assert state_BHKV is None, "packed rows start without a state"
         return run_text_by_text(functools.partial(gla, backend=backend), texts, r_BTHK, log_w_BTHK, k_BTHK, v_BTHV)
     if choice == "triton":
-        wanted, dtype = v_BTHV.dtype, _triton_dtype(v_BTHV)
+        wanted, dtype = v_BTHV.dtype, triton_dtype(v_BTHV)
         r_BTHK, k_BTHK, v_BTHV = (x.to(dtype) for x in (r_BTHK, k_BTHK, v_BTHV))
         log_w_BTHK, numbers = log_w_BTHK.float(), None if texts is None else texts.numbers
         out_BTHV, state_BHKV = gla_triton(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, state_BHKV, numbers)
@@ -99,6 +99,13 @@ def choose_backend(backend: Backend, v_BTHV: torch.Tensor) -> Backend:
     if problem := missing(backend, v_BTHV):
         raise ValueError(problem)
     return backend
+
+
+def runs_on_triton(backend: Backend, v: torch.Tensor) -> bool:
+    """Whether such values, of any number of tokens, run on our kernels. Raises ValueError as choose_backend does."""
+    if backend == "auto":
+        return missing("triton", v) is None
+    return backend == "triton" and choose_backend(backend, v) == "triton"
 
 
 def missing(backend: Backend, v_BTHV: torch.Tensor) -> str | None:
@@ -143,7 +150,7 @@ def kernel_dtype(v_BTHV: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else v_BTHV.dtype
 
 
-def _triton_dtype(v_BTHV: torch.Tensor) -> torch.dtype:
+def triton_dtype(v_BTHV: torch.Tensor) -> torch.dtype:
     """kernel_dtype, but fp32 for fp16, which does not hold what decays undone over a chunk grow to."""
     dtype = kernel_dtype(v_BTHV)
     return dtype if dtype == torch.bfloat16 else torch.float32

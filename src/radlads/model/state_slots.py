@@ -7,13 +7,12 @@ Shape letters: T tokens, S sequences, B rows of one token each, H heads, N head 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
 from .gla_triton import GlaChunks
-from .recurrence import Backend, gla, kernel_dtype, missing, rwkv7
+from .recurrence import Backend, gla, runs_on_triton, rwkv7, triton_dtype
 from .rwkv7_triton import Rwkv7Chunks
 from .sequences import Sequences, Slots
 from .step_triton import step
@@ -22,23 +21,6 @@ Kind = Literal["rwkv7", "gla"]
 _VALUES = 3  # the place of v among a recurrence's inputs
 _CHUNKS: dict[Kind, Any] = {"rwkv7": Rwkv7Chunks, "gla": GlaChunks}
 _RECURRENCES: dict[Kind, Any] = {"rwkv7": rwkv7, "gla": gla}
-
-
-@dataclass(frozen=True)
-class PlacedStates:
-    """Where the states of a call's sequences lie, for mixers (contracts.SharedInputs).
-
-    sequences: what [1, T, ...] tensors hold, one after another; None: tensors are [B, 1, ...], one token of each row.
-    """
-
-    slots: Slots
-    sequences: Sequences | None = None
-
-    def run(self, kind: Kind, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The recurrence's outputs, like v [1, T, H, N] or [B, 1, H, N]. States are changed in place."""
-        if self.sequences is None:
-            return step_in_slots(kind, [x[:, 0] for x in tensors], self.slots)[:, None]
-        return run_in_slots(kind, [x[0] for x in tensors], self.sequences, self.slots)[None]
 
 
 @torch.no_grad()
@@ -55,7 +37,7 @@ def run_in_slots(
     num_tokens, found = sum(sequences.lengths), tensors[_VALUES].shape[0]
     if num_tokens != found:
         raise ValueError(f"the sequences have {num_tokens} tokens, but the tensors {found}: give as many")
-    if _uses_triton(tensors[_VALUES], backend):
+    if runs_on_triton(backend, tensors[_VALUES]):
         out = _CHUNKS[kind].forward_in_slots(_as_kernels_take(tensors), sequences, slots)
         return out.to(tensors[_VALUES].dtype)
     return _run_in_torch(kind, tensors, sequences, slots, backend)
@@ -69,7 +51,7 @@ def step_in_slots(kind: Kind, tensors: Sequence[torch.Tensor], slots: Slots, bac
     and outputs of 0: so a CUDA graph may be recorded for more rows than there are. Errors as run_in_slots.
     """
     check_states(slots.states, tensors[_VALUES])
-    if _uses_triton(tensors[_VALUES], backend):
+    if runs_on_triton(backend, tensors[_VALUES]):
         return step(kind, _as_kernels_take(tensors), slots.states, slots.last).to(tensors[_VALUES].dtype)
     run, real = _RECURRENCES[kind], slots.last >= 0
     rows = slots.last.clamp(min=0).long()
@@ -88,17 +70,9 @@ def check_states(states: torch.Tensor, v: torch.Tensor) -> None:
         )
 
 
-def _uses_triton(v: torch.Tensor, backend: Backend) -> bool:
-    problem = missing("triton", v) if backend in ("auto", "triton") else None
-    if backend == "triton" and problem is not None:
-        raise ValueError(problem)
-    return backend == "triton" or (backend == "auto" and problem is None)
-
-
 def _as_kernels_take(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """In one dtype, log w, the second, in fp32. fp16 does not hold what decays undone over a chunk grow to."""
-    dtype = kernel_dtype(tensors[_VALUES])
-    dtype = dtype if dtype == torch.bfloat16 else torch.float32
+    """In one dtype, but log w, the second, in fp32."""
+    dtype = triton_dtype(tensors[_VALUES])
     return [x.to(torch.float32 if place == 1 else dtype) for place, x in enumerate(tensors)]
 
 

@@ -1,6 +1,6 @@
-"""Sequences of any lengths and single tokens on states in slots, against a recurrence run on each by itself.
+"""Texts in rows, and sequences and single tokens on states in slots, against a recurrence run on each by itself.
 
-Shape letters: T tokens, S sequences, B rows, H heads, N head size.
+Shape letters: B rows, T tokens, S sequences, H heads, N head size.
 """
 
 import math
@@ -20,6 +20,31 @@ LENGTHS = (1, 32, 33, 70, 31, 5, 1, 64)
 FIRST = (4, -1, 2, 9, -1, 0, 7, 1)
 LAST = (4, 3, 2, 8, -1, 0, 10, 1)
 NUM_SLOTS = 11
+
+
+def numbers_of(lengths):
+    """int32 [B, T]: which text each token is of."""
+    return torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths]).int()
+
+
+def text_by_text(oracle, lengths):
+    """The oracle run on each text of each row by itself, as one function of [B, T, ...] tensors and a first state."""
+
+    def run(*tensors):
+        *tokens, state = (x.split(1) for x in tensors)
+        rows = zip(zip(*tokens, strict=True), state, lengths, strict=True)
+        outs, lasts = zip(*(_row_by_texts(oracle, *row) for row in rows), strict=True)
+        return torch.cat(outs), torch.cat(lasts)
+
+    return run
+
+
+def _row_by_texts(oracle, tokens, state, lengths):
+    outs = []
+    for piece in zip(*(x.split(lengths, dim=1) for x in tokens), strict=True):
+        out, last = oracle(*piece, torch.zeros_like(state) if outs else state)
+        outs.append(out)
+    return torch.cat(outs, dim=1), last
 
 
 def tokens(kind, *shape, device="cpu", dtype=torch.float32, seed=0):
