@@ -126,10 +126,10 @@ def decodes(kind: Kind, H: int, N: int, share: int, device: torch.device) -> Ite
         def ours(tensors=tensors, tables=tables, at=at):
             return [step_in_slots(kind, tensors, Slots(table, at, at)) for table in tables]
 
-        def other(tensors=tensors, beside=beside, every=None if device.type == "cuda" else at.sort().values):
-            if every is None:
+        def other(tensors=tensors, beside=beside, at=at):
+            if device.type == "cuda":
                 return [step(kind, tensors, states, None) for states in beside]
-            return [step_in_slots(kind, tensors, Slots(states, every, every)) for states in beside]
+            return [step_in_slots(kind, tensors, Slots(states, at, at)) for states in beside]
 
         yield Case(f"decode {rows} rows, {layers} layers", ours, other)
 
