@@ -144,7 +144,8 @@ class RecurrentMixer(TimeMixer):
         """recurrence(*tensors, the state's matrices): outputs [B, T, H, N], and the matrices after the last token; None
         if they lie in shared.slots."""
         if shared.slots is None:
-            return recurrence(*tensors, None if state is None else state.wkv, texts=shared.texts)
+            packed = {} if shared.texts is None else {"texts": shared.texts}
+            return recurrence(*tensors, None if state is None else state.wkv, **packed)
         if shared.sequences is None:
             return step_in_slots(self.kind, [x[:, 0] for x in tensors], shared.slots)[:, None], None
         return run_in_slots(self.kind, [x[0] for x in tensors], shared.sequences, shared.slots)[None], None

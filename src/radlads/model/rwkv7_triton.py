@@ -64,9 +64,7 @@ def _prepare(
     y_b = (kappa * a * tl.exp(-c)).to(dtype)
     y_k = (load_fp32(k_ptr + first_token + tokens, real) * tl.exp(-c)).to(dtype)
     x_r = (load_fp32(r_ptr + first_token + tokens, real) * tl.exp(c)).to(dtype)
-
-    chunk = bh * G + g
-    half = tl.exp(0.5 * end)
+    chunk, half = bh * G + g, tl.exp(0.5 * end)
     row, column, met, left = texts_of_chunk(numbers_ptr, bh, g, T, H, L)
     reads_by, writes_by = in_text(half, numbers_ptr, row, met, 0.0), in_text(half, numbers_ptr, row, left, 0.0)
     top, square = chunk * 2 * L * N, chunk * 2 * L * L
