@@ -15,6 +15,8 @@ from radlads.data.binidx import BinIdxReader, BinIdxWriter
 from radlads.distill.documents import document_ends, rows_of_documents, rows_without_first_tokens
 from radlads.distill.logits import build_stage
 from radlads.model import block
+from radlads.model.rad_rwkv7 import RadRwkv7
+from radlads.model.registry import TIME_MIXERS
 from radlads.train import fit
 
 END = 256
@@ -43,14 +45,25 @@ def apart(tokens):
     return [torch.tensor([document]) for document in found if len(document) > 1]
 
 
+class OwnRwkv7(RadRwkv7):
+    """A mixer of the user's own, which knows nothing of texts."""
+
+    def forward(self, x, state, v_first, shared):
+        assert shared.texts is None
+        return super().forward(x, state, v_first, shared)
+
+
 @pytest.fixture(scope="module")
 def pairs(teacher):
     """By mixer, a student whose every parameter has a gradient, and the teacher."""
     source = open_teacher(teacher)
     found = {}
-    for mixer in ("rad_rwkv6", "rad_rwkv7", "qwen2"):
+    for mixer in ("rad_rwkv6", "rad_rwkv7", "qwen2", "own"):
         torch.manual_seed(0)
-        student = build_student(source, tiny.stage_config(teacher, "distill", **{"model.tmix": mixer}).model)[0]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(TIME_MIXERS, "rad_rwkv7", OwnRwkv7 if mixer == "own" else RadRwkv7)
+            keys = {"model.tmix": "rad_rwkv7" if mixer == "own" else mixer}
+            student = build_student(source, tiny.stage_config(teacher, "distill", **keys).model)[0]
         for parameter in student.parameters():
             parameter.data.add_(0.05 * torch.randn_like(parameter))
         found[mixer] = student, build_teacher(source)
@@ -92,6 +105,8 @@ def assert_same(found, expected):
     [
         *((mixer, kind, {}) for mixer in ("rad_rwkv6", "rad_rwkv7") for kind in ("align", "distill", "extend")),
         ("rad_rwkv7", "align", {"align_loss": "mse"}),
+        ("own", "align", {}),
+        ("own", "distill", {}),
         ("rad_rwkv7", "extend", MIX),
         ("qwen2", "extend", {}),
     ],
