@@ -31,7 +31,7 @@ STAGES = {
     "distill": {"activation_checkpointing": "none"},
     "distill-accumulated": ACCUMULATED | {"activation_checkpointing": "selective"},
     "distill-measured": ACCUMULATED | {"activation_checkpointing": "full", "heldout_every_steps": 7},
-    "extend": {"trainable": "decay", "mask_labels_at_eos": 1, "eos_token_id": stages.END},
+    "extend": {"trainable": "decay", "reset_state_at_eos": 1, "eos_token_id": stages.END},
     "instruct": {"on_policy_share": 0.5, "on_policy_max_tokens": 6, "on_policy_temperature": 0.0, "lr_init": 1e-4},
 }
 # Stage 3 takes five times as long: it gathers block by block
@@ -269,7 +269,6 @@ STUDENT = RadladsConfig()
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"reset_state_at_eos": 1}, "reset_state_at_eos 1 .*set ddp"),
         ({"precision": "bf16-true"}, "bf16-true .*set fsdp"),
         ({"spike_factor": 3.0}, "spike_factor .*set ddp or fsdp"),
         ({"optimizer": "muon"}, "optimizer muon .*set ddp"),

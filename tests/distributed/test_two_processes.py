@@ -22,6 +22,7 @@ STAGES = {
     "instruct": {"on_policy_share": 0.5, "on_policy_max_tokens": 6, "on_policy_temperature": 0.0, "lr_init": 1e-4},
 }
 IN_SHARDS = ("align", "align-accumulated", "align-rwkv6", "distill", "distill-accumulated", "extend", "instruct")
+IN_SHARDS += ("distill-documents",)
 COMPILED = ("distill",)
 CASES = [(name, "ddp") for name in STAGES if name != "align-rwkv6"] + [(name, "fsdp") for name in IN_SHARDS]
 pytestmark = pytest.mark.timeout(1200)

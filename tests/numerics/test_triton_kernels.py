@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("tests", ["interpreted_recurrence.py", "interpreted_window.py"])
+@pytest.mark.parametrize("tests", ["interpreted_packed.py", "interpreted_recurrence.py", "interpreted_window.py"])
 def test_kernels_in_the_interpreter(tests):
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name(tests))]

@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from radlads.convert.hf_source import open_teacher
 from radlads.convert.student import build_student, build_teacher
 from radlads.data.binidx import BinIdxReader, BinIdxWriter
-from radlads.distill.documents import UNCOUNTED, document_ends, documents, rows_without_first_tokens
+from radlads.distill.documents import document_ends, rows_of_documents, rows_without_first_tokens
 from radlads.distill.logits import build_stage
 from radlads.model import block
-from radlads.train import fit, hardware
+from radlads.model.rad_rwkv7 import RadRwkv7
+from radlads.model.registry import TIME_MIXERS
+from radlads.train import fit
 
 END = 256
 MIX = {"train.teacher.hf_path": "named", "train.teacher.kl_weight": 0.25, "train.teacher.ce_weight": 0.75}
@@ -43,14 +45,25 @@ def apart(tokens):
     return [torch.tensor([document]) for document in found if len(document) > 1]
 
 
+class OwnRwkv7(RadRwkv7):
+    """A mixer of the user's own, which knows nothing of texts."""
+
+    def forward(self, x, state, v_first, shared):
+        assert shared.texts is None
+        return super().forward(x, state, v_first, shared)
+
+
 @pytest.fixture(scope="module")
 def pairs(teacher):
     """By mixer, a student whose every parameter has a gradient, and the teacher."""
     source = open_teacher(teacher)
     found = {}
-    for mixer in ("rad_rwkv6", "rad_rwkv7", "qwen2"):
+    for mixer in ("rad_rwkv6", "rad_rwkv7", "qwen2", "own"):
         torch.manual_seed(0)
-        student = build_student(source, tiny.stage_config(teacher, "distill", **{"model.tmix": mixer}).model)[0]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(TIME_MIXERS, "rad_rwkv7", OwnRwkv7 if mixer == "own" else RadRwkv7)
+            keys = {"model.tmix": "rad_rwkv7" if mixer == "own" else mixer}
+            student = build_student(source, tiny.stage_config(teacher, "distill", **keys).model)[0]
         for parameter in student.parameters():
             parameter.data.add_(0.05 * torch.randn_like(parameter))
         found[mixer] = student, build_teacher(source)
@@ -92,6 +105,8 @@ def assert_same(found, expected):
     [
         *((mixer, kind, {}) for mixer in ("rad_rwkv6", "rad_rwkv7") for kind in ("align", "distill", "extend")),
         ("rad_rwkv7", "align", {"align_loss": "mse"}),
+        ("own", "align", {}),
+        ("own", "distill", {}),
         ("rad_rwkv7", "extend", MIX),
         ("qwen2", "extend", {}),
     ],
@@ -147,31 +162,17 @@ def test_masking_changes_nothing_in_align(pairs):
 
 def test_rows_of_one_document_stay_as_they_are():
     tokens = rows()[2:]
-    for cut in (documents, rows_without_first_tokens):
+    for cut in (rows_of_documents, rows_without_first_tokens):
         (sequences,) = cut(tokens, end_ids=(END,))
         assert torch.equal(sequences.inputs, tokens[:, :-1])
         assert torch.equal(sequences.labels, tokens[:, 1:])
         assert sequences.counted is None
 
 
-def test_runs_are_no_larger_than_the_batch_and_little_of_them_is_padding():
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(256, (6, 301), generator=generator)
-    tokens[torch.rand(tokens.shape, generator=generator) < 0.02] = END
-    tokens[5] = 1
-    runs = list(documents(tokens, end_ids=(END,)))
-    pieces = [run.labels[i][run.labels[i] != UNCOUNTED].tolist() for run in runs for i in range(len(run.labels))]
-    assert sorted(pieces) == sorted(document[0, 1:].tolist() for document in apart(tokens))
-    assert [len(piece) for piece in pieces] == sorted(map(len, pieces), reverse=True)
-    assert all(run.inputs.numel() <= 6 * 300 for run in runs)
-    assert all(run.count == (run.labels != UNCOUNTED).sum() for run in runs)
-    assert {run.inputs.shape[1] for run in runs} == {64, 128, 300}
-    assert sum(run.labels.numel() for run in runs) < 1.8 * sum(run.count for run in runs)
-
-
 def test_several_tokens_may_end_a_document():
-    lengths = [run.count for run in documents(torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]]), end_ids=(3, 6))]
-    assert lengths == [2, 2, 1]
+    (found,) = rows_of_documents(torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]]), end_ids=(3, 6))
+    assert found.numbers.tolist() == [[0, 0, 0, 1, 1, 1, 2]]
+    assert found.labels.tolist() == [[2, 3, -100, 5, 6, -100, 8]] and found.count == 5
 
 
 @pytest.fixture(scope="module")
@@ -216,22 +217,16 @@ def test_accumulating_unequal_counts_is_one_large_batch(teacher, corpus, tmp_pat
     assert one == pytest.approx(eight, rel=1e-5)
 
 
-def test_documents_are_never_compiled(teacher, corpus, tmp_path, monkeypatch):
+def test_documents_are_compiled_as_rows_are(teacher, corpus, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(block, "_compiled", lambda function, backend: asked.append(backend) or function)
-    monkeypatch.setattr(hardware, "has_triton", lambda device: True)
-    compiles = hardware.compiles
-    monkeypatch.setattr(fit, "compiles", lambda train, device: compiles(train, torch.device("cuda")))
-    run(teacher, corpus, tmp_path / "documents", reset_state_at_eos=1, my_exit_tokens=64)
-    assert not asked
-    run(teacher, corpus, tmp_path / "rows", mask_labels_at_eos=1, my_exit_tokens=64)
-    assert asked
+    monkeypatch.setattr(block, "_compiled", lambda function, backend: asked.append(function.__name__) or function)
+    run(teacher, corpus, tmp_path / "documents", reset_state_at_eos=1, compile="always", my_exit_tokens=64)
+    assert {"mixed", "feed"} <= set(asked)
 
 
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"reset_state_at_eos": 1, "compile": "always"}, "must be 'auto' or 'never' with train.reset_state_at_eos"),
         ({"mask_labels_at_eos": 1, "eos_token_id": 7}, r"no document of .*train\.bin ends in token 7"),
         ({"reset_state_at_eos": 1, "data_file": ""}, "data_file is not set"),
     ],

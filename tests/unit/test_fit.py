@@ -3,7 +3,6 @@
 import csv
 import json
 import signal
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -312,7 +311,6 @@ def test_auto_compiles_on_cuda_with_triton_alone(tmp_path, monkeypatch):
     for triton in (True, False):
         monkeypatch.setattr(hardware, "has_triton", lambda device, triton=triton: triton)
         assert hardware.compiles(train, cuda) is triton
-        assert not hardware.compiles(replace(train, reset_state_at_eos=1), cuda)
         assert not hardware.compiles(train, torch.device("cpu"))
 
 

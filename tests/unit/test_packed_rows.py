@@ -6,6 +6,7 @@ from accelerate.utils import send_to_device
 from test_generation import STACKS, logits_of, perturbed_model, random_tokens
 from tolerances import PADDING, RECOMPUTE, relative_error
 
+from radlads.model import block
 from radlads.model.cache import RadladsCache
 from radlads.model.rad_rwkv6 import RadRwkv6
 from radlads.model.rad_rwkv7 import RadRwkv7
@@ -164,15 +165,29 @@ def test_accelerate_moves_what_layers_share_to_another_device(ids):
     model = perturbed_model("mixed")
     shared = model.model.shared_inputs(model.model.embed_tokens(ids), torch.ones_like(ids), positions(), None)
     moved = send_to_device(shared, "meta")
-    tensors = moved.cos, moved.sin, moved.attention_mask, moved.texts.starts, *moved.texts.runs, moved.texts.places
+    tensors = moved.cos, moved.sin, moved.attention_mask, moved.texts.starts, moved.texts.numbers
     assert {x.device.type for x in tensors} == {"meta"} and moved.token_mask is None
 
 
-def test_compiled_blocks_leave_packed_rows_to_python(ids):
-    model = perturbed_model("mixed")
-    expected = logits_of(model, ids, position_ids=positions(), use_cache=False)
+@pytest.mark.parametrize("stack", ["rwkv7", "windowed", "qwen2"])
+def test_compiled_blocks_read_packed_rows_of_any_texts_in_the_same_graphs(ids, stack):
+    model = perturbed_model(stack)
+    batches = [{"seq_idx": numbers()}, {"seq_idx": (torch.arange(41, dtype=torch.int32) // 7).repeat(2, 1)}]
+    expected = [logits_of(model, ids, **batch, use_cache=False) for batch in batches]
     model.compile_blocks(backend="eager")
-    assert torch.equal(logits_of(model, ids, position_ids=positions(), use_cache=False), expected)
+    for number, batch in enumerate(batches):
+        with torch._dynamo.config.patch(error_on_recompile=number > 0):
+            assert relative_error(logits_of(model, ids, **batch, use_cache=False), expected[number]) < RECOMPUTE
+
+
+def test_texts_that_are_run_one_by_one_are_not_compiled(ids, monkeypatch):
+    asked = []
+    monkeypatch.setattr(block, "_compiled", lambda function, backend: asked.append(function.__name__) or function)
+    monkeypatch.setitem(TIME_MIXERS, "rad_rwkv7", OwnRwkv7)
+    model = perturbed_model("rwkv7")
+    model.compile_blocks(backend="eager")
+    logits_of(model, ids, position_ids=positions(), use_cache=False)
+    assert set(asked) == {"feed"}
 
 
 def test_a_compiled_model_reads_packed_rows(ids):

@@ -134,7 +134,7 @@ def test_the_recurrence_keeps_what_is_counted():
     B, T, H, N = 2, 64, 3, 64
     inputs = [torch.empty(B, T, H, N, dtype=torch.bfloat16, device="meta") for _ in range(5)]
     inputs.insert(1, torch.empty(B, T, H, N, device="meta"))
-    _, _, *kept = rwkv7_triton._forward_keeping(*inputs, None)
+    _, _, *kept = rwkv7_triton._forward_keeping(*inputs, None, None)
     L = rwkv7_triton.BFLOAT16.chunk
     counted = H * (2 * (5 * N + 2 * L + N * N / L) + 4 * N / L)
     assert sum(x.numel() * x.element_size() for x in kept) == B * T * counted

@@ -205,8 +205,7 @@ class TrainConfig:
     """What the backward pass recomputes to save memory: none; selective = time mixers; full = whole blocks, about a
     third more time; auto = as grad_cp says. No effect in the align stage."""
     compile: Literal["auto", "always", "never"] = "auto"
-    """Run the blocks through torch.compile; auto = on CUDA with Triton, but never with reset_state_at_eos (too many
-    lengths), which refuses the value always."""
+    """Run the blocks through torch.compile; auto = on CUDA with Triton."""
     cuda_graphs: Literal["auto", "always", "never"] = "auto"
     """Record a batch's forward and backward pass as a CUDA graph, which takes the host next to nothing to run; auto =
     where our own mixers are compiled, and the stage aligns or gradients take a tenth of the GPU's memory at most. Never
@@ -259,8 +258,8 @@ class TrainConfig:
     """1 = no loss where the input ends a document: what follows is another document's. No effect when aligning, whose
     loss has no labels."""
     reset_state_at_eos: Switch = 0
-    """1 = every document in a row is a sequence of its own, for student and teacher: states, attention and positions
-    start anew, and no document's first token is predicted. Not compiled, as lengths vary."""
+    """1 = every document in a row is a text of its own, for student and teacher: states, attention and positions start
+    anew, and no document's first token is predicted."""
     eos_token_id: int = -1
     """Token that ends a document; -1 = the model's. No effect without one of the two keys above."""
     on_policy_share: float = 0.0
@@ -332,11 +331,6 @@ class TrainConfig:
             raise ValueError(
                 f"train.lr_wait must be at most train.lr_endpoint, which is {self.lr_endpoint}, not {self.lr_wait}"
             )
-        if self.reset_state_at_eos and self.compile == "always":
-            raise ValueError(
-                "train.compile must be 'auto' or 'never' with train.reset_state_at_eos, whose sequences are of too "
-                "many lengths to compile for, not 'always'"
-            )
         if self.strategy not in STRATEGIES and ":" not in self.strategy:
             raise ValueError(f"train.strategy must be one of {', '.join(STRATEGIES)}, not {self.strategy!r}")
         if self.grad_cp and self.activation_checkpointing not in ("auto", "full"):
@@ -366,7 +360,7 @@ class TrainConfig:
         counts_labels = "whose labels are counted batch by batch"
         has_hooks = self.strategy not in ("auto", "ddp") and (self.devices != 1 or self.num_nodes > 1)
         refused = {
-            "train.reset_state_at_eos": (self.reset_state_at_eos, "whose sequences are of too many lengths"),
+            "train.reset_state_at_eos": (self.reset_state_at_eos, counts_labels),
             "train.mask_labels_at_eos": (self.mask_labels_at_eos and stage_of(self) != "align", counts_labels),
             "train.attention_distillation_stage 4": (stage_of(self) == "instruct", counts_labels),
             f"train.strategy {self.strategy}": (has_hooks, "whose hooks cannot be recorded"),

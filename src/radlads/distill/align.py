@@ -13,6 +13,7 @@ from radlads.distill.stage import LossPart, Trainable
 from radlads.model.block import Block
 from radlads.model.contracts import SharedInputs
 from radlads.model.modeling import RadladsForCausalLM
+from radlads.model.packed_rows import mix_rows
 from radlads.model.whole_parameters import call_whole
 
 
@@ -54,16 +55,17 @@ class Align:
         values: torch.Tensor | None = None
         collected: torch.Tensor | None = None
         held = None
-        for layer, x, target, shared in _frozen(teacher.model.attention_taps(sequences.inputs)):
+        for layer, x, target, shared in _frozen(teacher.model.attention_taps(sequences.inputs, sequences.numbers)):
             if layer > max(recurrent, default=-1):
                 break
             if layer not in recurrent:
                 continue
             block = student.model.layers[layer]
             assert isinstance(block, Block)
-            mixer_loss = block.compiled(_mixer_loss, x.shape[1])
+            mixer_loss = block.compiled(_mixer_loss, x.shape[1], shared.texts)
             run = functools.partial(call_whole, backward_follows=layer != first_value_layer)
-            loss, v_first = run(block.self_attn, mixer_loss, x, target, values, shared, self.kind, counted)
+            how = self.kind, counted, block.reads_texts
+            loss, v_first = run(block.self_attn, mixer_loss, x, target, values, shared, *how)
             if values is None and v_first is not None:
                 values = v_first.detach().requires_grad_(torch.is_grad_enabled())
                 held = (layer, loss, v_first)
@@ -80,10 +82,10 @@ class Align:
             yield LossPart(f"layer_{layer}", objective, loss.detach(), count)
 
 
-def _mixer_loss(mixer: torch.nn.Module, x, target, values, shared: SharedInputs, kind: Literal["l2", "mse"], counted):
+def _mixer_loss(mixer: torch.nn.Module, x, target, values, shared: SharedInputs, kind, counted, reads_texts: bool):
     """How far a mixer's output on x [B, T, C] is from target, over `counted` tokens; and v_first for the next."""
     run = mixer.forward if isinstance(mixer, FSDPModule) else mixer  # call_whole stands in for the hooks of a call
-    output, _, v_first = run(x, None, values, shared)
+    output, _, v_first = mix_rows(run, x, None, values, shared, reads_texts=reads_texts)
     return alignment(target, output, kind, counted), v_first
 
 

@@ -49,8 +49,8 @@ class Logits:
         if self.kl_weight:
             assert teacher is not None
             with torch.no_grad():
-                teacher_hidden = _hidden(teacher, sequences.inputs, counted)
-        hidden = _hidden(student, sequences.inputs, counted)
+                teacher_hidden = _hidden(teacher, sequences)
+        hidden = _hidden(student, sequences)
         labels = sequences.labels if counted is None else sequences.labels[counted]
         read_head = functools.partial(call_whole, student.lm_head, self._head_loss, hidden, labels)
         if teacher_hidden is None or teacher is None:
@@ -72,10 +72,10 @@ class Logits:
         )
 
 
-def _hidden(model: RadladsForCausalLM, inputs: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
+def _hidden(model: RadladsForCausalLM, sequences: Sequences) -> torch.Tensor:
     """What the head reads: [B, T, C], or [N, C] of the N positions that count."""
-    hidden = model.model(inputs, use_cache=False).last_hidden_state
-    return hidden if counted is None else hidden[counted]
+    hidden = model.model(sequences.inputs, use_cache=False, seq_idx=sequences.numbers).last_hidden_state
+    return hidden if sequences.counted is None else hidden[sequences.counted]
 
 
 def build_stage(train: TrainConfig, *, end_ids: Sequence[int] = ()) -> Stage:

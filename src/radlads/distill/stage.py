@@ -19,8 +19,7 @@ class LossPart:
     objective: scalar to run backward on, a sum over tokens; None: another part's objective holds it. sum: the part's
     value, detached. count: what to divide sums by.
     The stage's loss is the sum of all parts' sums over the sum of all parts' counts, over any number of batches, times
-    the stage's share. A batch that is cut into documents may yield parts of the same name several times, or none at
-    all. is_last: whether no other part of the same sequences follows.
+    the stage's share. is_last: whether no other part of the same sequences follows.
     """
 
     name: str

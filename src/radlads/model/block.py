@@ -14,7 +14,7 @@ from .cache import RadladsCache
 from .configuration import RadladsConfig, layer_type_of
 from .contracts import SharedInputs
 from .layers import RMSNorm
-from .packed_rows import mix_texts
+from .packed_rows import Texts, mix_rows
 from .registry import build_channel_mixer, build_time_mixer
 from .time_mixer import TimeMixer
 
@@ -24,6 +24,7 @@ class Block(GradientCheckpointingLayer):
 
     mix, feed and run know no cache, so that torch.compile can take them; forward and tapped may call them compiled.
     compile_backend: torch.compile's backend once compile_blocks() asked for it, else None.
+    reads_texts: whether the time mixer reads SharedInputs.texts itself.
     recompute_mixer: what runs the first half in training, and again in the backward pass, instead of keeping what it
     made; None: it is kept.
     """
@@ -66,9 +67,7 @@ class Block(GradientCheckpointingLayer):
         """hidden [B, T, C] and v_first to the same after this block. Tensors are positional for checkpointing."""
         if past_key_values is not None:
             return self._cached(hidden, v_first, shared, past_key_values)
-        # Every batch of packed rows has other shapes, and would be compiled anew
-        mixed = self.compiled(Block.mixed, hidden.shape[1]) if shared.texts is None else Block.mixed
-        mix = functools.partial(mixed, self)
+        mix = functools.partial(self.compiled(Block.mixed, hidden.shape[1], shared.texts), self)
         if self.recompute_mixer is not None and self.training and torch.is_grad_enabled():
             hidden, v_first = self.recompute_mixer(mix, hidden, v_first, shared)
         else:
@@ -78,8 +77,8 @@ class Block(GradientCheckpointingLayer):
     def _cached(self, hidden, v_first, shared: SharedInputs, past_key_values: RadladsCache):
         state = past_key_values.load(self.layer_idx)
         # A softmax layer's state is a view of the cache itself, which no graph can hold
-        in_graph = (state is None or isinstance(state, tuple)) and shared.texts is None
-        run = self.compiled(Block.run, hidden.shape[1]) if in_graph else Block.run
+        in_graph = state is None or isinstance(state, tuple)
+        run = self.compiled(Block.run, hidden.shape[1], shared.texts) if in_graph else Block.run
         num_tokens = hidden.shape[1]
         hidden, v_first, state = run(self, hidden, v_first, state, shared)
         past_key_values.store(self.layer_idx, state, num_tokens)
@@ -95,10 +94,7 @@ class Block(GradientCheckpointingLayer):
         x = self.input_layernorm(hidden)
         if shared.token_mask is not None:
             x = x * shared.token_mask.unsqueeze(-1).to(x.dtype)
-        if shared.texts is None or self.reads_texts:
-            y, state, v_first = self.self_attn(x, state, v_first, shared)
-        else:
-            y, state, v_first = mix_texts(self.self_attn, x, v_first, shared)
+        y, state, v_first = mix_rows(self.self_attn, x, state, v_first, shared, reads_texts=self.reads_texts)
         return hidden + y, v_first, state, x, y
 
     def mixed(self, hidden, v_first, shared: SharedInputs):
@@ -111,9 +107,11 @@ class Block(GradientCheckpointingLayer):
         """The second half, norm and channel mixer."""
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
-    def compiled(self, function: Callable, num_tokens: int) -> Callable:
-        """`function`, compiled if compile_blocks() asked for it; single tokens are run as they are."""
-        if self.compile_backend is None or num_tokens == 1:
+    def compiled(self, function: Callable, num_tokens: int, texts: Texts | None = None) -> Callable:
+        """`function`, compiled if compile_blocks() asked for it. Single tokens are run as they are, and so are texts
+        that the time mixer gets one by one: they have other shapes in every batch, and would be compiled anew."""
+        run_apart = texts is not None and not self.reads_texts
+        if self.compile_backend is None or num_tokens == 1 or run_apart:
             return function
         return _compiled(function, self.compile_backend)
 

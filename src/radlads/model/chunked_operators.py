@@ -14,8 +14,8 @@ from .chunked_passes import VALUES, Chunks, last_state
 def operator(module: str, chunks: type[Chunks]) -> tuple[Callable, Any]:
     """Register a recurrence's three passes: the function to call, and the operator `forward_keeping`.
 
-    The function takes the inputs and the first state or None, and runs the pass that keeps something where a gradient
-    is wanted. module: the recurrence's, whose name the operators get.
+    The function takes the inputs, the numbers of texts or None (see Chunks), and the first state or None, and runs the
+    pass that keeps something where a gradient is wanted. module: the recurrence's, whose name the operators get.
     """
     run, run_keeping, run_back = _define(namespace_of(module), chunks)
     _register_shapes(chunks, run, run_keeping, run_back)
@@ -38,6 +38,7 @@ def namespace_of(module: str) -> str:
 def _define(namespace: str, chunks: type[Chunks]) -> tuple[Any, Any, Any]:
     """The operators of `forward`, `forward_keeping` and `backward`."""
     given, saved = (", ".join(f"Tensor {name}" for name in names) for names in (chunks.inputs, chunks.kept()))
+    given += ", Tensor? numbers"
 
     def define(name: str, function: Callable, arguments: str, num_results: int) -> Any:
         schema = f"({arguments}) -> ({', '.join(['Tensor'] * num_results)})"
@@ -80,7 +81,7 @@ def _register_gradient(run_keeping: Any, run_back: Any) -> None:
         saved = ctx.saved_tensors  # once: activation checkpointing hands them out a single time
         d_out = torch.zeros_like(saved[VALUES]) if d_out is None else d_out
         *gradients, d_first = run_back(d_out, d_last, *saved)
-        return *gradients, d_first if ctx.has_first else None
+        return *gradients, None, d_first if ctx.has_first else None
 
     run_keeping.register_autograd(differentiate, setup_context=save)
 

@@ -2,7 +2,7 @@
 
 Leaves the kernels to gla_triton.py and rwkv7_triton.py, and torch's operators to chunked_operators.py.
 
-Shape letters: B batch, T tokens, H heads, N head size (keys and values), G chunks, L tokens per chunk.
+Shape letters: B batch, T tokens, H heads, N head size (keys and values), G chunks, L tokens per chunk, S sequences.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+
+from .sequences import CHUNK_TOKENS, Sequences, Slots
 
 # Programs of a scan below which a smaller share of the state for each is quicker
 FEW_PROGRAMS = 132
@@ -55,6 +57,9 @@ class Kernels(NamedTuple):
 class Chunks:
     """One call of a recurrence, whose inputs are like v [B, T, H, N]: shapes, scratch memory and launches.
 
+    numbers: int32 [B, T], of the text that each token is of, if rows hold several; they grow along a row, and the first
+    state is the first text's. sequences: what is packed into [1, T, H, N], if anything is; forward alone.
+
     A subclass is a recurrence. inputs: the names of its arguments, v the fourth. met: the names of what a scan meets on
     its way, the states last. rows: how many rows of reads, mixes and writes a token has.
     """
@@ -65,12 +70,17 @@ class Chunks:
     kernels: ClassVar[Kernels]
     launches: ClassVar[Launches]
 
-    def __init__(self, v: torch.Tensor):
-        self.like = v
+    def __init__(self, v: torch.Tensor, numbers: torch.Tensor | None = None, sequences: Sequences | None = None):
+        self.like, self.numbers = v, numbers
         self.launch = self.launches.bfloat16 if v.dtype == torch.bfloat16 else self.launches.float32
         self.B, self.T, self.H, self.N = v.shape
         self.L = self.launch.chunk
-        self.G = -(-self.T // self.L)
+        self.G, self.S = -(-self.T // self.L), self.B
+        self.chunks = self.ranges = None
+        if sequences is not None:
+            assert self.B == 1 and self.L == CHUNK_TOKENS
+            self.chunks, self.ranges = sequences.chunks, sequences.ranges
+            self.G, self.S = len(sequences.chunks), len(sequences.ranges)
 
     @classmethod
     def kept(cls) -> tuple[str, ...]:
@@ -85,35 +95,44 @@ class Chunks:
 
     @classmethod
     def forward(cls, *tensors):
-        """The output [B, T, H, N] and the last state [B, H, N, N] (fp32), from the inputs and, last, the first state or
-        None."""
-        *inputs, first = contiguous(*tensors)
-        v = inputs[VALUES]
-        chunks = cls(v)
+        """The output [B, T, H, N] and the last state [B, H, N, N] (fp32), from the inputs, the numbers of texts or
+        None, and the first state or None."""
+        *inputs, numbers, first = contiguous(*tensors)
+        chunks = cls(inputs[VALUES], numbers)
         end, ahead, _ = chunks.prepare(inputs, backward=False)
-        out, last, *_ = chunks.scan(ahead, end, v, first, reverse=False, keep=False)
+        out, last, *_ = chunks.scan(ahead, end, inputs[VALUES], first, reverse=False, keep=False)
         return out, last
 
     @classmethod
     def forward_keeping(cls, *tensors):
         """What `forward` returns, and what is kept."""
-        *inputs, first = contiguous(*tensors)
-        v = inputs[VALUES]
-        chunks = cls(v)
+        *inputs, numbers, first = contiguous(*tensors)
+        chunks = cls(inputs[VALUES], numbers)
         end, ahead, kept = chunks.prepare(inputs, backward=True)
-        return *chunks.scan(ahead, end, v, first, reverse=False, keep=True), end, *kept
+        return *chunks.scan(ahead, end, inputs[VALUES], first, reverse=False, keep=True), end, *kept
 
     @classmethod
     def backward(cls, *tensors):
         """Gradients of the inputs, and of the first state (fp32), from those of the output and of the last state (or
-        None), the inputs, and what was kept."""
+        None), the inputs, the numbers of texts or None, and what was kept."""
         d_out, d_last, *rest = contiguous(*tensors)
-        inputs, (*met, end, reads, mixes, writes) = rest[: len(cls.inputs)], rest[len(cls.inputs) :]
-        chunks = cls(inputs[VALUES])
+        inputs, (numbers, *kept) = rest[: len(cls.inputs)], rest[len(cls.inputs) :]
+        *met, end, reads, mixes, writes = kept
+        chunks = cls(inputs[VALUES], numbers)
         back = chunks.matrices_back(reads, mixes, writes)
         dv, d_first, *met_back = chunks.scan(back, end, d_out, d_last, reverse=True, keep=True)
         gradients = chunks.gradients(inputs, d_out, met, met_back, end)
         return *gradients[:VALUES], dv, *gradients[VALUES:], d_first
+
+    @classmethod
+    def forward_in_slots(cls, tensors, sequences: Sequences, slots: Slots):
+        """The output [T, H, N] of inputs [T, H, N] that hold sequences one after another; their states are read from
+        slots and written there. Tokens after the last sequence have no output."""
+        inputs = [x[None] for x in contiguous(*tensors)]
+        chunks = cls(inputs[VALUES], sequences=sequences)
+        end, ahead, _ = chunks.prepare(inputs, backward=False)
+        out, *_ = chunks.scan(ahead, end, inputs[VALUES], slots.states, reverse=False, keep=False, slots=slots)
+        return out[0]
 
     def prepare(self, inputs, *, backward: bool):
         """Run `_prepare`: the chunks' ends, the matrices of a scan forward, and those to keep, if `backward`."""
@@ -123,14 +142,17 @@ class Chunks:
         """The matrices of a scan backward, from those that were kept."""
         return reads, mixes, writes
 
-    def scan(self, matrices, end, x, first, *, reverse: bool, keep: bool):
-        """Run `_scan` on x: what comes out, the last state, and what was met (None without `keep`)."""
-        out, last = torch.empty_like(x), last_state(self.like)
+    def scan(self, matrices, end, x, first, *, reverse: bool, keep: bool, slots: Slots | None = None):
+        """Run `_scan` on x: what comes out, the last state, and what was met (None without `keep`). slots: where each
+        sequence's state is read from and written to; first and last states are then all slots."""
+        out = torch.empty_like(x)
+        last = last_state(self.like) if slots is None else first
+        places = (None, None, None) if slots is None else (slots.first, slots.last, slots.states.stride(0))
         met = self.memory_met() if keep else (None,) * len(self.met)
         values, stages = self.scan_sizes()
-        self.kernels.scan[(self.N // values, self.B * self.H)](
-            *matrices, end, x, first, out, last, *met, self.T, self.G, self.H,
-            N=self.N, L=self.L, BV=values, REVERSE=reverse, HAS_FIRST=first is not None, KEEP=keep,
+        self.kernels.scan[(self.N // values, self.S * self.H)](
+            *matrices, end, x, first, out, last, *met, self.ranges, *places, self.T, self.G, self.H,
+            N=self.N, L=self.L, BV=values, REVERSE=reverse, KEEP=keep,
             PRECISION=self.launch.precision, num_warps=self.launch.scan_warps, num_stages=stages,
         )  # fmt: skip
         return out, last, *met
@@ -141,7 +163,7 @@ class Chunks:
         pairs = (x for pair in zip(met, met_back, strict=True) for x in pair)
         launch, keys = self.launch, min(self.N, self.launch.keys)
         self.kernels.gradients[(self.G, self.B * self.H, self.N // keys)](
-            *inputs, d_out, *pairs, end, *results, self.T, self.G, self.H,
+            *inputs, self.numbers, d_out, *pairs, end, *results, self.T, self.G, self.H,
             N=self.N, L=self.L, BK=keys, BV=launch.gradient_step, PRECISION=launch.precision,
             num_warps=launch.gradient_warps, maxnreg=launch.gradient_registers,
         )  # fmt: skip
@@ -150,7 +172,7 @@ class Chunks:
     def scan_sizes(self) -> tuple[int, int]:
         """Value channels per program of `_scan`, and its pipelining."""
         values = min(self.N, self.launch.values)
-        is_small = self.B * self.H * self.N // values < FEW_PROGRAMS
+        is_small = self.S * self.H * self.N // values < FEW_PROGRAMS
         return self.launch.few if is_small else (values, self.launch.scan_stages)
 
     def scratch(self, *last: int, dtype: torch.dtype | None = None) -> torch.Tensor:

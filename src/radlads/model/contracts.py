@@ -9,15 +9,17 @@ from typing import NamedTuple, Protocol
 import torch
 
 from .packed_rows import Texts
+from .sequences import Sequences, Slots
 
 
 class RecurrentState(NamedTuple):
     """What a recurrent mixer carries from one token to the next. Every tensor's first axis is the batch.
 
-    wkv: [B, H, N, N] fp32. shift: [B, C], the last token's input; None in mixers without token shift.
+    wkv: [B, H, N, N] fp32; None if matrices lie in SharedInputs.slots. shift: [B, C], the last token's input; None in
+    mixers without token shift.
     """
 
-    wkv: torch.Tensor
+    wkv: torch.Tensor | None
     shift: torch.Tensor | None = None
 
 
@@ -27,7 +29,7 @@ class WindowedState(NamedTuple):
     keys, values, seen: see window.HeldWindow.
     """
 
-    wkv: torch.Tensor
+    wkv: torch.Tensor | None
     shift: torch.Tensor | None
     keys: torch.Tensor
     values: torch.Tensor
@@ -41,7 +43,8 @@ class SharedInputs:
     cos, sin: [B or 1, T, N] RoPE tables. token_mask: [B, T], False at padding; None if there is no padding.
     attention_mask: boolean [B, 1, T, S], True where a query may look; None means plain causal (or T = 1: everything).
     texts: where rows hold several texts; None if each holds one. Read by our own mixers alone: others are run text by
-    text and never see it.
+    text and never see it. slots: where matrix states lie, in a server; then none go in or come out, and what else a
+    state holds is [S, ...], of sequences: what rows [1, T] hold one after another, or None for rows [S, 1].
     """
 
     cos: torch.Tensor
@@ -49,6 +52,8 @@ class SharedInputs:
     token_mask: torch.Tensor | None = None
     attention_mask: torch.Tensor | None = None
     texts: Texts | None = None
+    slots: Slots | None = None
+    sequences: Sequences | None = None
 
     def to(self, *args, **kwargs) -> "SharedInputs":
         """The same on another device, which accelerate asks for where layers are spread over several."""

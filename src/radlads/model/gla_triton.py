@@ -11,14 +11,28 @@ Scratch tensors are [B H, G, L, N], [B H, G, L, L] and [B H, G, N, N]; states ar
 
 from __future__ import annotations
 
-from .chunked_kernels import chunk_start, decays, jit_for_all_sizes, last_row, load_fp32, tl
+from .chunked_kernels import (
+    chunk_start,
+    decays,
+    in_text,
+    jit_for_all_sizes,
+    last_row,
+    load_fp32,
+    place_in_sequence,
+    place_of_chunk,
+    place_of_sequence,
+    place_of_state,
+    texts_of_chunk,
+    tl,
+    where_seen,
+)
 from .chunked_operators import operator
 from .chunked_passes import VALUES, Chunks, Kernels, Launch, Launches
 
 
 @jit_for_all_sizes
 def _prepare(
-    r_ptr, log_w_ptr, k_ptr, end_ptr, reads_ptr, mixes_ptr, writes_ptr,
+    r_ptr, log_w_ptr, k_ptr, numbers_ptr, chunks_ptr, end_ptr, reads_ptr, mixes_ptr, writes_ptr,
     T, G, H, N: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Everything about a chunk that does not depend on the state: the matrices of `_scan`, in both directions.
@@ -28,9 +42,9 @@ def _prepare(
     """
     g, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     n, i, j = tl.arange(0, N), tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
-    first_token = chunk_start(bh, g, T, H, N, L)
+    first_token, first, last = place_of_chunk(chunks_ptr, bh, g, T, H, N, L)
     tokens = i * (H * N) + n[None, :]
-    real = g * L + i < T
+    real = first + i < last
     dtype = r_ptr.dtype.element_ty
     c = tl.cumsum(tl.load(log_w_ptr + first_token + tokens, mask=real, other=0.0), axis=0)
     end = last_row(c, L)
@@ -39,24 +53,28 @@ def _prepare(
     x = (load_fp32(r_ptr + first_token + tokens, real) * tl.exp(c)).to(dtype)
     y = (load_fp32(k_ptr + first_token + tokens, real) * tl.exp(-c)).to(dtype)
     chunk, rows = bh * G + g, i * N + n[None, :]
-    tl.store(end_ptr + chunk * N + n, tl.reshape(end, (N,)))
-    tl.store(reads_ptr + chunk * L * N + rows, (x.to(tl.float32) * half).to(dtype))
-    tl.store(writes_ptr + chunk * L * N + rows, (y.to(tl.float32) * half).to(dtype))
-    mixes = tl.where(i >= j, tl.dot(x, tl.trans(y), input_precision=PRECISION), 0.0)
+    row, column, met, left = texts_of_chunk(numbers_ptr, bh, g, T, H, L)
+    reads_by, writes_by = in_text(half, numbers_ptr, row, met, 0.0), in_text(half, numbers_ptr, row, left, 0.0)
+    tl.store(end_ptr + chunk * N + n, tl.reshape(in_text(end, numbers_ptr, met, left, float("-inf")), (N,)))
+    tl.store(reads_ptr + chunk * L * N + rows, (x.to(tl.float32) * reads_by).to(dtype))
+    tl.store(writes_ptr + chunk * L * N + rows, (y.to(tl.float32) * writes_by).to(dtype))
+    mixes = where_seen(i >= j, tl.dot(x, tl.trans(y), input_precision=PRECISION), numbers_ptr, row, column)
     tl.store(mixes_ptr + chunk * L * L + i * L + j, mixes.to(dtype))
 
 
 @jit_for_all_sizes
 def _scan(
     reads_ptr, mixes_ptr, writes_ptr, end_ptr, in_ptr, first_ptr, out_ptr, last_ptr, states_ptr,
+    ranges_ptr, first_slots_ptr, last_slots_ptr, slot_stride,
     T, G, H, N: tl.constexpr, L: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr,
-    HAS_FIRST: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Carry BV value channels of one head's state (or of its gradient, REVERSE) through all chunks, as `_prepare` says.
 
     KEEP: writes the state met at each chunk, too.
     """
     bh = tl.program_id(1).to(tl.int64)
+    sequence, begin, T, first_chunk, G = place_of_sequence(ranges_ptr, bh, T, G, H)
     n, values = tl.arange(0, N), tl.program_id(0) * BV + tl.arange(0, BV)
     i, j = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
     rows, columns = i * N + n[None, :], j * N + n[:, None]
@@ -65,12 +83,13 @@ def _scan(
     in_state = n[:, None] * N + values[None, :]
     dtype = in_ptr.dtype.element_ty
     state = tl.zeros((N, BV), tl.float32)
-    if HAS_FIRST:
-        state = tl.load(first_ptr + bh * N * N + in_state)
+    if first_ptr is not None:
+        first_ptr, is_there = place_of_state(first_ptr, first_slots_ptr, slot_stride, bh, sequence, H, N)
+        if is_there:
+            state = tl.load(first_ptr + in_state)
     for step in range(0, G):
         g = G - 1 - step if REVERSE else step
-        chunk = bh * G + g
-        first_token = chunk_start(bh, g, T, H, N, L)
+        chunk, first_token = place_in_sequence(ranges_ptr, bh, begin, first_chunk, g, T, G, H, N, L)
         real = g * L + i < T
         held = state.to(dtype)
         x = tl.load(in_ptr + first_token + tokens, mask=real, other=0.0)
@@ -81,12 +100,15 @@ def _scan(
             tl.store(states_ptr + chunk * N * N + in_state, held)
         state *= tl.exp(tl.load(end_ptr + chunk * N + n))[:, None]
         state = tl.dot(tl.load(writes_ptr + chunk * L * N + columns), x, acc=state, input_precision=PRECISION)
-    tl.store(last_ptr + bh * N * N + in_state, state)
+    last_ptr, is_there = place_of_state(last_ptr, last_slots_ptr, slot_stride, bh, sequence, H, N)
+    if is_there:
+        tl.store(last_ptr + in_state, state)
 
 
 @jit_for_all_sizes
 def _gradients(
-    r_ptr, log_w_ptr, k_ptr, v_ptr, d_out_ptr, states_ptr, d_states_ptr, end_ptr, dr_ptr, d_log_w_ptr, dk_ptr,
+    r_ptr, log_w_ptr, k_ptr, v_ptr, numbers_ptr, d_out_ptr, states_ptr, d_states_ptr, end_ptr,
+    dr_ptr, d_log_w_ptr, dk_ptr,
     T, G, H, N: tl.constexpr, L: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of r, log w and k, for one chunk and BK key channels; BV value channels at a time.
@@ -118,14 +140,17 @@ def _gradients(
 
     end = tl.load(end_ptr + chunk * N + keys)[None, :]
     log_w = tl.load(log_w_ptr + first_token + here, mask=real, other=0.0)
-    end, half, shrink, grow = decays(log_w, end, L, dtype, PRECISION)
+    end, half, shrink, grow = decays(log_w, end, numbers_ptr, L, dtype, PRECISION)
+    row, column, met, left = texts_of_chunk(numbers_ptr, bh, g, T, H, L)
+    reads_by, writes_by = in_text(half, numbers_ptr, row, met, 0.0), in_text(half, numbers_ptr, row, left, 0.0)
     x = (load_fp32(r_ptr + first_token + here, real) * shrink).to(dtype)
     y = (load_fp32(k_ptr + first_token + here, real) * grow).to(dtype)
-    mixes = tl.where(i >= j, d_mixes, 0.0).to(dtype)
-    dx = tl.dot(mixes, y, acc=dx * half, input_precision=PRECISION)
+    mixes = where_seen(i >= j, d_mixes, numbers_ptr, row, column).to(dtype)
+    dx = tl.dot(mixes, y, acc=dx * reads_by, input_precision=PRECISION)
     tl.store(dr_ptr + first_token + here, (dx * shrink).to(dtype), mask=real)
-    dy *= half
-    at_end = tl.sum(dy * y.to(tl.float32), axis=0)[None, :] + tl.sum(kept, axis=0)[None, :] * tl.exp(end)
+    dy *= writes_by
+    at_end = tl.sum(dy * y.to(tl.float32), axis=0)[None, :]
+    at_end += tl.sum(kept, axis=0)[None, :] * in_text(tl.exp(end), numbers_ptr, met, left, 0.0)
     dy = tl.dot(tl.trans(mixes), x, acc=dy, input_precision=PRECISION)
     tl.store(dk_ptr + first_token + here, (dy * grow).to(dtype), mask=real)
     dc = dx * x.to(tl.float32) - dy * y.to(tl.float32) + tl.where(i == L - 1, at_end, 0.0)
@@ -155,7 +180,7 @@ class GlaChunks(Chunks):
     def prepare(self, inputs, *, backward: bool):
         end, matrices = self.ends(), self.matrices()
         self.kernels.prepare[(self.G, self.B * self.H)](
-            *inputs[:VALUES], end, *matrices, self.T, self.G, self.H,
+            *inputs[:VALUES], self.numbers, self.chunks, end, *matrices, self.T, self.G, self.H,
             N=self.N, L=self.L, PRECISION=self.launch.precision, num_warps=self.launch.prepare_warps[backward],
         )  # fmt: skip
         return end, matrices, matrices
@@ -167,10 +192,11 @@ class GlaChunks(Chunks):
 _run, _ = operator(__name__, GlaChunks)
 
 
-def gla(r_BTHN, log_w_BTHN, k_BTHN, v_BTHN, state_BHKV=None):
+def gla(r_BTHN, log_w_BTHN, k_BTHN, v_BTHN, state_BHKV=None, numbers_BT=None):
     """RAD-RWKV6 time mixing on a CUDA GPU; out [B, T, H, N] in v's dtype and the fp32 state [B, H, N, N].
 
     All inputs of one dtype, bfloat16 or float32, log_w float32; ranges as in gla_reference. N is 64 or 128. bfloat16:
     products of bf16 numbers summed in fp32, the state in fp32. Any T, but made for T of a chunk or more.
+    numbers: int32, of each token's text, growing where another text begins, which sees nothing before it.
     """
-    return _run(r_BTHN, log_w_BTHN, k_BTHN, v_BTHN, state_BHKV)
+    return _run(r_BTHN, log_w_BTHN, k_BTHN, v_BTHN, numbers_BT, state_BHKV)

@@ -130,11 +130,14 @@ class RadladsModel(RadladsPreTrainedModel):
             hidden_states=(*kept, hidden) if keeps else None,
         )
 
-    def attention_taps(self, input_ids: torch.Tensor) -> Iterator[AttentionTap]:
-        """Run the stack on [B, T] tokens and yield every layer's tap as soon as it is there; no final norm, no head."""
+    def attention_taps(self, input_ids: torch.Tensor, seq_idx: torch.Tensor | None = None) -> Iterator[AttentionTap]:
+        """Run the stack on [B, T] tokens and yield every layer's tap as soon as it is there; no final norm, no head.
+
+        seq_idx: see forward.
+        """
         with whole(self):
             hidden = self.embed_tokens(input_ids)
-        shared = self.shared_inputs(hidden, None, None, None)
+        shared = self.shared_inputs(hidden, None, None, None, seq_idx=seq_idx)
         v_first = None
         for layer, block in enumerate(self.layers):
             assert isinstance(block, Block)
@@ -142,7 +145,7 @@ class RadladsModel(RadladsPreTrainedModel):
             with whole(block):
                 if not is_last:
                     begin_gathering(self.layers[layer + 1])
-                mix = block.compiled(Block.mix, hidden.shape[1])
+                mix = block.compiled(Block.mix, hidden.shape[1], shared.texts)
                 hidden, v_first, _, x, y = mix(block, hidden, v_first, None, shared)
                 yield AttentionTap(layer, x, y, shared)
                 del x, y

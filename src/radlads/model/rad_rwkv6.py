@@ -12,7 +12,6 @@ from transformers import initialization as init
 from .contracts import RecurrentState, SharedInputs
 from .gla_triton import BFLOAT16
 from .layers import depth_fraction, repeat_heads, token_shift
-from .packed_rows import recur
 from .recurrence import gla
 from .recurrent_mixer import Mixed, RecurrentMixer, zero_at_padding
 from .time_mixer import MixerWeights, StateTensor
@@ -30,6 +29,7 @@ class RadRwkv6(RecurrentMixer):
     title = "RAD-RWKV6"
     variants: ClassVar = {"balanced": {"balance_state": 1, "groupnorm_att": 0}}
     decay_and_shift = ("time_decay*", "time_maa_*")
+    kind = "gla"
     state_flops = 5  # decay 1, write 2, read 2
     made_for: ClassVar = frozenset({"llama.cpp", "vLLM", "published format", "CUDA graph", "packed rows"})
     obstacles: ClassVar = {"fused decode": "there are no fused kernels for RAD-RWKV6"}
@@ -74,7 +74,7 @@ class RadRwkv6(RecurrentMixer):
         if self.config.balance_state:
             k = k.float() * (1 - log_w.exp())
         written = zero_at_padding(log_w, shared.token_mask), k, zero_at_padding(v, shared.token_mask)
-        out, wkv = recur(gla, shared.texts, (r, *written), None if state is None else state.wkv)
+        out, wkv = self.recur(gla, (r, *written), state, shared)
         gated = self.gate_heads(out * self.head_dim**-0.5, x_g)
         return Mixed(r, own_k, own_v, gated, RecurrentState(wkv, shift), v_first)
 
@@ -82,7 +82,10 @@ class RadRwkv6(RecurrentMixer):
         """x mixed with the token before, once for each of r, k, v, w, g; and the input to carry."""
         if not self.config.use_tokenshift:
             return [x] * len(SHIFTED), None
-        previous, shift = token_shift(x, last, shared.token_mask)
+        if shared.sequences is None:
+            previous, shift = token_shift(x, last, shared.token_mask)
+        else:
+            previous, shift = shared.sequences.tokens_before(x, last)
         if shared.texts is not None:
             previous = previous.masked_fill(shared.texts.starts.unsqueeze(-1), 0.0)
         delta = previous - x

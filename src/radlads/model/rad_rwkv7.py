@@ -16,7 +16,6 @@ from transformers import initialization as init
 
 from .contracts import RecurrentState, SharedInputs
 from .layers import depth_fraction, repeat_heads
-from .packed_rows import recur
 from .recurrence import rwkv7
 from .recurrent_mixer import Mixed, RecurrentMixer, zero_at_padding
 from .rwkv7_triton import BFLOAT16
@@ -37,6 +36,7 @@ class RadRwkv7(RecurrentMixer):
     }
     shares_first_values = True
     decay_and_shift = ("w[012]",)
+    kind = "rwkv7"
     state_flops = 9  # decay 1, write 2, read 2; the removal: find 2, take away 2
     made_for: ClassVar = frozenset({"vLLM", "published format", "CUDA graph", "fused decode", "packed rows"})
     obstacles: ClassVar = {
@@ -95,7 +95,7 @@ class RadRwkv7(RecurrentMixer):
         kappa, k = self._removal_and_key(k, a, log_w)
         mask = shared.token_mask
         written = zero_at_padding(log_w, mask), k, zero_at_padding(v, mask), kappa, zero_at_padding(a, mask)
-        out, wkv = recur(rwkv7, shared.texts, (r, *written), None if state is None else state.wkv)
+        out, wkv = self.recur(rwkv7, (r, *written), state, shared)
         scale = 1.0 if self.config.groupnorm_att else self.head_dim**-0.5
         return Mixed(r, own_k, own_v, self.gate_heads(out * scale, x), RecurrentState(wkv), v_first)
 

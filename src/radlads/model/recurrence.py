@@ -17,6 +17,7 @@ import torch
 from .chunked_kernels import HEAD_SIZES as TRITON_HEAD_SIZES
 from .chunked_kernels import triton
 from .gla_triton import gla as gla_triton
+from .packed_rows import Texts, run_text_by_text
 from .recurrence_chunked import gla_chunked, rwkv7_chunked
 from .recurrence_reference import gla_reference, rwkv7_reference
 from .rwkv7_triton import rwkv7 as rwkv7_triton
@@ -26,16 +27,32 @@ AUTOMATIC: tuple[Backend, ...] = ("triton", "fla", "chunked")
 OLDEST_CAPABILITY = (8, 0)  # the first with bf16 matrix units
 
 
-def rwkv7(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK, state_BHVK=None, backend: Backend = "auto"):
+def rwkv7(
+    r_BTHK,
+    log_w_BTHK,
+    k_BTHK,
+    v_BTHV,
+    kappa_BTHK,
+    a_BTHK,
+    state_BHVK=None,
+    backend: Backend = "auto",
+    texts: Texts | None = None,
+):
     """RAD-RWKV7 time mixing of [B, T, H, N] tensors; out [B, T, H, V] in v's dtype and the fp32 state [B, H, V, K].
 
-    Ranges as in rwkv7_reference. Raises ValueError if the backend cannot run here.
+    Ranges as in rwkv7_reference. texts: where rows hold several, each of which begins with a state of zeros; the states
+    that come back are those of each row's last. Raises ValueError if the backend cannot run here.
     """
     choice = choose_backend(backend, v_BTHV)
+    if texts is not None and choice != "triton":
+        assert state_BHVK is None, "packed rows start without a state"
+        text_alone = functools.partial(rwkv7, backend=backend)
+        return run_text_by_text(text_alone, texts, r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK)
     if choice == "triton":
-        wanted, dtype = v_BTHV.dtype, _triton_dtype(v_BTHV)
+        wanted, dtype = v_BTHV.dtype, triton_dtype(v_BTHV)
         r_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK = (x.to(dtype) for x in (r_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK))
-        out_BTHV, state_BHVK = rwkv7_triton(r_BTHK, log_w_BTHK.float(), k_BTHK, v_BTHV, kappa_BTHK, a_BTHK, state_BHVK)
+        log_w_BTHK, numbers = log_w_BTHK.float(), None if texts is None else texts.numbers
+        out_BTHV, state_BHVK = rwkv7_triton(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK, state_BHVK, numbers)
         return out_BTHV.to(wanted) if wanted == torch.float16 else out_BTHV, state_BHVK
     if choice == "fla":
         return _rwkv7_fla(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK, state_BHVK)
@@ -45,16 +62,20 @@ def rwkv7(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, kappa_BTHK, a_BTHK, state_BHVK=Non
     return out_BTHV.to(v_BTHV.dtype), state_BHVK
 
 
-def gla(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, state_BHKV=None, backend: Backend = "auto"):
+def gla(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, state_BHKV=None, backend: Backend = "auto", texts: Texts | None = None):
     """RAD-RWKV6 time mixing of [B, T, H, N] tensors; out [B, T, H, V] in v's dtype and the fp32 state [B, H, K, V].
 
-    Ranges as in gla_reference. Raises ValueError if the backend cannot run here.
+    Ranges as in gla_reference, texts as in rwkv7. Raises ValueError if the backend cannot run here.
     """
     choice = choose_backend(backend, v_BTHV)
+    if texts is not None and choice != "triton":
+        assert state_BHKV is None, "packed rows start without a state"
+        return run_text_by_text(functools.partial(gla, backend=backend), texts, r_BTHK, log_w_BTHK, k_BTHK, v_BTHV)
     if choice == "triton":
-        wanted, dtype = v_BTHV.dtype, _triton_dtype(v_BTHV)
+        wanted, dtype = v_BTHV.dtype, triton_dtype(v_BTHV)
         r_BTHK, k_BTHK, v_BTHV = (x.to(dtype) for x in (r_BTHK, k_BTHK, v_BTHV))
-        out_BTHV, state_BHKV = gla_triton(r_BTHK, log_w_BTHK.float(), k_BTHK, v_BTHV, state_BHKV)
+        log_w_BTHK, numbers = log_w_BTHK.float(), None if texts is None else texts.numbers
+        out_BTHV, state_BHKV = gla_triton(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, state_BHKV, numbers)
         return out_BTHV.to(wanted) if wanted == torch.float16 else out_BTHV, state_BHKV
     if choice == "fla":
         return _gla_fla(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, state_BHKV)
@@ -78,6 +99,13 @@ def choose_backend(backend: Backend, v_BTHV: torch.Tensor) -> Backend:
     if problem := missing(backend, v_BTHV):
         raise ValueError(problem)
     return backend
+
+
+def runs_on_triton(backend: Backend, v: torch.Tensor) -> bool:
+    """Whether such values, of any number of tokens, run on our kernels. Raises ValueError as choose_backend does."""
+    if backend == "auto":
+        return missing("triton", v) is None
+    return backend == "triton" and choose_backend(backend, v) == "triton"
 
 
 def missing(backend: Backend, v_BTHV: torch.Tensor) -> str | None:
@@ -122,7 +150,7 @@ def kernel_dtype(v_BTHV: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else v_BTHV.dtype
 
 
-def _triton_dtype(v_BTHV: torch.Tensor) -> torch.dtype:
+def triton_dtype(v_BTHV: torch.Tensor) -> torch.dtype:
     """kernel_dtype, but fp32 for fp16, which does not hold what decays undone over a chunk grow to."""
     dtype = kernel_dtype(v_BTHV)
     return dtype if dtype == torch.bfloat16 else torch.float32

@@ -5,6 +5,7 @@ A variant that adds something beside the recurrence is a small subclass: see Rec
 Shape letters: B batch, T tokens, C hidden size, D = H * N, H heads, N head size.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from transformers import initialization as init
 from .contracts import RecurrentState, SharedInputs, WindowedState
 from .layers import HeadNorm, RMSNorm, apply_rope
 from .rope import rope_attention_factor
+from .state_slots import Kind, run_in_slots, step_in_slots
 from .time_mixer import MixerWeights, StateTensor, TimeMixer, Use
 from .window import (
     OBSTACLES,
@@ -51,11 +53,13 @@ class RecurrentMixer(TimeMixer):
     """Base of the recurrent time mixers. A subclass defines `mix`, the recurrence; `reset_fresh_parameters` sets what
     the teacher does not provide so that the mixer starts (almost) without effect.
 
+    kind: the recurrence's name in state_slots.
     state_flops: FLOPs per token, head and element of the [N, N] state.
     window: of softmax attention beside the recurrence (docs/windows.md); None: none.
     """
 
     Settings: ClassVar[type] = WindowSettings
+    kind: ClassVar[Kind]
     state_flops: ClassVar[int]
 
     def __init__(self, config: "RadladsConfig", layer_idx: int):
@@ -135,6 +139,16 @@ class RecurrentMixer(TimeMixer):
     def mix(self, x: torch.Tensor, state: Any, v_first: torch.Tensor | None, shared: SharedInputs) -> Mixed:
         """Project, run the recurrence, norm and gate."""
         raise NotImplementedError
+
+    def recur(self, recurrence: Callable, tensors: tuple[torch.Tensor, ...], state: Any, shared: SharedInputs):
+        """recurrence(*tensors, the state's matrices): outputs [B, T, H, N], and the matrices after the last token; None
+        if they lie in shared.slots."""
+        if shared.slots is None:
+            packed = {} if shared.texts is None else {"texts": shared.texts}
+            return recurrence(*tensors, None if state is None else state.wkv, **packed)
+        if shared.sequences is None:
+            return step_in_slots(self.kind, [x[:, 0] for x in tensors], shared.slots)[:, None], None
+        return run_in_slots(self.kind, [x[0] for x in tensors], shared.sequences, shared.slots)[None], None
 
     def finish(self, mixed: Mixed, state: Any, shared: SharedInputs) -> tuple[torch.Tensor, Any]:
         """What the output projection reads, [B, T, D], and the state to carry. `state`: that before these tokens.

@@ -15,41 +15,30 @@ Scratch tensors are [B H, G, L, N]; where they have rows for removals and for ou
 
 from __future__ import annotations
 
-from .chunked_kernels import chunk_start, decays, jit, jit_for_all_sizes, last_row, load_fp32, sums_of_rows, tl
+from .chunked_kernels import (
+    chunk_start,
+    decays,
+    in_text,
+    inverse,
+    jit_for_all_sizes,
+    last_row,
+    load_fp32,
+    place_in_sequence,
+    place_of_chunk,
+    place_of_sequence,
+    place_of_state,
+    sums_of_rows,
+    texts_of_chunk,
+    tl,
+    where_seen,
+)
 from .chunked_operators import operator
 from .chunked_passes import VALUES, Chunks, Kernels, Launch, Launches
 
 
-@jit
-def _product(x, y, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """x y, rounded to dtype before, fp32 after."""
-    return tl.dot(x.to(dtype), y.to(dtype), input_precision=PRECISION)
-
-
-@jit
-def _inverse(A, L: tl.constexpr, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + A)^-1 of a strictly lower triangular A [L, L], fp32, L at most 64.
-
-    By blocks of 4, 16 and 64: each level's remainder E is nilpotent of index 4, so (I + E)^-1 = (I - E)(I + E^2).
-    Powers of the whole of A would grow like binomials when keys repeat; those of a level's E stay of order 1.
-    """
-    i, j = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
-    identity = tl.where(i == j, 1.0, 0.0)
-    E = tl.where(i // 4 == j // 4, A, 0.0)
-    inverse = _product(identity - E, identity + _product(E, E, dtype, PRECISION), dtype, PRECISION)
-    for size in tl.static_range(4, 17, 12):
-        between = tl.where((i // (4 * size) == j // (4 * size)) & (i // size != j // size), A, 0.0)
-        E = _product(inverse, between, dtype, PRECISION)
-        level = identity - E
-        if 2 * size < L:  # else two blocks are left, and E^2 = 0
-            level = _product(level, identity + _product(E, E, dtype, PRECISION), dtype, PRECISION)
-        inverse = _product(level, inverse, dtype, PRECISION)
-    return inverse
-
-
 @jit_for_all_sizes
 def _prepare(
-    r_ptr, log_w_ptr, k_ptr, kappa_ptr, a_ptr, end_ptr,
+    r_ptr, log_w_ptr, k_ptr, kappa_ptr, a_ptr, numbers_ptr, chunks_ptr, end_ptr,
     reads_ptr, mixes_ptr, writes_ptr, back_reads_ptr, back_mixes_ptr, back_writes_ptr,
     T, G, H, N: tl.constexpr, L: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -60,9 +49,9 @@ def _prepare(
     """
     g, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     n, i, j = tl.arange(0, N), tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
-    first_token = chunk_start(bh, g, T, H, N, L)
+    first_token, first, last = place_of_chunk(chunks_ptr, bh, g, T, H, N, L)
     tokens = i * (H * N) + n[None, :]
-    real = g * L + i < T
+    real = first + i < last
     dtype = r_ptr.dtype.element_ty
     log_w = tl.load(log_w_ptr + first_token + tokens, mask=real, other=0.0)
     c = tl.cumsum(log_w, axis=0)
@@ -75,51 +64,53 @@ def _prepare(
     y_b = (kappa * a * tl.exp(-c)).to(dtype)
     y_k = (load_fp32(k_ptr + first_token + tokens, real) * tl.exp(-c)).to(dtype)
     x_r = (load_fp32(r_ptr + first_token + tokens, real) * tl.exp(c)).to(dtype)
-
-    chunk = bh * G + g
-    half = tl.exp(0.5 * end)
+    chunk, half = bh * G + g, tl.exp(0.5 * end)
+    row, column, met, left = texts_of_chunk(numbers_ptr, bh, g, T, H, L)
+    reads_by, writes_by = in_text(half, numbers_ptr, row, met, 0.0), in_text(half, numbers_ptr, row, left, 0.0)
     top, square = chunk * 2 * L * N, chunk * 2 * L * L
     bottom, square_bottom = top + L * N, square + L * L
     rows, cell, mirrored = i * N + n[None, :], i * L + j, j * L + i
-    tl.store(end_ptr + chunk * N + n, tl.reshape(end, (N,)))
-    tl.store(writes_ptr + top + rows, (y_b.to(tl.float32) * half).to(dtype))
-    tl.store(writes_ptr + bottom + rows, (y_k.to(tl.float32) * half).to(dtype))
-    a_kb = tl.where(i > j, tl.dot(x_k, tl.trans(y_b), input_precision=PRECISION), 0.0)
-    inverse = _inverse(a_kb, L, dtype, PRECISION).to(dtype)
-    a_kk = tl.where(i > j, tl.dot(x_k, tl.trans(y_k), input_precision=PRECISION), 0.0).to(dtype)
-    a_rb = tl.where(i >= j, tl.dot(x_r, tl.trans(y_b), input_precision=PRECISION), 0.0).to(dtype)
-    a_rk = tl.where(i >= j, tl.dot(x_r, tl.trans(y_k), input_precision=PRECISION), 0.0)
-    found = (-tl.dot(inverse, a_kk, input_precision=PRECISION)).to(dtype)
-    seen = (-tl.dot(a_rb, inverse, input_precision=PRECISION)).to(dtype)
+    tl.store(end_ptr + chunk * N + n, tl.reshape(in_text(end, numbers_ptr, met, left, float("-inf")), (N,)))
+    tl.store(writes_ptr + top + rows, (y_b.to(tl.float32) * writes_by).to(dtype))
+    tl.store(writes_ptr + bottom + rows, (y_k.to(tl.float32) * writes_by).to(dtype))
+    a_kb = where_seen(i > j, tl.dot(x_k, tl.trans(y_b), input_precision=PRECISION), numbers_ptr, row, column)
+    solved = inverse(a_kb, L, dtype, PRECISION).to(dtype)
+    a_kk = where_seen(i > j, tl.dot(x_k, tl.trans(y_k), input_precision=PRECISION), numbers_ptr, row, column).to(dtype)
+    a_rb = where_seen(i >= j, tl.dot(x_r, tl.trans(y_b), input_precision=PRECISION), numbers_ptr, row, column).to(dtype)
+    a_rk = where_seen(i >= j, tl.dot(x_r, tl.trans(y_k), input_precision=PRECISION), numbers_ptr, row, column)
+    found = (-tl.dot(solved, a_kk, input_precision=PRECISION)).to(dtype)
+    seen = (-tl.dot(a_rb, solved, input_precision=PRECISION)).to(dtype)
     values = a_rk + tl.dot(seen, a_kk, input_precision=PRECISION)
-    w = tl.dot(inverse, x_k, input_precision=PRECISION)
-    tl.store(reads_ptr + top + rows, (-w * half).to(dtype))
+    w = tl.dot(solved, x_k, input_precision=PRECISION)
+    tl.store(reads_ptr + top + rows, (-w * reads_by).to(dtype))
     tl.store(mixes_ptr + square + cell, found)
     tl.store(mixes_ptr + square_bottom + cell, values.to(dtype))
     w = x_r.to(tl.float32) + tl.dot(seen, x_k, input_precision=PRECISION)
-    tl.store(reads_ptr + bottom + rows, (w * half).to(dtype))
+    tl.store(reads_ptr + bottom + rows, (w * reads_by).to(dtype))
     if BACKWARD:
         tl.store(back_mixes_ptr + square + mirrored, seen)
         tl.store(back_mixes_ptr + square_bottom + mirrored, values.to(dtype))
-        tl.store(back_writes_ptr + top + rows, (x_k.to(tl.float32) * half).to(dtype))
-        tl.store(back_writes_ptr + bottom + rows, (x_r.to(tl.float32) * half).to(dtype))
-        w = tl.dot(tl.trans(inverse), y_b, input_precision=PRECISION)
-        tl.store(back_reads_ptr + top + rows, (-w * half).to(dtype))
+        tl.store(back_writes_ptr + top + rows, (x_k.to(tl.float32) * reads_by).to(dtype))
+        tl.store(back_writes_ptr + bottom + rows, (x_r.to(tl.float32) * reads_by).to(dtype))
+        w = tl.dot(tl.trans(solved), y_b, input_precision=PRECISION)
+        tl.store(back_reads_ptr + top + rows, (-w * writes_by).to(dtype))
         w = y_k.to(tl.float32) + tl.dot(tl.trans(found), y_b, input_precision=PRECISION)
-        tl.store(back_reads_ptr + bottom + rows, (w * half).to(dtype))
+        tl.store(back_reads_ptr + bottom + rows, (w * writes_by).to(dtype))
 
 
 @jit_for_all_sizes
 def _scan(
     reads_ptr, mixes_ptr, writes_ptr, end_ptr, in_ptr, first_ptr, out_ptr, last_ptr, top_ptr, states_ptr,
+    ranges_ptr, first_slots_ptr, last_slots_ptr, slot_stride,
     T, G, H, N: tl.constexpr, L: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr,
-    HAS_FIRST: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Carry BV value channels of one head's state (or of its gradient, REVERSE) through all chunks, as `_prepare` says.
 
     Writes the lower rows (out, dv) and the last state; KEEP: the upper rows (u, dq) and the state met at each chunk.
     """
     bh = tl.program_id(1).to(tl.int64)
+    sequence, begin, T, first_chunk, G = place_of_sequence(ranges_ptr, bh, T, G, H)
     n, values = tl.arange(0, N), tl.program_id(0) * BV + tl.arange(0, BV)
     i, j = tl.arange(0, 2 * L)[:, None], tl.arange(0, L)[None, :]
     upper = i < L
@@ -129,12 +120,13 @@ def _scan(
     in_state = values[None, :] * N + n[:, None]
     dtype = in_ptr.dtype.element_ty
     state = tl.zeros((N, BV), tl.float32)
-    if HAS_FIRST:
-        state = tl.load(first_ptr + bh * N * N + in_state)
+    if first_ptr is not None:
+        first_ptr, is_there = place_of_state(first_ptr, first_slots_ptr, slot_stride, bh, sequence, H, N)
+        if is_there:
+            state = tl.load(first_ptr + in_state)
     for step in range(0, G):
         g = G - 1 - step if REVERSE else step
-        chunk = bh * G + g
-        first_token = chunk_start(bh, g, T, H, N, L)
+        chunk, first_token = place_in_sequence(ranges_ptr, bh, begin, first_chunk, g, T, G, H, N, L)
         lower = (i >= L) & (g * L + i - L < T)
         held = state.to(dtype)
         x = tl.load(in_ptr + first_token + tokens, mask=g * L + tl.arange(0, L)[:, None] < T, other=0.0)
@@ -150,13 +142,15 @@ def _scan(
         state *= tl.exp(tl.load(end_ptr + chunk * N + n))[:, None]
         writes = tl.load(writes_ptr + chunk * 2 * L * N + columns)
         state = tl.dot(writes, y, acc=state, input_precision=PRECISION)
-    tl.store(last_ptr + bh * N * N + in_state, state)
+    last_ptr, is_there = place_of_state(last_ptr, last_slots_ptr, slot_stride, bh, sequence, H, N)
+    if is_there:
+        tl.store(last_ptr + in_state, state)
 
 
 @jit_for_all_sizes
 def _gradients(
-    r_ptr, log_w_ptr, k_ptr, v_ptr, kappa_ptr, a_ptr, d_out_ptr, u_ptr, dq_ptr, states_ptr, d_states_ptr, end_ptr,
-    dr_ptr, d_log_w_ptr, dk_ptr, d_kappa_ptr, da_ptr,
+    r_ptr, log_w_ptr, k_ptr, v_ptr, kappa_ptr, a_ptr, numbers_ptr, d_out_ptr, u_ptr, dq_ptr, states_ptr, d_states_ptr,
+    end_ptr, dr_ptr, d_log_w_ptr, dk_ptr, d_kappa_ptr, da_ptr,
     T, G, H, N: tl.constexpr, L: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of everything but v, for one chunk and BK key channels.
@@ -199,7 +193,9 @@ def _gradients(
 
     end = tl.load(end_ptr + chunk * N + keys)[None, :]
     log_w = tl.load(log_w_ptr + first_token + here, mask=real, other=0.0)
-    end, half, shrink, grow = decays(log_w, end, L, dtype, PRECISION)
+    end, half, shrink, grow = decays(log_w, end, numbers_ptr, L, dtype, PRECISION)
+    row, column, met, left = texts_of_chunk(numbers_ptr, bh, g, T, H, L)
+    reads_by, writes_by = in_text(half, numbers_ptr, row, met, 0.0), in_text(half, numbers_ptr, row, left, 0.0)
     before = tl.exp(sums_of_rows(tl.where(i > j, 0.5, -0.5), log_w, dtype, PRECISION))
     kappa = load_fp32(kappa_ptr + first_token + here, real)
     a = load_fp32(a_ptr + first_token + here, real)
@@ -207,24 +203,26 @@ def _gradients(
     y_k = (load_fp32(k_ptr + first_token + here, real) * grow).to(dtype)
     x_r = (load_fp32(r_ptr + first_token + here, real) * shrink).to(dtype)
     x_k = (kappa * before).to(dtype)
-    m_rk, m_rb = tl.where(i >= j, d_rk, 0.0).to(dtype), tl.where(i >= j, d_rb, 0.0).to(dtype)
-    m_kk, m_kb = tl.where(i > j, d_kk, 0.0).to(dtype), tl.where(i > j, d_kb, 0.0).to(dtype)
+    m_rk = where_seen(i >= j, d_rk, numbers_ptr, row, column).to(dtype)
+    m_rb = where_seen(i >= j, d_rb, numbers_ptr, row, column).to(dtype)
+    m_kk = where_seen(i > j, d_kk, numbers_ptr, row, column).to(dtype)
+    m_kb = where_seen(i > j, d_kb, numbers_ptr, row, column).to(dtype)
 
-    dx = tl.dot(m_rk, y_k, acc=dx_r * half, input_precision=PRECISION)
+    dx = tl.dot(m_rk, y_k, acc=dx_r * reads_by, input_precision=PRECISION)
     dx = tl.dot(m_rb, y_b, acc=dx, input_precision=PRECISION)
     tl.store(dr_ptr + first_token + here, (dx * shrink).to(dtype), mask=real)
     dc = dx * x_r.to(tl.float32)
-    dx = tl.dot(m_kk, y_k, acc=dx_k * half, input_precision=PRECISION)
+    dx = tl.dot(m_kk, y_k, acc=dx_k * reads_by, input_precision=PRECISION)
     dx = tl.dot(m_kb, y_b, acc=dx, input_precision=PRECISION)
     by_removals = dx * x_k.to(tl.float32)
     d_kappa = dx * before
-    dy = dy_k * half
+    dy = dy_k * writes_by
     at_end = dy * y_k.to(tl.float32)
     dy = tl.dot(tl.trans(m_rk), x_r, acc=dy, input_precision=PRECISION)
     dy = tl.dot(tl.trans(m_kk), x_k, acc=dy, input_precision=PRECISION)
     tl.store(dk_ptr + first_token + here, (dy * grow).to(dtype), mask=real)
     dc -= dy * y_k.to(tl.float32)
-    dy = dy_b * half
+    dy = dy_b * writes_by
     at_end += dy * y_b.to(tl.float32)
     dy = tl.dot(tl.trans(m_rb), x_r, acc=dy, input_precision=PRECISION)
     dy = tl.dot(tl.trans(m_kb), x_k, acc=dy, input_precision=PRECISION)
@@ -232,7 +230,8 @@ def _gradients(
     dy *= grow
     tl.store(da_ptr + first_token + here, (dy * kappa).to(dtype), mask=real)
     tl.store(d_kappa_ptr + first_token + here, (d_kappa + dy * a).to(dtype), mask=real)
-    at_the_end = tl.sum(at_end, axis=0)[None, :] + tl.sum(kept, axis=0)[None, :] * tl.exp(end)
+    at_the_end = tl.sum(at_end, axis=0)[None, :]
+    at_the_end += tl.sum(kept, axis=0)[None, :] * in_text(tl.exp(end), numbers_ptr, met, left, 0.0)
     dc += by_removals + tl.where(i == L - 1, at_the_end, 0.0)
     tl.store(d_log_w_ptr + first_token + here, tl.cumsum(dc, axis=0, reverse=True) - by_removals, mask=real)
 
@@ -263,7 +262,8 @@ class Rwkv7Chunks(Chunks):
         end, ahead = self.ends(), self.matrices()
         back = self.matrices() if backward else (None, None, None)
         self.kernels.prepare[(self.G, self.B * self.H)](
-            *inputs[:VALUES], *inputs[VALUES + 1 :], end, *ahead, *back, self.T, self.G, self.H,
+            *inputs[:VALUES], *inputs[VALUES + 1 :], self.numbers, self.chunks, end, *ahead, *back,
+            self.T, self.G, self.H,
             N=self.N, L=self.L, BACKWARD=backward, PRECISION=self.launch.precision,
             num_warps=self.launch.prepare_warps[backward],
         )  # fmt: skip
@@ -276,10 +276,11 @@ class Rwkv7Chunks(Chunks):
 _run, _forward_keeping = operator(__name__, Rwkv7Chunks)
 
 
-def rwkv7(r_BTHN, log_w_BTHN, k_BTHN, v_BTHN, kappa_BTHN, a_BTHN, state_BHVK=None):
+def rwkv7(r_BTHN, log_w_BTHN, k_BTHN, v_BTHN, kappa_BTHN, a_BTHN, state_BHVK=None, numbers_BT=None):
     """RAD-RWKV7 time mixing on a CUDA GPU; out [B, T, H, N] in v's dtype and the fp32 state [B, H, N, N].
 
     All inputs of one dtype, bfloat16 or float32, log_w float32; ranges as in rwkv7_reference. N is 64 or 128.
     bfloat16: products of bf16 numbers summed in fp32, the state in fp32. Any T, but made for T of a chunk or more.
+    numbers: int32, of each token's text, growing where another text begins, which sees nothing before it.
     """
-    return _run(r_BTHN, log_w_BTHN, k_BTHN, v_BTHN, kappa_BTHN, a_BTHN, state_BHVK)
+    return _run(r_BTHN, log_w_BTHN, k_BTHN, v_BTHN, kappa_BTHN, a_BTHN, numbers_BT, state_BHVK)

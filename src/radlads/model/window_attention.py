@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from .chunked_kernels import triton
 from .exporting import is_exporting
-from .packed_rows import Texts
+from .packed_rows import Texts, run_text_by_text
 from .recurrence import OLDEST_CAPABILITY, capability, kernel_dtype
 from .window import HeldWindow, WindowSettings
 from .window_blocks import at_places, attend_in_blocks, line_of, place_of, slot_of
@@ -31,15 +31,16 @@ def window_attention(
 
     held: of the tokens before these; None at the start of a text. token_mask: [B, T], False at padding, which no token
     sees and which changes nothing in what is held; its own output means nothing. texts: where rows hold several.
-    Returns [B, T, H, N], and what is held after the last token. Never waits for the device.
+    Returns [B, T, H, N], and what is held after the last token. Waits for the device at the first layer's texts alone.
     """
     if texts is None:
         return _attend_real(q_BTHN, k_BTKN, v_BTKN, held, window, token_mask)
     assert held is None, "packed rows start without a state"
     real = torch.ones_like(texts.starts) if token_mask is None else token_mask
-    pieces = zip(*map(texts.cut, (q_BTHN, k_BTKN, v_BTKN, real)), strict=True)
-    outs, ends = zip(*(_attend_real(q, k, v, None, window, mask) for q, k, v, mask in pieces), strict=True)
-    return texts.paste(outs), HeldWindow(*(texts.at_row_ends(each) for each in zip(*ends, strict=True)))
+    out_BTHN, ends = run_text_by_text(
+        lambda q, k, v, mask: _attend_real(q, k, v, None, window, mask), texts, q_BTHN, k_BTKN, v_BTKN, real
+    )
+    return out_BTHN, HeldWindow(*ends)
 
 
 def _attend_real(q, k, v, held: HeldWindow | None, window: WindowSettings, token_mask: torch.Tensor | None):

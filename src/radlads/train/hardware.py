@@ -31,9 +31,6 @@ def check_hardware(train: TrainConfig) -> tuple[str, str]:
 
 def compiles(train: TrainConfig, device: torch.device) -> bool:
     """Whether train.compile means to compile on `device`; "auto" is on CUDA where Triton runs."""
-    # Documents are of so many lengths that graphs of theirs would never be used again
-    if train.reset_state_at_eos:
-        return False
     return train.compile == "always" or (train.compile == "auto" and device.type == "cuda" and has_triton(device))
 
 

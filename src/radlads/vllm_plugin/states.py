@@ -21,9 +21,11 @@ from vllm.v1.attention.backends.short_conv_attn import ShortConvAttentionBackend
 from radlads.model.configuration import RadladsConfig
 from radlads.model.contracts import RecurrentState, SharedInputs, WindowedState
 from radlads.model.recurrent_mixer import RecurrentMixer
+from radlads.model.sequences import Sequences, Slots, sequences_of
 from radlads.vllm_plugin.register import OPERATOR
 
 _ALIGNMENT = 16  # bytes, for wide loads
+_SEQUENCES = "radlads_sequences"  # an attribute that we add to vLLM's metadata of a step
 
 
 class Place(NamedTuple):
@@ -112,20 +114,53 @@ class StateSlots(MambaBase):
             return
         num_decodes = metadata.num_decodes
         if num_decodes:
-            tokens, slots = slice(0, num_decodes), metadata.state_indices_tensor_d[:num_decodes, 0]
-            tables = SharedInputs(shared.cos[0, tokens, None], shared.sin[0, tokens, None])
-            after = self._mix(x[tokens, None], self._load(slots), tables, v_first[tokens, None], mixed[tokens, None])
-            self._save(slots, after)
+            tokens, at = slice(0, num_decodes), metadata.state_indices_tensor_d[:num_decodes, 0]
+            own = SharedInputs(shared.cos[0, tokens, None], shared.sin[0, tokens, None], slots=self._slots(at, at))
+            self._mix_in_slots(x[tokens, None], at, None, own, v_first[tokens, None], mixed[tokens, None])
         if metadata.num_prefills:
-            ends = metadata.query_start_loc_p.tolist()
-            rows = zip(metadata.state_indices_tensor_p.tolist(), metadata.has_initial_states_p.tolist(), strict=True)
-            for row, (slot, has_state) in enumerate(rows):
-                tokens = slice(num_decodes + ends[row], num_decodes + ends[row + 1])
-                tables = SharedInputs(shared.cos[:, tokens], shared.sin[:, tokens])
-                # A slot is not cleared for a new sequence
-                state = self._load([slot]) if has_state else None
-                after = self._mix(x[None, tokens], state, tables, v_first[None, tokens], mixed[None, tokens])
-                self._save([slot], after)
+            prefill = self._prefill_one_by_one if "keys" in self.places else self._prefill
+            prefill(x, shared, v_first, mixed, metadata)
+
+    def _prefill(
+        self, x: torch.Tensor, shared: SharedInputs, v_first: torch.Tensor, mixed: torch.Tensor, metadata: Any
+    ) -> None:
+        """Read all prompts of a step together."""
+        tokens = slice(metadata.num_decodes, metadata.num_decodes + metadata.num_prefill_tokens)
+        at, has_state = metadata.state_indices_tensor_p, metadata.has_initial_states_p
+        own = SharedInputs(
+            shared.cos[:, tokens],
+            shared.sin[:, tokens],
+            slots=self._slots(torch.where(has_state, at, -1), at),  # a slot is not cleared for a new sequence
+            sequences=_sequences_of(metadata),
+        )
+        self._mix_in_slots(x[None, tokens], at, has_state, own, v_first[None, tokens], mixed[None, tokens])
+
+    def _prefill_one_by_one(
+        self, x: torch.Tensor, shared: SharedInputs, v_first: torch.Tensor, mixed: torch.Tensor, metadata: Any
+    ) -> None:
+        """Read a step's prompts one after the other: windows know nothing of rows that hold several."""
+        at, has_state = metadata.state_indices_tensor_p, metadata.has_initial_states_p
+        begin = metadata.num_decodes
+        for row, length in enumerate(_sequences_of(metadata).lengths):
+            tokens, own_at = slice(begin, begin + length), at[row : row + 1]
+            state = self._load(own_at, has_state[row : row + 1])
+            tables = SharedInputs(shared.cos[:, tokens], shared.sin[:, tokens])
+            self._save(own_at, self._mix(x[None, tokens], state, tables, v_first[None, tokens], mixed[None, tokens]))
+            begin += length
+
+    def _mix_in_slots(
+        self,
+        x: torch.Tensor,
+        at: torch.Tensor,
+        has_state: torch.Tensor | None,
+        shared: SharedInputs,
+        v_first: torch.Tensor,
+        mixed: torch.Tensor,
+    ) -> None:
+        """Run the mixer on sequences whose matrices it finds in shared.slots; what else a state has is copied."""
+        others = [name for name in self.places if name != "wkv"]
+        after = self._mix(x, self._load(at, has_state, others), shared, v_first, mixed)
+        self._save(at, after, others)
 
     def _mix(
         self, x: torch.Tensor, state: Any, shared: SharedInputs, v_first: torch.Tensor, mixed: torch.Tensor
@@ -146,16 +181,35 @@ class StateSlots(MambaBase):
             for name, place in self.places.items()
         }
 
-    def _load(self, slots: torch.Tensor | list[int]) -> Any:
-        """The state of these slots, as the mixer takes it."""
-        held = self._held()
-        kind: Any = WindowedState if "keys" in held else RecurrentState
-        found = {name: each[slots].view(-1, *self.places[name].shape) for name, each in held.items()}
+    def _slots(self, first: torch.Tensor, last: torch.Tensor) -> Slots:
+        """Where the matrices of sequences lie that begin and end in these slots."""
+        return Slots(self._held()["wkv"], first, last)
+
+    def _load(self, at: torch.Tensor, has_state: torch.Tensor | None, names: Iterable[str] | None = None) -> Any:
+        """The state in these slots as the mixer takes it, or some of its tensors; zeros where there is none yet."""
+        kind: Any = WindowedState if "keys" in self.places else RecurrentState
+        held, found = self._held(), {}
+        for name in self.places if names is None else names:
+            rows = held[name][at.clamp(min=0)].view(-1, *self.places[name].shape)
+            absent = None if has_state is None else ~has_state.view(-1, *[1] * (rows.ndim - 1))
+            found[name] = rows if absent is None else rows.masked_fill(absent, 0)
         return kind(*(found.get(name) for name in kind._fields))
 
-    def _save(self, slots: torch.Tensor | list[int], state: Any) -> None:
-        for name, held in self._held().items():
-            held[slots] = getattr(state, name).to(held.dtype).view(-1, *held.shape[1:])
+    def _save(self, at: torch.Tensor, state: Any, names: Iterable[str] | None = None) -> None:
+        held = self._held()
+        for name in self.places if names is None else names:
+            # Padded rows of a CUDA graph have slot -1, or 0, which is nobody's
+            held[name][at.clamp(min=0)] = getattr(state, name).to(held[name].dtype).view(-1, *held[name].shape[1:])
+
+
+def _sequences_of(metadata: Any) -> Sequences:
+    """A step's prompts, the same in all layers: their lengths are read from the device by the first."""
+    known = getattr(metadata, _SEQUENCES, None)
+    if known is None:
+        ends = metadata.query_start_loc_p
+        known = sequences_of(ends.diff().tolist(), ends.device)
+        setattr(metadata, _SEQUENCES, known)
+    return known
 
 
 def mix_step(

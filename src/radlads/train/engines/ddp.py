@@ -14,14 +14,11 @@ class Ddp(Replicated):
     def begin(self, student: RadladsForCausalLM) -> None:
         """See Engine."""
         super().begin(student)
-        # Rows that are cut into texts may leave a process without a gradient that others have
-        self._may_lack = bool(self.train.reset_state_at_eos)
-        self._sums = GradientSums(dict(self.own_parts), self.processes, may_lack=self._may_lack)
+        self._sums = GradientSums(dict(self.own_parts), self.processes)
 
     def begin_last_micro_batch(self) -> None:
         """See Engine."""
-        if not self._may_lack:
-            self._sums.begin_last()
+        self._sums.begin_last()
 
     def reduce_gradients(self) -> None:
         """See Engine. A CUDA graph may record it."""

@@ -44,7 +44,6 @@ class Fsdp(TorchStepped):
         """See Engine."""
         train = self.train
         refused = {
-            "train.reset_state_at_eos 1": (train.reset_state_at_eos, "cuts rows into more sequences on some processes"),
             "train.teacher_precision fp8": (train.teacher_precision == "fp8", "needs whole matrices to round"),
             "train.optimizer adam8bit": (train.optimizer == "adam8bit", "scales blocks that rows are no multiple of"),
             "train.optimizer muon": (train.optimizer == "muon", "needs whole matrices to update"),

@@ -17,13 +17,10 @@ LARGE_NUMBERS = 2**20
 
 
 class GradientSums:
-    """Adds up the gradients of parameters, given by name, over the processes.
+    """Adds up the gradients of parameters, given by name, over the processes."""
 
-    may_lack: whether some processes may have no gradient where others have one; it counts as zero then.
-    """
-
-    def __init__(self, parameters: dict[str, torch.nn.Parameter], processes: Processes, *, may_lack: bool = False):
-        self._parameters, self._processes, self._may_lack = parameters, processes, may_lack
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], processes: Processes):
+        self._parameters, self._processes = parameters, processes
         self._large = [name for name, parameter in parameters.items() if parameter.numel() >= LARGE_NUMBERS]
         # All processes have to start in one order. It is the one in which the first process's were complete once.
         self._order: list[str] | None = None
@@ -40,10 +37,6 @@ class GradientSums:
 
     def finish(self) -> None:
         """Make every gradient the sum over all processes."""
-        if self._may_lack:
-            for parameter in self._parameters.values():
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
         if self._hooks and self._order is None:
             order = self._processes.from_first(lambda: list(self._complete))
             self._order = [*order, *(name for name in self._large if name not in order)]

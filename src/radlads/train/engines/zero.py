@@ -64,7 +64,6 @@ class Zero(Engine):
         check_device(train, self.processes.device)
         fp8 = not self.supports_fp8_teacher and train.teacher_precision == "fp8"
         refused = {
-            "train.reset_state_at_eos 1": (train.reset_state_at_eos, "cuts rows into more sequences on some", "ddp"),
             "train.precision bf16-true": (train.precision == "bf16-true", "keeps bf16 weights alone", "fsdp"),
             "train.spike_factor": (train.spike_factor, "leaves steps out", "ddp or fsdp"),
             "train.teacher_precision fp8": (fp8, "needs whole matrices to round", "deepspeed_stage_2"),
