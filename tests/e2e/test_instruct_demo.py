@@ -48,7 +48,7 @@ class Killed(Exception):
 def test_a_conversion_ends_with_stage_4(talking, corpus_folder, tmp_path, monkeypatch, capsys):
     few = {"decode_positions": (10, 20), "heldout_tokens": 512, "num_prompts": 6, "reply_tokens": 16}
     recipe = replace(demo_recipes.DemoRecipe(), **few)
-    monkeypatch.setattr(demo_recipes, "DemoRecipe", lambda: recipe)
+    monkeypatch.setitem(demo_recipes._OTHERS, "cpu", recipe)
     out = tmp_path / "run"
 
     def killed(*_):

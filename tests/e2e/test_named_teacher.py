@@ -25,7 +25,7 @@ def test_it_is_fetched_converted_and_talks_by_its_own_template(converted, monkey
     out, said = converted
     assert "fetching SmolLM2-135M-Instruct (93 MB, Apache-2.0), once" in said
     assert "tiny.gguf: dequantised to fp32" in said
-    assert "held out         loss" in said
+    assert "held out                     loss" in said
     summary = json.loads((out / "summary.json").read_text())
     assert list(summary["decode_ms"]["student"]) == ["100", "1000"]
     assert (out / "hf" / "chat_template.jinja").read_text().startswith("{% for m in messages %}")
