@@ -12,7 +12,7 @@ from radlads.report.plots import STEPS, conversion_charts, long_context_charts
 from radlads.report.run_facts import by_position, measured_models, mixers, run_versions, teacher_name
 from radlads.report.run_folder import Run, Stage, by_name, read_run
 from radlads.report.selection import selection_charts, softmax_layers
-from radlads.report.wording import NOT_MEASURED, NOT_RECORDED, number_text, ratio_text
+from radlads.report.wording import NOT_MEASURED, NOT_RECORDED, gap_start, number_text, ratio_text
 
 PAGE = "report.html"
 PLOTS = "plots"
@@ -100,7 +100,10 @@ def _headline(run: Run) -> str:
     last = summary.get(next((step for step in ("retied", *reversed(STEPS)) if step in summary), ""), {})
     loss = number_text(summary.get("teacher", {}).get("loss"), ".3f")
     found = [
-        (number_text(summary.get("gap_closed"), ".1%"), "of the held-out gap between setup and teacher closed"),
+        (
+            number_text(summary.get("gap_closed"), ".1%"),
+            f"of the held-out gap between {gap_start(summary)} and teacher closed",
+        ),
         (number_text(last.get("loss"), ".3f"), f"held-out loss; teacher {loss}"),
         (number_text(last.get("top1"), ".1%"), "of likeliest tokens are the teacher's"),
     ]

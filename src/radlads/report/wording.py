@@ -16,6 +16,11 @@ HELDOUT_ROWS = {
 UNTRAINED_ROWS = ("teacher", "teacher_window_untrained", "setup_without_window", "setup")
 
 
+def gap_start(summary: Mapping[str, object]) -> str:
+    """Which untrained row `gap_closed` is counted from, as readers are told it."""
+    return HELDOUT_ROWS["setup_without_window" if "setup_without_window" in summary else "setup"]
+
+
 def heldout_title(row: str, values: Mapping[str, object]) -> str:
     """What readers are told a summary's held-out row is, with the sizes of the window that the teacher was given."""
     if "window_tokens" in values:
