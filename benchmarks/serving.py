@@ -65,7 +65,8 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     rows = measure(arguments)
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1))
+        before = json.loads(arguments.json.read_text()) if arguments.json.exists() else []
+        arguments.json.write_text(json.dumps(before + rows, indent=1) + "\n")
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:

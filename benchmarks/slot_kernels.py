@@ -51,9 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs=2, type=int, default=[28, 128], help="heads and head size of a layer")
     parser.add_argument("--kernels", nargs="+", choices=list(RECURRENCES), default=list(RECURRENCES))
-    parser.add_argument(
-        "--cases", nargs="+", choices=["prefill", "decode", "train"], default=["prefill", "decode", "train"]
-    )
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--runs", type=int, default=20, help="of each in a repeat")
     parser.add_argument("--tokens-divided-by", type=int, default=1, help="for a trial on a CPU")

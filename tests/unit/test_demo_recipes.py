@@ -26,8 +26,16 @@ def test_only_the_window_recipe_has_a_window_and_its_last_stage_the_teacher(conf
     for name, stages in configs.items():
         windows = {config.model.mixer.get("window_tokens", 0) for config in stages.values()}
         assert windows == ({192} if name == "window" else {0})
+        assert all(config.model.gate_rank_type == 2 for config in stages.values())
         weights = {stage: (c.train.teacher.kl_weight, c.train.teacher.ce_weight) for stage, c in stages.items()}
         assert weights["extend"] == ((1.0, 0.0) if name == "window" else (0.0, 1.0))
+
+
+def test_the_gate_beside_a_window_begins_nearly_silent_for_every_mixer():
+    gates = [
+        stage_configs(Conversion(mixer="rad_rwkv6", recipe=name))["align"].model.gate_rank_type for name in RECIPES
+    ]
+    assert gates == [2, 1]
 
 
 def test_a_named_teachers_own_files_are_on_top():

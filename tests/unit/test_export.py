@@ -132,6 +132,15 @@ def test_the_card_has_the_runs_figures_and_says_what_is_not_measured(run, tmp_pa
     assert metadata["license"] == "unknown" and metadata["library_name"] == "transformers"
 
 
+def test_the_card_names_windows(teacher, run, tmp_path):
+    settings = {"model.mixer.window_tokens": 8, "model.mixer.sink_tokens": 2}
+    assert export(stage(teacher, tmp_path / "windowed", **settings), tmp_path / "out") == 0
+    assert export(run, tmp_path / "without") == 0
+    row = "| softmax window beside each recurrence | 8 + 2 tokens |"
+    assert row in (tmp_path / "out" / "README.md").read_text()
+    assert "softmax window" not in (tmp_path / "without" / "README.md").read_text()
+
+
 def test_a_stage_that_was_not_measured_says_so(teacher, tmp_path):
     run = stage(teacher, tmp_path / "run", heldout=None)
     assert export(run, tmp_path / "out") == 0

@@ -217,6 +217,16 @@ def test_own_rows_follow_from_weights_seed_and_window(models, data):
     assert not torch.equal(written(0)[1::2], written(4)[1::2])
 
 
+def test_a_run_that_goes_on_in_a_smaller_window_decodes_as_many_at_a_time(models, data):
+    student, _ = models["rad_rwkv7"]
+    sizes = []
+    for step in (0, 4):  # of a window of 4 steps, and of the last, of one
+        writer, rows = policy(data, num_steps=5, **{"train.on_policy_every_steps": 4})
+        writer.fill(torch.stack([rows[i] for i in range(2 * step, 2 * step + 2)]), student, step)
+        sizes.append(writer._writer._rows)
+    assert sizes[0] == sizes[1]
+
+
 def test_own_rows_of_a_student_that_keeps_a_softmax_layer(teacher, data, tmp_path):
     keys = {"model.softmax_layers": "1", "train.trainable": "no_softmax"}
     stage(teacher, data, tmp_path / "run", **(OWN_ROWS | keys))

@@ -92,7 +92,7 @@ def limit_attention(
     """From now on let every softmax layer see the last `window_tokens` tokens, the present one included, and the
     first `sink_tokens` of a text. RoPE keeps the positions in the text."""
 
-    def narrowed(module: torch.nn.Module, args: tuple) -> tuple:
+    def limit(module: torch.nn.Module, args: tuple) -> tuple:
         x, state, v_first, shared = args
         if shared.attention_mask is None and state is not None and x.shape[1] == 1:
             return x, _Recent(state, window_tokens, sink_tokens), v_first, shared
@@ -100,7 +100,7 @@ def limit_attention(
 
     for module in model.modules():
         if isinstance(module, SoftmaxAttention):
-            module.register_forward_pre_hook(narrowed)
+            module.register_forward_pre_hook(limit)
 
 
 def _narrow(shared: SharedInputs, x: torch.Tensor, window_tokens: int, sink_tokens: int) -> SharedInputs:

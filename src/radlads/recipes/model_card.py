@@ -15,6 +15,7 @@ from huggingface_hub import ModelCardData, metadata_load
 from radlads.checkpoint.manifest import versions
 from radlads.files import read_json
 from radlads.model.configuration import RadladsConfig, state_bytes
+from radlads.model.window import window_of
 from radlads.report.run_folder import Measurements, Stage, by_name
 from radlads.report.wording import (
     NOT_MEASURED,
@@ -201,6 +202,7 @@ def _description(facts: CardFacts) -> list[str]:
     rows = [
         ["teacher", facts.teacher or NOT_RECORDED],
         ["layers", ", ".join(f"{count} x {mixer_title(name)}" for name, count in mixers)],
+        *_window_rows(config),
         ["parameters", f"{facts.num_parameters:,}"],
         ["hidden size", str(config.hidden_size)],
         ["vocabulary", f"{config.vocab_size:,}"],
@@ -213,6 +215,13 @@ def _description(facts: CardFacts) -> list[str]:
     ]
     told = "What such a student recalls and holds, and which others there are: docs/which_student.md of radlads."
     return [*_table(["", ""], rows), "", told]
+
+
+def _window_rows(config: RadladsConfig) -> list[list[str]]:
+    """A row for the softmax windows beside recurrences, if there are any."""
+    windows = {window_of(config, layer) for layer in config.recurrent_layers} - {None}
+    sizes = ", ".join(f"{each.window_tokens} + {each.sink_tokens} tokens" for each in windows if each)
+    return [["softmax window beside each recurrence", sizes]] if sizes else []
 
 
 def _heldout(facts: CardFacts) -> list[str]:

@@ -115,9 +115,9 @@ def heldout(run: Run, before: Sequence[Chart]) -> str:
     rows = [[heldout_title(step, run.summary.get(step, {})), *_measured(run.summary.get(step, {}))] for step in steps]
     note = (
         "Loss and KL in nats per token; top-1: how often the likeliest token is the teacher's. setup: the teacher's "
-        "weights copied, nothing trained. teacher, window: its tokens see those in the student's window alone "
-        "(without one, the last 64 and the first 4), untrained too. The share of the gap closed is (setup − "
-        "extend) / (setup − teacher) in loss, setup without a window."
+        "weights copied, nothing trained. teacher, window: the untrained teacher, whose tokens see only as far as the "
+        "student's window (64 + 4 if it has none). The share of the gap closed is (setup − extend) / (setup − teacher) "
+        "in loss, where setup has no window."
     )
     left = html.table(["", "loss", "KL", "top-1"], rows) + html.paragraph(note, "note")
     return html.columns(left, html.charts(chart for chart in before if chart.name == "heldout") or html.missing())

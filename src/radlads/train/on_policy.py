@@ -101,10 +101,11 @@ class OnPolicy:
         num_rows, num_tokens = end - first, self._samples.context_tokens + 1
         if not num_rows:
             return self._rows[:0]
-        means = [corpus.mean_tokens() * float(share) for corpus, share in self._weighted()]
-        batch = math.ceil(_SPARE * num_rows * num_tokens / sum(means))
+        batch = self._replies_for(num_rows)
         if self._writer is None:
-            share = math.ceil(batch / self._processes.size)
+            # Of the stage's largest window: a run that goes on would begin with another window, and decode otherwise
+            most = self._train.on_policy_every_steps * self._sequences * self._samples.on_policy_share
+            share = math.ceil(self._replies_for(math.ceil(most)) / self._processes.size)
             self._writer = _Writer(student, self._train, self._stop_ids, share, num_tokens)
         self._writer.take_weights(student)
         own: list[_Own] = []
@@ -118,6 +119,11 @@ class OnPolicy:
         fullest = sorted(rows, key=lambda row: -sum(len(own[each].tokens) for each in row))[:num_rows]
         pieces = ([_as_piece(own[each]) for each in row] for row in fullest)
         return torch.stack([as_row(row, num_tokens, flag=BY_STUDENT) for row in pieces])
+
+    def _replies_for(self, num_rows: int) -> int:
+        """How many replies to begin with for these rows."""
+        means = [corpus.mean_tokens() * float(share) for corpus, share in self._weighted()]
+        return math.ceil(_SPARE * num_rows * (self._samples.context_tokens + 1) / sum(means))
 
     def _weighted(self):
         return zip(self._samples.corpora, self._samples.shares, strict=True)
